@@ -1,0 +1,263 @@
+"""Pre-trains a language model on text, end to end: `python -m experiments.hope_pretrain`.
+
+The default trains hope-tiny on the embedded corpus (the text of the running Python's standard library; no network) and ends with
+its held-out bits per byte beside those of an n-gram, of xz and of a Transformer of equal size, a sample, a loss curve and a checkpoint.
+
+Ctrl-C saves and stops with exit code 130 (SIGTERM: 143); the same command goes on from there and ends with the same numbers.
+Exit code 2 says that the input was wrong, 1 that the run failed.
+
+    python -m experiments.hope_pretrain --model.preset transformer-tiny --train.output runs/transformer
+    python -m experiments.hope_pretrain --data.corpus ~/texts --data.tokenizer bpe:8192 --train.steps 5000
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import shlex
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from nested_jax.models.config import ModelConfig
+from nested_jax.models.presets import preset
+from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+
+if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
+    from nested_jax.data import Dataset
+    from nested_jax.training.loop import Result
+
+EXPERIMENT = 'hope_pretrain'
+RESULTS = pathlib.Path(__file__).parent / 'results'
+_SMOKE = TrainConfig(
+    steps=4,
+    sequence_length=64,
+    warmup_steps=1,
+    eval_every=2,
+    eval_tokens=1024,
+    final_eval_tokens=2048,
+    checkpoint_every=2,
+    log_every=1,
+    output='runs/hope_pretrain_smoke',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelArgs:
+    """The model."""
+
+    preset: str = 'hope-tiny'
+    """Family and size: hope, hope-linear, hope-attention, titans, gated-deltanet or transformer; tiny, 124m, 340m, 760m or 1.3b."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary; None: the tokenizer's."""
+    dtype: Literal['float32', 'bfloat16'] | None = None
+    """Of activations and matrix products."""
+    remat: Literal['none', 'block', 'dots'] | None = None
+    """What the backward pass computes again instead of keeping."""
+    scan_layers: bool | None = None
+    """Whether blocks are scanned (compiles once for all) or unrolled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataArgs:
+    """The text."""
+
+    corpus: str = 'embedded'
+    """'embedded', a folder, file or glob of text or JSONL, 'tfds:<name>', or a folder written by nested_jax.data.prepare."""
+    tokenizer: str = 'bytes'
+    """'bytes', 'bpe:<vocab_size>' (trained on the training text), or the path of a tokenizer.json."""
+    data_dir: str | None = None
+    """Where a 'tfds:' data set was prepared."""
+    field: str = 'text'
+    """That holds the text of a JSONL line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Pre-train a language model on text and report its bits per byte on held-out text."""
+
+    model: ModelArgs = ModelArgs()
+    data: DataArgs = DataArgs()
+    train: TrainConfig = TrainConfig()
+    smoke: bool = False
+    """Other defaults for --train, for a run of a few seconds, to see that everything works; its numbers mean nothing."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns the exit code."""
+    began = time.monotonic()
+    try:
+        args = parse(argv)
+        model_config, data, run_config = prepare(args)
+    except (ValueError, KeyError) as error:
+        return _fail(error.args[0], 2)
+    from nested_jax.training.checkpoints import DamagedCheckpointsError
+    from nested_jax.training.loop import DivergedError, train
+
+    _introduce(args, model_config, data)
+    try:
+        result = train(args.train, model_config, data, run_config)
+    except (DivergedError, DamagedCheckpointsError) as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail(f'stopped; the same command goes on from the last checkpoint in {args.train.output}', 130)
+    if result.stopped_by is not None:
+        name = signal.Signals(result.stopped_by).name
+        print(f'{name}: saved step {result.step} to {result.checkpoint}; the same command goes on from there:\n  {_command()}', flush=True)
+        return 128 + result.stopped_by
+    report(args, data, run_config, result, time.monotonic() - began)
+    return 0
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """Arguments from a command line; ValueError in one line for wrong ones, SystemExit after --help."""
+    said = io.StringIO()
+    argv = sys.argv[1:] if argv is None else argv
+    default = Args(train=_SMOKE) if '--smoke' in argv else Args()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Args, args=argv, default=default, description=__doc__)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(said.getvalue())) from None
+
+
+def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
+    """Checks everything that can be checked before a device is touched, then the devices; reads the text.
+
+    Returns:
+        The model's configuration, the text, and the configuration of the run as JSON.
+    """
+    overrides = {name: value for name, value in dataclasses.asdict(args.model).items() if value is not None and name != 'preset'}
+    model_config = preset(args.model.preset, **overrides)
+
+    from nested_jax.data import open_dataset
+
+    data = open_dataset(args.data.corpus, args.data.tokenizer, data_dir=args.data.data_dir, field=args.data.field)
+    if args.model.vocab_size is None:
+        model_config = dataclasses.replace(model_config, vocab_size=data.tokenizer.vocab_size)
+    check_model(args.train, model_config, data.tokenizer.vocab_size)
+
+    import jax
+
+    check_devices(args.train, len(jax.devices()))
+    text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
+    settings = {'model': dataclasses.asdict(model_config), 'data': text, 'train': dataclasses.asdict(args.train)}
+    claim_folder(args.train.output, settings)
+    return model_config, data, settings
+
+
+def report(args: Args, data: 'Dataset', run_config: dict, result: 'Result', wall_s: float) -> None:
+    """Prints how the run compares and a sample, and adds its row to results.jsonl, once."""
+    import jax
+
+    from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
+
+    heldout, folder = result.heldout, pathlib.Path(args.train.output)
+    figures = _yardsticks(data) if not args.smoke else {}
+    print(f'\nbits per byte of the held-out text ({heldout.num_bytes:,} bytes; lower is better)')
+    print(f'  {args.model.preset:<28}{heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
+    for name, value in figures.items():
+        print(f'  {name:<28}{value:.4f}')
+    print('  ' + stored_transformer(args, data.digest))
+    print(f'\na sample:\n{sample(data, result)}\n')
+    print(f'loss curve  {folder / "loss.png"}\ncheckpoint  {result.checkpoint}')
+    path = folder / 'results.jsonl'
+    if not any(row['config_digest'] == config_digest(run_config) for row in read_rows(path)):
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
+        metrics = dict(
+            heldout_bits_per_byte=heldout.bits_per_byte,
+            heldout_perplexity=heldout.perplexity,
+            heldout_bytes=heldout.num_bytes,
+            tokens=args.train.steps * args.train.tokens_per_step,
+            parameters=parameters,
+            resumed=result.resumed_from > 0,
+        )
+        row = make_row(
+            experiment=EXPERIMENT,
+            model=args.model.preset,
+            seed=args.train.seed,
+            config=run_config,
+            metrics=metrics,
+            hardware=hardware_name(jax.devices()),
+            wall_s=wall_s,
+        )
+        append_row(path, row)
+    print(f'results     {path}', flush=True)
+
+
+def stored_transformer(args: Args, digest: str, folder: pathlib.Path = RESULTS) -> str:
+    """A line about the stored Transformer++ of equal size on the same text, or about why there is none."""
+    from nested_jax.evaluation.rows import read_rows
+
+    name = 'transformer-' + args.model.preset.rsplit('-', 1)[-1]
+    rows = [row for path in sorted(folder.glob('*.jsonl')) for row in read_rows(path) if row['model'] == name]
+    rows = [row for row in rows if 'heldout_bits_per_byte' in row['metrics']]
+    same = [row for row in rows if row['config']['data']['digest'] == digest]
+    if not same:
+        other = ', only one for another text (another Python version has another library)' if rows else ''
+        return f'{name}: no stored row for this text{other}; run --model.preset {name}'
+    tokens = args.train.steps * args.train.tokens_per_step
+    nearest = min(abs(row['metrics']['tokens'] - tokens) for row in same)
+    same = [row for row in same if abs(row['metrics']['tokens'] - tokens) == nearest]
+    mean = sum(row['metrics']['heldout_bits_per_byte'] for row in same) / len(same)
+    trained = 'as many' if nearest == 0 else f'{same[0]["metrics"]["tokens"]:,} instead of {tokens:,}'
+    return f'{name:<28}{mean:.4f}   Transformer++ of equal size, mean of {len(same)} stored runs on {trained} tokens'
+
+
+def sample(data: 'Dataset', result: 'Result', prompt_tokens: int = 64, new_tokens: int = 256) -> str:
+    """The beginning of the first held-out document, gone on by the model."""
+    import numpy as np
+
+    from nested_jax.models.generate import generate
+    from nested_jax.training.state import step_key
+
+    prompt = np.asarray(data.heldout.read(0, 0, prompt_tokens), np.int32)[None]
+    variables, key = {'params': result.state.params}, step_key(result.state)
+    tokens = generate(result.model, variables, prompt, key=key, max_new_tokens=new_tokens, temperature=0.8, top_p=0.95)
+    show = lambda ids: data.tokenizer.decode(ids).decode(errors='replace')
+    return f'{show(prompt[0])}|{show(np.asarray(tokens)[0])}'
+
+
+def _yardsticks(data: 'Dataset') -> dict[str, float]:
+    """Bits per byte of an n-gram and of xz, by the name to show; nothing where only tokens are at hand."""
+    from nested_jax.evaluation.yardsticks import yardsticks
+
+    if data.corpus is None:
+        return {}
+    cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'nested_jax' / 'yardsticks.json'
+    figures = yardsticks(data.corpus.train_bytes(), data.corpus.heldout_bytes(), data.digest, cache)
+    names = dict(witten_bell='Witten-Bell n-gram', xz='xz -9', xz_with_train='xz -9 with training text')
+    return {label: figures[name] for name, label in names.items()}
+
+
+def _introduce(args: Args, model_config: ModelConfig, data: 'Dataset') -> None:
+    import jax
+
+    print(f'{args.model.preset}: {model_config.num_layers} blocks of width {model_config.width}, vocabulary {model_config.vocab_size}')
+    print(f'{data.train.num_tokens:,} tokens of {data.name} to train on, {data.heldout.num_tokens:,} held out, digest {data.digest[:16]}')
+    print(f'{len(jax.devices())} {jax.devices()[0].device_kind} device(s), output in {args.train.output}', flush=True)
+
+
+def _command() -> str:
+    return shlex.join(['python', '-m', f'experiments.{EXPERIMENT}', *sys.argv[1:]])
+
+
+def _one_line(text: str) -> str:
+    """tyro's box of several lines as one."""
+    lines = (line.strip('│╭╮╰╯─ \n') for line in text.splitlines()[1:])
+    return ' '.join(line for line in lines if line)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f'error: {message}', file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == '__main__':
+    sys.exit(main())

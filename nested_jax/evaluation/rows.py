@@ -1,0 +1,99 @@
+"""Measured results as rows of a JSON-lines file: tables and pictures are made from rows and from nothing else."""
+
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+
+def make_row(
+    *,
+    experiment: str,
+    model: str,
+    seed: int,
+    config: dict,
+    metrics: dict[str, Any],
+    hardware: str,
+    wall_s: float,
+    command: str | None = None,
+) -> dict:
+    """One result with everything needed to make it again.
+
+    Args:
+        experiment: name of the table, picture or job.
+        model: preset or other name.
+        seed: of the run.
+        config: resolved configuration, JSON.
+        metrics: what was measured.
+        hardware: as `hardware_name` says it.
+        wall_s: seconds the run took.
+        command: that made it; None for this process's command line.
+    """
+    return dict(
+        experiment=experiment,
+        model=model,
+        seed=seed,
+        config=config,
+        config_digest=config_digest(config),
+        metrics=metrics,
+        hardware=hardware,
+        commit=commit(),
+        command=command or command_line(),
+        wall_s=round(wall_s, 1),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    )
+
+
+def append_row(path: str | os.PathLike, row: dict) -> None:
+    """Adds a row to the end of a file; makes the file and its folder when absent."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a') as file:
+        file.write(json.dumps(row) + '\n')
+
+
+def read_rows(path: str | os.PathLike) -> list[dict]:
+    """The rows of a file, oldest first; none when it is absent."""
+    path = pathlib.Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def config_digest(config: dict) -> str:
+    """16 hexadecimal digits of the sha256 of a configuration, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hardware_name(devices: list) -> str:
+    """What the run ran on, from its JAX devices: kind and number, and the processor's cores."""
+    kind = devices[0].device_kind
+    name = platform.machine() if kind == 'cpu' else kind
+    return f'{len(devices)} x {name}, {os.cpu_count()} CPU cores'
+
+
+def commit() -> str:
+    """The commit of the source tree, `+changes` when files differ from it, 'unknown' outside a repository."""
+    folder = pathlib.Path(__file__).resolve().parent
+    try:
+        head = _git(folder, 'rev-parse', 'HEAD')
+        return head + ('+changes' if _git(folder, 'status', '--porcelain', '--untracked-files=no') else '')
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'
+
+
+def command_line() -> str:
+    """The command that started this process, in the form a user types."""
+    main = sys.modules['__main__']
+    spec = getattr(main, '__spec__', None)
+    program = f'python -m {spec.name}' if spec else f'python {sys.argv[0]}'
+    return shlex.join([*program.split(), *sys.argv[1:]])
+
+
+def _git(folder: pathlib.Path, *arguments: str) -> str:
+    result = subprocess.run(['git', *arguments], cwd=folder, check=True, capture_output=True, text=True, timeout=10)
+    return result.stdout.strip()

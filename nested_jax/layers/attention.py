@@ -1,0 +1,108 @@
+"""Softmax attention with rotary positions, grouped queries and an optional window.
+
+Its memory is the list of keys and values itself (Eq. 62, arXiv:2512.24695v1), here the last `capacity` of them.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nested_jax.layers.common import Context, Projection, ShortConvolution, split_heads
+from nested_jax.models.config import ModelConfig
+
+
+class AttentionState(NamedTuple):
+    """The last `capacity` tokens; all zeros means none."""
+
+    key: jax.Array  # (B, S, H_kv, D) compute dtype, rotated
+    value: jax.Array  # (B, S, H_kv, D) compute dtype
+    position: jax.Array  # (B, S) int32
+    segment_id: jax.Array  # (B, S) int32
+    filled: jax.Array  # (B, S) bool
+    convolution: tuple[jax.Array, ...] | None  # with short convolutions: inputs of q's, k's and v's
+
+
+def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, half-split pairing (Sec. 3.4, arXiv:2104.09864v5).
+
+    Args:
+        x: (B, T, H, D), D even.
+        position: (B, T) int32.
+        theta: base of the wavelengths.
+
+    Returns:
+        (B, T, H, D) in x's dtype.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.promote_types(x.dtype, jnp.float32)) / half)
+    angle = position[:, :, None, None] * frequency[None, None, None]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(angle.dtype), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Token mixer; `config.attention` sets it."""
+
+    config: ModelConfig
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a query sees at most, itself included."""
+        return min(self.config.attention.window or self.config.max_length, self.config.max_length)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: AttentionState | None, context: Context) -> tuple[jax.Array, AttentionState]:
+        """(B, T, width) -> (B, T, width), and the state after the call's last token."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        heads = {'query': config.num_heads, 'key': config.num_kv_heads, 'value': config.num_kv_heads}
+        rows = {name: Projection(n * config.head_dim, dtype, name=name)(x) for name, n in heads.items()}
+        convolution = None
+        if config.attention.short_convolution:
+            before = (None,) * 3 if state is None else state.convolution
+            rows, convolution = _convolve(rows, before, context.segment_ids)
+        query, key, value = (split_heads(rows[name], n) for name, n in heads.items())
+        position = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        if context.position is not None:
+            position += context.position[:, None]
+        query, key = (rotate(rows, position, config.attention.rope_theta) for rows in (query, key))
+        segment_id = jnp.zeros(x.shape[:2], jnp.int32) if context.segment_ids is None else context.segment_ids
+        new = AttentionState(key, value, position, segment_id, jnp.ones(x.shape[:2], bool), convolution)
+        known = new if state is None else _append(state, new)
+        y = self._attend(query, known, new, masked=state is not None or context.segment_ids is not None)
+        y = Projection(config.width, dtype, scale=(2 * config.num_layers) ** -0.5, name='output')(y.reshape(*x.shape[:2], -1))
+        return y, _last(known, self.capacity) if context.update else state
+
+    def _attend(self, query: jax.Array, known: AttentionState, new: AttentionState, *, masked: bool) -> jax.Array:
+        if not masked:
+            window = (self.capacity - 1, 0) if known.key.shape[1] > self.capacity else None
+            return jax.nn.dot_product_attention(query, known.key, known.value, is_causal=True, local_window_size=window)
+        distance = new.position[:, :, None] - known.position[:, None]
+        visible = (distance >= 0) & (distance < self.capacity) & (new.segment_id[:, :, None] == known.segment_id[:, None])
+        visible &= known.filled[:, None]
+        return jax.nn.dot_product_attention(query, known.key, known.value, mask=visible[:, None])
+
+
+def _convolve(rows: dict[str, jax.Array], before: tuple, segment_ids: jax.Array | None) -> tuple[dict[str, jax.Array], tuple]:
+    done = {
+        name: ShortConvolution(name=f'{name}_convolution')(x, state, segment_ids)
+        for (name, x), state in zip(rows.items(), before, strict=True)
+    }
+    return {name: y for name, (y, _) in done.items()}, tuple(state for _, state in done.values())
+
+
+def _append(state: AttentionState, new: AttentionState) -> AttentionState:
+    joined = [jnp.concatenate([a, b], 1) for a, b in zip(state[:-1], new[:-1], strict=True)]
+    return AttentionState(*joined, new.convolution)
+
+
+def _last(known: AttentionState, capacity: int) -> AttentionState:
+    """The newest `capacity` tokens; fewer are filled up with empty places in front."""
+    missing = max(capacity - known.key.shape[1], 0)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, -capacity:], [(0, 0), (missing, 0)] + [(0, 0)] * (x.ndim - 2))
+
+    return AttentionState(*(cut(x) for x in known[:-1]), known.convolution)

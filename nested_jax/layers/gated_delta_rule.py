@@ -1,0 +1,42 @@
+"""Gated delta rule: a matrix memory with a decay and a learning rate for each token and head (arXiv:2412.06464v3)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nested_jax.layers.common import Context
+from nested_jax.layers.memory_block import MemoryBlock, log_retention
+from nested_jax.memory.matrix import delta_rule
+from nested_jax.models.config import ModelConfig
+
+
+class GatedDeltaRuleState(NamedTuple):
+    """What one layer carries from call to call."""
+
+    memory: jax.Array  # (B, H, D, D) float32
+    convolution: tuple[jax.Array, ...]  # inputs of q's, k's and v's convolutions, (B, 3, H * D)
+
+
+class GatedDeltaRule(nn.Module):
+    """Token mixer: S' = e^g S, S = S' + beta k (v - S'^T k)^T, y = S^T q, between short convolutions and a gated norm."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: GatedDeltaRuleState | None, context: Context) -> tuple[jax.Array, GatedDeltaRuleState]:
+        """(B, T, width) -> (B, T, width), and the state after the call's last token."""
+        block = MemoryBlock(self.config, gates=('alpha', 'eta'), name='block')
+        inputs = block.inputs(x, None if state is None else state.convolution, context)
+        log_alpha = log_retention(inputs.gates['alpha'], inputs.retention_scale)
+        beta = jax.nn.sigmoid(inputs.gates['eta'])
+        if not context.update:
+            log_alpha, beta = jnp.zeros_like(log_alpha), jnp.zeros_like(beta)
+        y, memory = delta_rule(
+            inputs.query, inputs.key, inputs.value, beta, log_alpha,
+            state=None if state is None else state.memory, segment_ids=context.segment_ids,
+        )  # fmt: skip
+        return block.output(y, inputs.output_gate), (
+            GatedDeltaRuleState(memory, inputs.convolution) if context.update else state
+        )

@@ -1,0 +1,74 @@
+"""Self-modifying Titans, the token mixer of Hope (Sec. 8, arXiv:2512.24695v1)."""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nested_jax.layers.common import Context
+from nested_jax.layers.memory_block import MemoryBlock
+from nested_jax.memory import self_modifying as memory
+from nested_jax.models.config import ModelConfig
+
+_WIDE = ('memory', 'key', 'value', 'query')
+_GATES = ('eta', 'alpha')
+
+
+class SelfModifyingTitansState(NamedTuple):
+    """What one layer carries from call to call."""
+
+    memories: memory.SelfModifyingState
+    convolution: tuple[jax.Array, ...]  # inputs of q's, k's and v's convolutions, (B, 3, H * D)
+
+
+class SelfModifyingTitans(nn.Module):
+    """Token mixer whose keys, values and rates come from memories that it writes; `config.memory` sets it."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, state: SelfModifyingTitansState | None, context: Context
+    ) -> tuple[jax.Array, SelfModifyingTitansState]:
+        """(B, T, width) -> (B, T, width), and the state after the call's last token."""
+        options = self.config.memory
+        gates = ('alpha', 'eta', 'momentum') if options.momentum else ('alpha', 'eta')
+        block = MemoryBlock(self.config, gates=gates, name='block')
+        inputs = block.inputs(x, None if state is None else state.convolution, context)
+        rows = memory.Inputs(
+            inputs.query, inputs.key, inputs.value, inputs.gates['eta'], inputs.gates['alpha'], inputs.gates.get('momentum')
+        )
+        fields = {field.name for field in dataclasses.fields(memory.Rule)}
+        rule = memory.Rule(**{name: value for name, value in dataclasses.asdict(options).items() if name in fields})
+        if not context.update:
+            rows = _unwritten(rows)
+        y, memories = memory.self_modifying(
+            rows, inputs.retention_scale, self._initial(rule), rule=rule,
+            state=None if state is None else state.memories, position=context.position, segment_ids=context.segment_ids,
+        )  # fmt: skip
+        new_state = SelfModifyingTitansState(memories, inputs.convolution)
+        return block.output(y, inputs.output_gate), new_state if context.update else state
+
+    def _initial(self, rule: memory.Rule) -> memory.Memories:
+        """The meta-learned initial states: one parameter for each memory and layer, concatenated."""
+        heads, width = self.config.num_heads, self.config.head_dim
+        hidden = self.config.memory.hidden_dim or width
+        small = nn.initializers.normal(0.02)
+        names = _WIDE[: rule.wide] + _GATES
+        if rule.kind == 'matrix':
+            shapes = [(heads, width, 1 if name in _GATES else width) for name in names]
+            first = [self.param(f'initial_{name}', small, shape) for name, shape in zip(names, shapes, strict=True)]
+            return memory.Memories(jnp.concatenate(first, -1), None, None)
+        lecun = nn.initializers.normal(width**-0.5)
+        first = [self.param(f'initial_{name}_in', lecun, (heads, width, hidden)) for name in names]
+        wide = [self.param(f'initial_{name}_out', small, (heads, hidden, width)) for name in names[: rule.wide]]
+        gate = [self.param(f'initial_{name}_out', small, (heads, hidden, 1)) for name in _GATES]
+        return memory.Memories(jnp.concatenate(first, -1), jnp.stack(wide, 1), jnp.stack(gate, 1))
+
+
+def _unwritten(rows: memory.Inputs) -> memory.Inputs:
+    """The same tokens with eta = 0, alpha = 1 and no momentum: they write nothing."""
+    never = jnp.full_like(rows.eta, -jnp.inf)
+    return rows._replace(eta=never, alpha=never, momentum=None if rows.momentum is None else never)

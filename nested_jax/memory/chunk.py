@@ -1,0 +1,298 @@
+"""One chunk of writes to a linear layer, in closed form.
+
+Every memory of this package is made of linear layers y = x W that are written, token by token, by
+
+    S_t = beta_t S_{t-1} - eta_t x_t^T e_t                                        (momentum, optional)
+    W_t = alpha_t W_{t-1} - epsilon_t x_t^T (x_t W_{t-1}) + S_t                   (DGD: epsilon_t > 0)
+
+(Eq. 88 and 90, arXiv:2512.24695v1, transposed; momentum as in Eq. 9-10, arXiv:2501.00663v1). Each write has rank one, so
+with the rows e_t known the state at any token of the chunk is a sum over the chunk's rows:
+
+    W_t = a_t W_0 + f_t S_0 - sum_j D_tj eta_j x_j^T e_j - sum_j A_tj epsilon_j x_j^T p_j,    p_j = x_j W_{j-1}
+
+and the rows p solve one unit lower triangular system. Nothing here loops over tokens.
+
+A null token leaves W and S as they are. With momentum, eta = 0 and alpha = 1 are not enough, for S would be added again: the last
+term is push_t S_t, and a null token has push = 0, beta = 1, eta = 0, epsilon = 0 and alpha = 1. As beta and alpha are passed as
+logs these are all zeros: zero padding is inert.
+
+Einsum letters: t, j, i tokens of the chunk; leading axes (batch, head, ...) are '...'. All arrays are float32 or wider.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# exp(-1e4) is exactly zero, and sums of it stay finite: a retention of zero may be given as a log of -inf.
+_LOG_ZERO = -1e4
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class ChunkDecays(NamedTuple):
+    """What is left at token t of something present at the chunk's start, or written at token j.
+
+    The momentum fields are None without momentum. What is left before token t is derived where it is used, to keep the arrays that
+    a scan over chunks carries small.
+    """
+
+    kept: jax.Array  # (..., C)    a_t = prod_{i<=t} alpha_i
+    spans: jax.Array  # (..., C, C) A_tj = prod_{j<i<=t} alpha_i, lower triangular, 1 on the diagonal
+    momentum_kept: jax.Array | None  # (..., C)    prod_{i<=t} beta_i
+    momentum_spans: jax.Array | None  # (..., C, C) N_tj = prod_{j<i<=t} beta_i
+    pushed: jax.Array | None  # (..., C)    f_t: share of the starting momentum in W_t
+    push_spans: jax.Array  # (..., C, C) D_tj = sum_i A_ti N_ij; A without momentum
+
+    @property
+    def kept_before(self) -> jax.Array:
+        """(..., C) a_{t-1}, first 1."""
+        return _shift(self.kept, -1, 1.0)
+
+    @property
+    def spans_before(self) -> jax.Array:
+        """(..., C, C) A_{t-1,j}, strictly lower triangular."""
+        return _shift(self.spans, -2, 0.0)
+
+    @property
+    def pushed_before(self) -> jax.Array:
+        """(..., C) f_{t-1}, first 0."""
+        return _shift(self.pushed, -1, 0.0)
+
+    @property
+    def push_spans_before(self) -> jax.Array:
+        """(..., C, C) D_{t-1,j}, strictly lower triangular."""
+        return _shift(self.push_spans, -2, 0.0)
+
+
+class LayerWrites(NamedTuple):
+    """The rank-one writes of one chunk to one layer."""
+
+    inputs: jax.Array  # (..., C, D_in)  x_t
+    pushes: jax.Array  # (..., C, D_out) eta_t e_t
+    erasures: jax.Array | None  # (..., C, D_out) epsilon_t p_t; None without DGD
+
+
+def _spans(log_factor: jax.Array) -> jax.Array:
+    """Lower triangular products prod_{j<i<=t} of exp(log_factor), (..., C) -> (..., C, C).
+
+    The exponents are summed by a product with a triangle of ones instead of taking differences of a running sum, which
+    would lose all digits once a factor near zero has been met.
+    """
+    ones = jnp.ones((log_factor.shape[-1],) * 2, bool)
+    lower = jnp.tril(ones)
+    rows = jnp.where(lower, log_factor[..., None, :], 0.0)
+    exponents = jnp.matmul(rows, jnp.tril(ones, -1).astype(rows.dtype), precision=_HIGHEST)
+    return jnp.where(lower, jnp.exp(jnp.where(lower, exponents, 0.0)), 0.0)
+
+
+def _shift(rows: jax.Array, axis: int, first: float) -> jax.Array:
+    """Move entries one token later along a negative `axis`; the first becomes `first`."""
+    widths = [(0, 0)] * rows.ndim
+    widths[axis] = (1, 0)
+    padded = jnp.pad(rows, widths, constant_values=first)
+    return jax.lax.slice_in_dim(padded, 0, rows.shape[axis], axis=axis)
+
+
+def chunk_decays(log_alpha: jax.Array, log_momentum: jax.Array | None = None, push: jax.Array | None = None) -> ChunkDecays:
+    """Products of retention and momentum between all pairs of tokens of a chunk.
+
+    Args:
+        log_alpha: (..., C) log of the retention of each token, -inf allowed.
+        log_momentum: (..., C) log of the momentum of each token, or None.
+        push: (..., C) factor on S_t in W_t: 1 for a token, 0 for a null token. None for all ones; of no effect without momentum.
+
+    Returns:
+        The `ChunkDecays`, in the arguments' dtype.
+    """
+    log_alpha = jnp.maximum(log_alpha, _LOG_ZERO)
+    spans = _spans(log_alpha)
+    kept = jnp.exp(log_alpha[..., :1]) * spans[..., :, 0]
+    if log_momentum is None:
+        return ChunkDecays(kept, spans, None, None, None, spans)
+    log_momentum = jnp.maximum(log_momentum, _LOG_ZERO)
+    momentum_spans = _spans(log_momentum)
+    momentum_kept = jnp.exp(log_momentum[..., :1]) * momentum_spans[..., :, 0]
+    pushing = spans if push is None else spans * push[..., None, :]
+    pushed = jnp.einsum('...ti,...i->...t', pushing, momentum_kept, precision=_HIGHEST)
+    push_spans = jnp.matmul(pushing, momentum_spans, precision=_HIGHEST)
+    return ChunkDecays(kept, spans, momentum_kept, momentum_spans, pushed, push_spans)
+
+
+def overlaps(rows: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Inner products (..., C, C) of all pairs of rows: between inputs, or between queries and inputs, both (..., C, D_in)."""
+    return jnp.einsum('...td,...jd->...tj', rows, inputs, precision=_HIGHEST)
+
+
+def erasure_inverse(decays: ChunkDecays, inputs: jax.Array, erase: jax.Array, *, gram: jax.Array | None = None) -> jax.Array:
+    """Inverse of the triangular system of a chunk's erasures; layers with the same inputs and rates share it.
+
+    Args:
+        decays: of the chunk.
+        inputs: (..., C, D_in) rows x_t.
+        erase: (..., C) DGD rates epsilon_t.
+        gram: `overlaps(inputs, inputs)`, computed here when None.
+
+    Returns:
+        (..., C, C) inverse of I + tril(A_{t-1,j} epsilon_j x_t.x_j, -1).
+    """
+    gram = overlaps(inputs, inputs) if gram is None else gram
+    return invert_unit_lower(decays.spans_before * erase[..., None, :] * gram)
+
+
+def layer_writes(
+    decays: ChunkDecays,
+    inputs: jax.Array,
+    error: jax.Array,
+    rate: jax.Array,
+    weight: jax.Array,
+    momentum: jax.Array | None = None,
+    *,
+    erase: jax.Array | None = None,
+    inverse: jax.Array | None = None,
+    gram: jax.Array | None = None,
+    outputs: jax.Array | None = None,
+    rest: jax.Array | None = None,
+) -> LayerWrites:
+    """Solve one chunk's writes to one layer.
+
+    Args:
+        decays: of the chunk.
+        inputs: (..., C, D_in) rows x_t.
+        error: (..., C, D_out) rows e_t: the objective's gradient with respect to x_t W.
+        rate: (..., C) learning rates eta_t.
+        weight: (..., D_in, D_out) W at the chunk's start.
+        momentum: (..., D_in, D_out) S at the chunk's start, or None.
+        erase: (..., C) DGD rates epsilon_t, or None for plain gradient descent.
+        inverse: the matching `erasure_inverse`, computed here when None.
+        gram: `overlaps(inputs, inputs)`, computed here when None.
+        outputs: (..., C, D_out) rows x_t W of the chunk's starting weight, computed here when None.
+        rest: (..., D_in, D_out) what retention decays to, zero when None.
+
+    Returns:
+        The chunk's `LayerWrites`.
+    """
+    pushes = rate[..., None] * error
+    if erase is None:
+        return LayerWrites(inputs, pushes, None)
+    gram = overlaps(inputs, inputs) if gram is None else gram
+    inverse = erasure_inverse(decays, inputs, erase, gram=gram) if inverse is None else inverse
+    outputs = inputs @ weight if outputs is None else outputs
+    seen = _start(decays.kept_before[..., None], outputs, None if rest is None else inputs @ rest)
+    if momentum is not None:
+        seen += decays.pushed_before[..., None] * (inputs @ momentum)
+    seen -= (decays.push_spans_before * gram) @ pushes
+    return LayerWrites(inputs, pushes, erase[..., None] * jnp.matmul(inverse, seen, precision=_HIGHEST))
+
+
+def weight_after(
+    decays: ChunkDecays,
+    writes: LayerWrites,
+    weight: jax.Array,
+    momentum: jax.Array | None = None,
+    *,
+    rest: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The layer's weight and momentum after the chunk's last token.
+
+    Args:
+        decays, weight, momentum, rest: as given to `layer_writes`.
+        writes: its result.
+
+    Returns:
+        (..., D_in, D_out) weight, and the momentum of the same shape or None.
+    """
+    rows = decays.push_spans[..., -1, :, None] * writes.pushes
+    if writes.erasures is not None:
+        rows += decays.spans[..., -1, :, None] * writes.erasures
+    new_weight = _start(decays.kept[..., -1:, None], weight, rest) - writes.inputs.mT @ rows
+    if momentum is None:
+        return new_weight, None
+    new_weight += decays.pushed[..., -1:, None] * momentum
+    pushed = writes.inputs.mT @ (decays.momentum_spans[..., -1, :, None] * writes.pushes)
+    return new_weight, decays.momentum_kept[..., -1:, None] * momentum - pushed
+
+
+def read_running(
+    decays: ChunkDecays,
+    writes: LayerWrites,
+    queries: jax.Array,
+    weight: jax.Array,
+    momentum: jax.Array | None = None,
+    *,
+    overlap: jax.Array | None = None,
+    rest: jax.Array | None = None,
+) -> jax.Array:
+    """Rows q_t W_t: each query reads the weight that holds its own token's write.
+
+    Args:
+        decays, weight, momentum, rest: as given to `layer_writes`.
+        writes: its result.
+        queries: (..., C, D_in) rows q_t.
+        overlap: `overlaps(queries, writes.inputs)`, computed here when None.
+
+    Returns:
+        (..., C, D_out).
+    """
+    overlap = overlaps(queries, writes.inputs) if overlap is None else overlap
+    rows = _start(decays.kept[..., None], queries @ weight, None if rest is None else queries @ rest)
+    if momentum is not None:
+        rows += decays.pushed[..., None] * (queries @ momentum)
+    if writes.erasures is None:
+        return rows - (decays.push_spans * overlap) @ writes.pushes
+    if momentum is None:
+        return rows - (decays.spans * overlap) @ (writes.pushes + writes.erasures)
+    return rows - (decays.push_spans * overlap) @ writes.pushes - (decays.spans * overlap) @ writes.erasures
+
+
+def _start(kept: jax.Array, value: jax.Array, rest: jax.Array | None) -> jax.Array:
+    """What retention leaves of `value` when it decays to `rest` (zero when None)."""
+    return kept * value if rest is None else rest + kept * (value - rest)
+
+
+@jax.custom_vjp
+def invert_unit_lower(strict: jax.Array) -> jax.Array:
+    """Inverse of I + `strict`.
+
+    By substitution on CPU and by block doubling elsewhere, both free of powers of `strict`, which overflow with
+    correlated keys. The derivative is written out: the stock one of a batched triangular solve stalls in jaxlib 0.10.2 on CPU.
+
+    Args:
+        strict: (..., C, C) strictly lower triangular, float32 or float64.
+
+    Returns:
+        (..., C, C) unit lower triangular inverse.
+    """
+    return jax.lax.platform_dependent(strict, cpu=_invert_by_substitution, default=_invert_by_doubling)
+
+
+def _invert_by_substitution(strict: jax.Array) -> jax.Array:
+    eye = jnp.broadcast_to(jnp.eye(strict.shape[-1], dtype=strict.dtype), strict.shape)
+    return jax.lax.linalg.triangular_solve(strict + eye, eye, left_side=True, lower=True, unit_diagonal=True)
+
+
+def _invert_by_doubling(strict: jax.Array) -> jax.Array:
+    """Diagonal blocks of 1, 2, 4, ... rows: with both halves inverted, X <- X - X L X for the block L below the diagonal."""
+    size = strict.shape[-1]
+    row = jnp.arange(size)
+    inverse = jnp.broadcast_to(jnp.eye(size, dtype=strict.dtype), strict.shape)
+    block = 1
+    while block < size:
+        pair, half = row // (2 * block), row // block % 2
+        below = (pair[:, None] == pair[None]) & (half[:, None] == 1) & (half[None] == 0)
+        corner = jnp.matmul(jnp.where(below, strict, 0.0), inverse, precision=_HIGHEST)
+        inverse -= jnp.matmul(inverse, corner, precision=_HIGHEST)
+        block *= 2
+    return inverse
+
+
+def _invert_forward(strict: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse = invert_unit_lower(strict)
+    return inverse, inverse
+
+
+def _invert_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    inner = jnp.matmul(inverse.mT, cotangent, precision=_HIGHEST)
+    return (-jnp.tril(jnp.matmul(inner, inverse.mT, precision=_HIGHEST), -1),)
+
+
+invert_unit_lower.defvjp(_invert_forward, _invert_backward)

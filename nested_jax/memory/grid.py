@@ -1,0 +1,102 @@
+"""Tokens on a grid of chunks, for streams that are cut anywhere.
+
+A chunk's closed form needs all of its tokens, so a stream keeps the inputs of its open chunk beside the memory at that
+chunk's start, and every call lays them out again in front of the new tokens. Outputs are causal, so what is computed for
+the empty places behind the last token is never seen.
+
+Letters: B batch, T tokens of the call, n chunks, c tokens of a chunk.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Grid(NamedTuple):
+    """How the tokens of one call lie on the grid."""
+
+    chunks: object  # pytree of (n, B, c, ...)
+    complete: jax.Array | None  # (n, B) bool: the chunk's last token is known; None: that of all
+    phase: jax.Array | None  # (B,) int32 tokens of the open chunk before the call; None: zero for all
+
+
+def lay_out(inputs, chunk_size: int, opened=None, position: jax.Array | None = None) -> Grid:
+    """Lay a call's tokens on the grid.
+
+    Args:
+        inputs: pytree of (B, T, ...).
+        chunk_size: c.
+        opened: pytree of (B, c, ...), the open chunk's inputs, or None for a call at a sequence's start.
+        position: (B,) int32 tokens before the call; needed with `opened`.
+
+    Returns:
+        The `Grid`.
+    """
+    batch, length = jax.tree.leaves(inputs)[0].shape[:2]
+    if opened is None:
+        count = -(-length // chunk_size)
+        rows = jax.tree.map(lambda x: _pad(x, count * chunk_size), inputs)
+        ends = (jnp.arange(count) + 1) * chunk_size
+        complete = None if length % chunk_size == 0 else jnp.broadcast_to((ends <= length)[:, None], (count, batch))
+        return Grid(_cut(rows, count), complete, None)
+    phase = position % chunk_size
+    count = -(-(length + chunk_size - 1) // chunk_size)
+    place = jnp.arange(count * chunk_size)[None] - phase[:, None]
+    # Places before the call's first token come from the open chunk, places past its last repeat it.
+    source = jnp.clip(jnp.where(place < 0, place + phase[:, None], place + chunk_size), 0, chunk_size + length - 1)
+    joined = jax.tree.map(lambda old, new: _rows(jnp.concatenate([old.astype(new.dtype), new], 1), source), opened, inputs)
+    complete = (jnp.arange(count)[:, None] + 1) * chunk_size <= (phase + length)[None]
+    return Grid(_cut(joined, count), complete, phase)
+
+
+def gather_outputs(grid: Grid, outputs: jax.Array, length: int) -> jax.Array:
+    """Outputs of the call's own tokens, (n, B, c, ...) -> (B, T, ...)."""
+    rows = jnp.moveaxis(outputs, 0, 1)
+    rows = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+    if grid.phase is None:
+        return rows[:, :length]
+    return _rows(rows, grid.phase[:, None] + jnp.arange(length)[None])
+
+
+def open_chunk(grid: Grid, length: int):
+    """Inputs of the chunk that is open after the call, pytree of (B, c, ...)."""
+    count, _, size = jax.tree.leaves(grid.chunks)[0].shape[:3]
+
+    def take(x: jax.Array) -> jax.Array:
+        rows = jnp.moveaxis(x, 0, 1)
+        rows = rows.reshape(rows.shape[0], count * size, *rows.shape[3:])
+        if grid.phase is None:  # every row alike: a slice, which costs nothing when the state is not used
+            start = min(length // size, count - 1) * size
+            return rows[:, start : start + size]
+        first = grid.complete.sum(0)[:, None] * size + jnp.arange(size)[None]
+        return _rows(rows, jnp.minimum(first, count * size - 1))
+
+    return jax.tree.map(take, grid.chunks)
+
+
+def where_rows(flags: jax.Array, new, old):
+    """Per batch row, `new` where the flag holds; pytrees of (B, ...)."""
+    return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(flags, range(1, a.ndim)), a, b), new, old)
+
+
+def starts_document(segment_ids: jax.Array) -> jax.Array:
+    """Chunks whose first token belongs to another document than the token before it, (n, B, c) -> (n, B) bool.
+
+    The first chunk has no token before it within the call: False.
+    """
+    change = segment_ids[1:, :, 0] != segment_ids[:-1, :, -1]
+    return jnp.concatenate([jnp.zeros_like(change[:1]) if change.shape[0] else jnp.zeros(segment_ids.shape[:2], bool), change])
+
+
+def _pad(x: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+
+def _cut(rows, count: int):
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0), rows)
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[b, index[b, s]], (B, S, ...) and (B, R) -> (B, R, ...)."""
+    return jnp.take_along_axis(x, jnp.expand_dims(index, range(2, x.ndim)), axis=1)

@@ -1,0 +1,396 @@
+"""Self-modifying memories: M_k, M_v, M_eta, M_alpha and M_memory generate their own keys, values and rates (Hope).
+
+For every memory M of a head (Eq. 86-91, arXiv:2512.24695v1):
+
+    k_t = norm(k + f_k(k)),  v_t = norm(v + f_v(k)),  logit eta_t += f_eta(k),  logit alpha_t += f_alpha(k)
+    v_hat_t = norm(v_t + f(v_t))                       (tanh of f(v_t) for the two scalar memories)
+    M_t = M_{t-1} (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |f(k_t) - v_hat_t|^2
+    y_t = f_memory(q_t)
+
+k, v and q come from static projections, f is the memory without its identity: the identity sits in the generation of k, v
+and v_hat, where it makes a small initial state safe, and not in the fit, where every memory would first have to unlearn k.
+Unit norms keep each step bounded: a memory's own outputs are its targets.
+
+Two grids of chunks: k, v, eta, alpha and v_hat are read from the memories at their projection chunk's start, the
+gradient of M_memory is taken at its own chunk's start (Eq. 90). The memories share key, eta and alpha, so the first
+layers (for matrix memories: the only ones) are one layer with concatenated outputs and one triangular system a chunk.
+
+Einsum letters: b batch, h head, m memory, c token of the chunk, d head width, f hidden unit.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.memory import chunk, grid
+
+_GATES = 2  # eta, alpha: memories with one output
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the memories are read and written; the fields are those of `nested_jax.models.config.MemoryConfig`."""
+
+    kind: Literal['matrix', 'mlp'] = 'mlp'
+    chunk_size: int = 16
+    projection_chunk_size: int = 16
+    dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer'
+    gradient: Literal['token', 'chunk'] = 'chunk'
+    read: Literal['running', 'anchor'] = 'running'
+    decay_to: Literal['zero', 'init'] = 'zero'
+    adaptive_query: bool = False
+    positive_eigenvalues: bool = False
+
+    @property
+    def base(self) -> int:
+        """Tokens of the finer grid."""
+        return min(self.chunk_size, self.projection_chunk_size)
+
+    @property
+    def wide(self) -> int:
+        """Memories with a head's width of outputs: memory, key, value and perhaps query."""
+        return 4 if self.adaptive_query else 3
+
+
+class Memories(NamedTuple):
+    """Weights of all memories, in the order memory, key, value, (query), eta, alpha; leading axes (B, H) or (H,).
+
+    Matrix memories are first layers only.
+    """
+
+    first: jax.Array  # (..., D, m D + 2) matrix; (..., D, (m + 2) F) MLP
+    wide: jax.Array | None  # (..., m, F, D) second layers
+    gate: jax.Array | None  # (..., 2, F, 1) second layers of eta and alpha
+
+
+class Inputs(NamedTuple):
+    """Static inputs of each token: (B, T, H, ...) outside, (B, H, c, ...) inside a chunk."""
+
+    query: jax.Array  # (..., D), |q| = 1
+    key: jax.Array  # (..., D), |k| = 1
+    value: jax.Array  # (..., D)
+    eta: jax.Array  # (...) logits
+    alpha: jax.Array  # (...) logits
+    momentum: jax.Array | None  # (...) logits, or None for no momentum
+
+
+class SelfModifyingState(NamedTuple):
+    """A stream's memories at the start of its open chunk, and that chunk's inputs."""
+
+    running: Memories
+    momentum: Memories | None
+    held: Memories | None  # with two chunk sizes: the memories at the start of the longer chunk
+    opened: Inputs  # (B, c, H, ...)
+
+
+class _Generated(NamedTuple):
+    query: jax.Array  # (B, H, c, D)
+    key: jax.Array  # (B, H, c, D)
+    wide_target: jax.Array  # (B, H, m, c, D)
+    gate_target: jax.Array  # (B, H, c, 2)
+    eta: jax.Array  # (B, H, c)
+    log_alpha: jax.Array  # (B, H, c)
+    log_momentum: jax.Array | None  # (B, H, c)
+
+
+def self_modifying(
+    inputs: Inputs,
+    retention_scale: jax.Array,
+    initial: Memories,
+    *,
+    rule: Rule,
+    state: SelfModifyingState | None = None,
+    position: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, SelfModifyingState]:
+    """Read and write the memories chunk by chunk (Eq. 86-91, arXiv:2512.24695v1); no loop over tokens.
+
+    Args:
+        inputs: (B, T, H, ...) static queries, keys, values and gate logits.
+        retention_scale: (H,) positive; log alpha = -retention_scale * softplus(logit).
+        initial: (H, ...) the learned states that sequences and documents start from.
+        rule: how to read and write.
+        state: of an earlier call, or None.
+        position: (B,) int32 tokens before this call; needed with `state`. Where it is zero the state is not looked at.
+        segment_ids: (B, T) int32; a change at a chunk's first token starts the memories anew. Documents start on the
+            coarser grid.
+
+    Returns:
+        (B, T, H, D) outputs of M_memory in the memories' dtype, and the state.
+
+    Raises:
+        ValueError: if `state` comes without `position`.
+    """
+    if state is not None and position is None:
+        raise ValueError('position is None, allowed with a state is an int32 array (batch,)')
+    batch, length = inputs.key.shape[:2]
+    laid = grid.lay_out((inputs, segment_ids), rule.base, None if state is None else (state.opened, _no_ids(segment_ids, rule.base)), position)
+    chunks, ids = laid.chunks
+    start = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), initial)
+    carry = _first_carry(rule, start, state, position, inputs.momentum is not None)
+    flags = _flags(rule, laid, ids, None if state is None else position)
+
+    @jax.checkpoint
+    def step(carry, xs):
+        tokens, flag = xs
+        y, after, before = _chunk(rule, retention_scale, start, carry, _heads_first(tokens), flag)
+        return after if flag['complete'] is None else grid.where_rows(flag['complete'], after, before), jnp.moveaxis(y, 1, 2)
+
+    carry, y = jax.lax.scan(step, carry, (chunks, flags))
+    return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
+
+
+def _no_ids(segment_ids: jax.Array | None, size: int) -> jax.Array | None:
+    """Ids of the open chunk: its tokens belong to the document that goes on with the call's first token."""
+    return None if segment_ids is None else jnp.broadcast_to(segment_ids[:, :1], (segment_ids.shape[0], size))
+
+
+def _heads_first(tokens: Inputs) -> Inputs:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), tokens)
+
+
+def _first_carry(rule: Rule, start: Memories, state: SelfModifyingState | None, position: jax.Array | None, momentum: bool):
+    """(running, momentum, held) before the call's first chunk."""
+    fresh = start, jax.tree.map(jnp.zeros_like, start) if momentum else None, start if rule.chunk_size != rule.projection_chunk_size else None
+    return fresh if state is None else grid.where_rows(position == 0, fresh, tuple(state[:3]))
+
+
+def _flags(rule: Rule, laid: grid.Grid, ids: jax.Array | None, position: jax.Array | None) -> dict[str, jax.Array | None]:
+    """What each base chunk is, (n, B) bool: complete, first of a chunk of the coarser grid, first of a document."""
+    count, batch = jax.tree.leaves(laid.chunks)[0].shape[:2]
+    ratio = max(rule.chunk_size, rule.projection_chunk_size) // rule.base
+    index = jnp.arange(count)[:, None] + (jnp.zeros(batch, jnp.int32) if position is None else position // rule.base)[None]
+    return {'complete': laid.complete, 'long': index % ratio == 0, 'fresh': None if ids is None else grid.starts_document(ids)}
+
+
+def _chunk(rule: Rule, scale: jax.Array, start: Memories, carry, tokens: Inputs, flag: dict[str, jax.Array | None]):
+    """One base chunk: outputs (B, H, c, D), the carry after it, and the carry at its start."""
+    running, momentum, held = carry
+    if flag['fresh'] is not None:
+        running = grid.where_rows(flag['fresh'], start, running)
+        momentum = grid.where_rows(flag['fresh'], jax.tree.map(jnp.zeros_like, momentum), momentum)
+    source, anchor = running, running
+    if held is not None:
+        held = grid.where_rows(flag['long'], running, held)
+        source = held if rule.projection_chunk_size > rule.chunk_size else running
+        anchor = _join(rule, held if rule.chunk_size > rule.projection_chunk_size else running, source)
+    generated = _generate(rule, scale, source, tokens)
+    write = _write_matrix if rule.kind == 'matrix' else _write_mlp
+    y, after = write(rule, generated, anchor, running, momentum, start if rule.decay_to == 'init' else None)
+    return y, (*after, held), (running, momentum, held)
+
+
+def _join(rule: Rule, memory: Memories, rest: Memories) -> Memories:
+    """M_memory from the one, the projections' memories from the other."""
+    width = rest.first.shape[-1] if rest.wide is None else rest.wide.shape[-2]
+    width = rest.first.shape[-2] if rest.wide is None else width
+    first = jnp.concatenate([memory.first[..., :width], rest.first[..., width:]], -1)
+    if rest.wide is None:
+        return Memories(first, None, None)
+    return Memories(first, jnp.concatenate([memory.wide[..., :1, :, :], rest.wide[..., 1:, :, :]], -3), rest.gate)
+
+
+def _activate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """SiLU and its derivative."""
+    return jax.jvp(jax.nn.silu, (z,), (jnp.ones_like(z),))
+
+
+def _hidden(rule: Rule, first: jax.Array, x: jax.Array) -> jax.Array:
+    """First layers of MLP memories at x, (..., c, D) -> (..., m + 2, c, F) before the activation."""
+    z = x @ first
+    return jnp.moveaxis(z.reshape(*z.shape[:-1], rule.wide + _GATES, -1), -2, -3)
+
+
+def _outputs(rule: Rule, memories: Memories, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """f(x) of all memories, (..., c, D) -> (..., m, c, D) and (..., c, 2)."""
+    if rule.kind == 'matrix':
+        return _split(rule, x @ memories.first)
+    hidden = jax.nn.silu(_hidden(rule, memories.first, x))
+    gates = hidden[..., rule.wide :, :, :] @ memories.gate
+    return hidden[..., : rule.wide, :, :] @ memories.wide, jnp.moveaxis(gates[..., 0], -2, -1)
+
+
+def _split(rule: Rule, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Concatenated outputs of matrix memories, (..., c, m D + 2) -> (..., m, c, D) and (..., c, 2)."""
+    wide = rows[..., :-_GATES].reshape(*rows.shape[:-1], rule.wide, -1)
+    return jnp.moveaxis(wide, -2, -3), rows[..., -_GATES:]
+
+
+def _normalize(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
+
+
+def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: Inputs) -> _Generated:
+    """Keys, values, rates and targets of a chunk, all read from `source` (Eq. 86-87)."""
+    dtype = source.first.dtype
+    static_query, static_key, static_value = (x.astype(dtype) for x in tokens[:3])
+    wide, gates = _outputs(rule, source, static_key)
+    key = _normalize(static_key + wide[..., 1, :, :])
+    value = _normalize(_normalize(static_value) + wide[..., 2, :, :])
+    query = _normalize(static_query + wide[..., 3, :, :]) if rule.adaptive_query else static_query
+    wide_hat, gate_hat = _outputs(rule, source, value)
+    log_alpha = -scale[None, :, None] * jax.nn.softplus(tokens.alpha.astype(dtype) + gates[..., 1])
+    eta = jax.nn.sigmoid(tokens.eta.astype(dtype) + gates[..., 0]) * _largest_rate(rule, jnp.exp(log_alpha))
+    log_momentum = None if tokens.momentum is None else jax.nn.log_sigmoid(tokens.momentum.astype(dtype))
+    return _Generated(query, key, _normalize(value[..., None, :, :] + wide_hat), jnp.tanh(gate_hat), eta, log_alpha, log_momentum)
+
+
+def _largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
+    """Bound of eta under which no step grows the memory along a unit key.
+
+    The eigenvalue along k is alpha - 2 eta for token-wise L2 with DGD and alpha - eta without. Anchored gradients without
+    DGD have no erasure within the chunk: their rates sum to at most one.
+    """
+    if rule.gradient == 'chunk' and rule.dgd == 'none':
+        return jnp.full_like(alpha, 1.0 / rule.chunk_size)
+    largest = alpha if rule.positive_eigenvalues else 1.0 + alpha
+    return largest if rule.dgd == 'none' else 0.5 * largest
+
+
+def _push_rate(generated: _Generated) -> jax.Array:
+    """Learning rate of what enters the momentum: (1 - momentum) eta, so that a write adds up to eta."""
+    if generated.log_momentum is None:
+        return generated.eta
+    return generated.eta * -jnp.expm1(generated.log_momentum)
+
+
+def _write_matrix(rule: Rule, generated: _Generated, anchor: Memories, running: Memories, momentum: Memories | None, rest: Memories | None):
+    """Outputs and (running, momentum) after a chunk of writes to matrix memories."""
+    targets = jnp.concatenate([*jnp.moveaxis(generated.wide_target, -3, 0), generated.gate_target], -1)
+    error, erase = -targets, generated.eta * (1.0 if rule.dgd == 'none' else 2.0)
+    if rule.gradient == 'chunk':
+        error += generated.key @ anchor.first
+        erase = None if rule.dgd == 'none' else generated.eta
+    decays = chunk.chunk_decays(generated.log_alpha, generated.log_momentum)
+    pushed = None if momentum is None else momentum.first
+    rest = None if rest is None else rest.first
+    writes = chunk.layer_writes(decays, generated.key, error, _push_rate(generated), running.first, pushed, erase=erase, rest=rest)
+    first, pushed_after = chunk.weight_after(decays, writes, running.first, pushed, rest=rest)
+    width = generated.query.shape[-1]
+    if rule.read == 'anchor':
+        y = generated.query @ anchor.first[..., :width]
+    else:
+        y = _read_columns(decays, writes, generated.query, running.first, pushed, rest, width)
+    return y, (Memories(first, None, None), None if momentum is None else Memories(pushed_after, None, None))
+
+
+def _read_columns(decays, writes: chunk.LayerWrites, queries, weight, momentum, rest, width: int) -> jax.Array:
+    """Running read of a layer's first `width` outputs."""
+    cut = lambda x: None if x is None else x[..., :width]
+    some = chunk.LayerWrites(writes.inputs, cut(writes.pushes), cut(writes.erasures))
+    return chunk.read_running(decays, some, queries, cut(weight), cut(momentum), rest=cut(rest))
+
+
+def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Memories, momentum: Memories | None, rest: Memories | None):
+    """Outputs and (running, momentum) after a chunk of writes to MLP memories, each layer by its own input."""
+    key, eta, rate = generated.key, generated.eta, _push_rate(generated)
+    hidden, slope = _activate(_hidden(rule, anchor.first, key))
+    wide_error = hidden[..., : rule.wide, :, :] @ anchor.wide - generated.wide_target
+    gate_error = hidden[..., rule.wide :, :, :] @ anchor.gate - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
+    back = jnp.concatenate([wide_error @ anchor.wide.mT, gate_error @ anchor.gate.mT], -3) * slope
+    back = jnp.moveaxis(back, -3, -2)
+    first_error = back.reshape(*back.shape[:-2], -1)
+    decays = chunk.chunk_decays(generated.log_alpha, generated.log_momentum)
+    layers = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
+    (first, *second), erase = list(layers), None if rule.dgd == 'none' else eta
+    first_writes = chunk.layer_writes(decays, key, first_error, rate, *first[:2], erase=erase, rest=first[2])
+    after = [chunk.weight_after(decays, first_writes, *first[:2], rest=first[2])]
+    inner = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
+    writes = []
+    for part, error, weights in ((slice(None, rule.wide), wide_error, second[0]), (slice(rule.wide, None), gate_error, second[1])):
+        rows = hidden[..., part, :, :]
+        shrink = 1.0 / (1.0 + eta[..., None, :] * jnp.sum(rows * rows, -1)) if rule.dgd == 'per_layer' else jnp.ones_like(rows[..., 0])
+        erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
+        writes.append(chunk.layer_writes(inner, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, rest=weights[2]))
+        after.append(chunk.weight_after(inner, writes[-1], *weights[:2], rest=weights[2]))
+    y = _read_mlp(rule, generated.query, anchor, decays, first_writes, writes[0], first, second[0])
+    return y, tuple(None if part[0] is None else Memories(*part) for part in zip(*after, strict=True))
+
+
+def _layers(memories: Memories | None) -> tuple:
+    return (None, None, None) if memories is None else tuple(memories)
+
+
+def _read_mlp(rule: Rule, query, anchor: Memories, decays, first_writes, second_writes, first, second) -> jax.Array:
+    """M_memory at the queries; `first` and `second` are (weight, momentum, rest) of its layers."""
+    width = anchor.wide.shape[-2]
+    if rule.read == 'anchor':
+        return jax.nn.silu(query @ anchor.first[..., :width]) @ anchor.wide[..., 0, :, :]
+    hidden = jax.nn.silu(_read_columns(decays, first_writes, query, *first, width))
+    one = lambda x: None if x is None else x[..., 0, :, :]
+    return chunk.read_running(decays, chunk.LayerWrites(*map(one, second_writes)), hidden, one(second[0]), one(second[1]), rest=one(second[2]))
+
+
+def self_modifying_reference(
+    inputs: Inputs,
+    retention_scale: jax.Array,
+    initial: Memories,
+    *,
+    rule: Rule,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """As `self_modifying` without a carried state, token by token, the inner gradient by automatic differentiation.
+
+    Returns:
+        (B, T, H, D) outputs of M_memory.
+    """
+
+    def one_head(tokens: Inputs, ids: jax.Array | None, scale: jax.Array, start: Memories) -> jax.Array:
+        momentum = jax.tree.map(jnp.zeros_like, start)
+        changes = jnp.zeros(tokens.eta.shape, bool) if ids is None else jnp.concatenate([jnp.zeros(1, bool), ids[1:] != ids[:-1]])
+        step = lambda carry, xs: _token(rule, scale, start, carry, xs)
+        return jax.lax.scan(step, (start, momentum, start, start), (tokens, jnp.arange(tokens.eta.shape[0]), changes))[1]
+
+    heads = jax.vmap(one_head, in_axes=(1, None, 0, 0), out_axes=1)
+    return jax.vmap(heads, in_axes=(0, 0, None, None))(inputs, segment_ids, retention_scale, initial)
+
+
+def _token(rule: Rule, scale: jax.Array, start: Memories, carry, xs):
+    """One token of one head; carry is (running, momentum, source, anchor of M_memory)."""
+    running, momentum, source, anchor = carry
+    token, index, change = xs
+    choose = lambda flag, new, old: jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
+    fresh = change & (index % rule.base == 0)
+    running, momentum = choose(fresh, start, running), choose(fresh, jax.tree.map(jnp.zeros_like, start), momentum)
+    source = choose(index % rule.projection_chunk_size == 0, running, source)
+    anchor = choose(index % rule.chunk_size == 0, running, anchor)
+    batched = jax.tree.map(lambda x: x[None, None, None], token)
+    made = jax.tree.map(lambda x: x[0, 0], _generate(rule, scale[None], jax.tree.map(lambda x: x[None, None], source), batched))
+
+    def objective(memories: Memories) -> jax.Array:
+        wide, gates = _outputs(rule, memories, made.key)
+        return 0.5 * jnp.sum((wide - made.wide_target) ** 2) + 0.5 * jnp.sum((gates - made.gate_target) ** 2)
+
+    at = running if rule.gradient == 'token' else _join(rule, anchor, source)
+    gradient, eta, alpha = jax.grad(objective)(at), made.eta[0], jnp.exp(made.log_alpha[0])
+    rest = start if rule.decay_to == 'init' else jax.tree.map(jnp.zeros_like, start)
+    beta = 0.0 if made.log_momentum is None else jnp.exp(made.log_momentum[0])
+    inputs, rates = _layer_inputs(rule, at, made.key[0], eta)
+    momentum = jax.tree.map(lambda s, g, rate: beta * s - (1.0 - beta) * rate * g, momentum, gradient, rates)
+    erased = jax.tree.map(_erase, running, inputs, rates)
+    if rule.dgd == 'none':
+        erased = jax.tree.map(jnp.zeros_like, running)
+    elif rule.dgd == 'input_only':
+        erased = jax.tree.map(jnp.zeros_like, running)._replace(first=erased.first)
+    keep = lambda w, r, e, s: alpha * w + (1.0 - alpha) * r - e + s
+    running = jax.tree.map(keep, running, rest, erased, momentum)
+    seen = _join(rule, anchor, source) if rule.read == 'anchor' else running
+    y = _outputs(rule, seen, made.query)[0][0, 0]
+    return (running, momentum, source, anchor), y
+
+
+def _erase(weight: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
+    """The DGD term eta x (x^T W) of one layer or a stack of layers."""
+    return rate * x[..., :, None] * jnp.einsum('...i,...io->...o', x, weight)[..., None, :]
+
+
+def _layer_inputs(rule: Rule, at: Memories, key: jax.Array, eta: jax.Array) -> tuple[Memories, Memories]:
+    """Each layer's own input at one key, and its learning rate, broadcastable to the layer."""
+    if rule.kind == 'matrix':
+        return Memories(key, None, None), Memories(eta, None, None)
+    hidden = jax.nn.silu(_hidden(rule, at.first, key[None]))[:, 0]
+    shrink = 1.0 / (1.0 + eta * jnp.sum(hidden**2, -1)) if rule.dgd == 'per_layer' else jnp.ones(hidden.shape[0], hidden.dtype)
+    rates = (eta * shrink)[:, None, None]
+    return Memories(key, hidden[: rule.wide], hidden[rule.wide :]), Memories(eta, rates[: rule.wide], rates[rule.wide :])

@@ -1,0 +1,117 @@
+"""Hyper-parameters of the language models, as plain frozen dataclasses. Imports no JAX, so that bad input is met early."""
+
+import dataclasses
+import math
+from typing import Literal
+
+Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Softmax attention with rotary positions and grouped queries."""
+
+    num_kv_heads: int | None = None  # None: one for each query head
+    window: int | None = None  # tokens each query sees, itself included; None: all, up to max_length
+    rope_theta: float = 10_000.0
+    short_convolution: bool = False  # the width-4 convolutions of the memories on q, k and v, as a control
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """Titans' memory and the self-modifying memories (sections 8.1 and 8.2, arXiv:2512.24695v1)."""
+
+    kind: Literal['matrix', 'mlp'] = 'mlp'
+    chunk_size: int = 16  # tokens between two refreshes of the main memory's anchor
+    projection_chunk_size: int = 16  # tokens between two refreshes of k, v, eta, alpha and v_hat; one size divides the other
+    hidden_dim: int | None = None  # MLP memories; None: the head's width
+    dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer'
+    gradient: Literal['token', 'chunk'] = 'chunk'  # matrix memories may take it token by token at no cost
+    read: Literal['running', 'anchor'] = 'running'
+    momentum: bool = True
+    decay_to: Literal['zero', 'init'] = 'zero'
+    adaptive_query: bool = False
+    positive_eigenvalues: bool = False  # keep eta below alpha, so that no eigenvalue turns negative
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelConfig:
+    """One level of a Continuum Memory System: an MLP and how often it is updated (Eq. 71, arXiv:2512.24695v1)."""
+
+    hidden_dim: int
+    period: int  # tokens between two updates
+
+
+@dataclasses.dataclass(frozen=True)
+class InSequenceConfig:
+    """CMS updated within a sequence, by the gradient of the model's own next-token loss."""
+
+    blocks: tuple[int, ...]  # the blocks whose levels are updated
+    learning_rate: float = 1e-2  # of the inner update; sums over a period's tokens, as Eq. 71 does
+    variant: Literal['sequential', 'nested'] = 'sequential'
+    bptt: int | None = None  # chunks the outer gradient goes back through; None: all
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model: pre-norm blocks of a token mixer and a channel mixer.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    mixer: Mixer
+    num_layers: int
+    width: int
+    num_heads: int
+    head_dim: int
+    levels: tuple[LevelConfig, ...]  # fastest first, as in Eq. 70; one level without updates is a Transformer's MLP
+    vocab_size: int = 256
+    max_length: int = 4096  # tokens softmax attention looks back at most
+    aggregation: Literal['chain', 'sum'] = 'chain'  # of the levels: Eq. 70, or the independent variant of Eq. 74
+    attention: AttentionConfig = AttentionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    in_sequence: InSequenceConfig | None = None
+    tie_embeddings: bool = False
+    norm_epsilon: float = 1e-6
+    dtype: str = 'float32'  # of activations and matrix products; parameters and memories are float32
+    scan_layers: bool = True
+    remat: Literal['none', 'block', 'dots'] = 'none'
+
+    def __post_init__(self):
+        for name in ('num_layers', 'width', 'num_heads', 'head_dim', 'vocab_size', 'max_length'):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), 'an integer of at least 1')
+        _check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
+        for level in self.levels:
+            _check(level.period >= 1, 'levels.period', level.period, 'an integer of at least 1')
+        sizes = self.memory.chunk_size, self.memory.projection_chunk_size
+        _check(min(sizes) >= 1, 'memory.chunk_size', min(sizes), 'an integer of at least 1')
+        _check(max(sizes) % min(sizes) == 0, 'memory.chunk_size and memory.projection_chunk_size', sizes, 'sizes of which one divides the other')
+        if self.mixer == 'attention':
+            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
+            kv_heads = self.num_kv_heads
+            _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
+        if self.memory.kind == 'mlp' and self.memory.gradient == 'token' and self.mixer == 'self-modifying':
+            raise ValueError("memory.gradient='token' needs memory.kind='matrix': an MLP memory is not linear in its weights")
+        if self.in_sequence is not None:
+            wrong = [block for block in self.in_sequence.blocks if not 0 <= block < self.num_layers]
+            _check(not wrong and len(self.in_sequence.blocks) > 0, 'in_sequence.blocks', self.in_sequence.blocks, f'block numbers from 0 to {self.num_layers - 1}')
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads of softmax attention."""
+        return self.attention.num_kv_heads or self.num_heads
+
+    @property
+    def grid(self) -> int:
+        """Tokens between the places where a packed document may start; 1 where it may start anywhere."""
+        if self.mixer == 'titans':
+            return self.memory.chunk_size
+        if self.mixer == 'self-modifying':
+            return math.lcm(self.memory.chunk_size, self.memory.projection_chunk_size)
+        return 1
+
+
+def _check(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f'{name} is {value}, allowed is {allowed}')

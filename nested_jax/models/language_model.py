@@ -1,0 +1,142 @@
+"""The decoder-only language model all families share: pre-norm blocks of a token mixer and a channel mixer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nested_jax.layers.attention import Attention
+from nested_jax.layers.channel import ContinuumMLP
+from nested_jax.layers.common import Context, RMSNorm
+from nested_jax.layers.gated_delta_rule import GatedDeltaRule
+from nested_jax.layers.self_modifying import SelfModifyingTitans
+from nested_jax.layers.titans import Titans
+from nested_jax.models.config import ModelConfig
+
+TOKEN_MIXERS = {
+    'attention': Attention,
+    'titans': Titans,
+    'gated-delta-rule': GatedDeltaRule,
+    'self-modifying': SelfModifyingTitans,
+}
+_REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then the levels of the channel mixer, each with its own norm and residual."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state, context: Context) -> tuple[jax.Array, object]:
+        """(B, T, width) and the mixer's state -> the same."""
+        mixer = TOKEN_MIXERS[self.config.mixer](self.config, name='mixer')
+        y, state = mixer(RMSNorm(self.config.norm_epsilon, name='mixer_norm')(x), state, context)
+        return ContinuumMLP(self.config, name='channel')(x + y), state
+
+
+class LanguageModel(nn.Module):
+    """A causal language model.
+
+    Parameters of the blocks are stacked: every leaf under params['blocks'] has a leading axis of `num_layers`. The state
+    is a pytree whose leaves have a leading batch axis; all zeros is the state before the first token.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        block = Block
+        if config.remat != 'none':
+            block = nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, static_argnums=())
+        self.embedding = self.param('embedding', nn.initializers.normal(1.0), (config.vocab_size, config.width))
+        self.blocks = nn.scan(
+            block,
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast),
+            out_axes=0,
+            length=config.num_layers,
+            unroll=1 if config.scan_layers else config.num_layers,
+        )(config)
+        self.norm = RMSNorm(config.norm_epsilon)
+        if not config.tie_embeddings:
+            self.head_kernel = self.param('head', nn.initializers.lecun_normal(), (config.width, config.vocab_size))
+
+    def __call__(self, tokens: jax.Array, state=None, *, segment_ids: jax.Array | None = None, update: bool = True):
+        """Logits of the token after each token.
+
+        Args:
+            tokens: (B, T) int32.
+            state: what an earlier call returned, or None before the first token.
+            segment_ids: (B, T) int32 document of each token; memories start anew where it changes, within a call or from
+                one call to the next. Where `config.grid` is above 1, documents must start on its multiples within a call.
+            update: False to read the memories without writing them.
+
+        Returns:
+            (B, T, V) float32 logits, and the state after the last token.
+
+        Raises:
+            ValueError: for tokens or segment_ids of another shape or dtype.
+        """
+        hidden, state = self.hidden(tokens, state, segment_ids=segment_ids, update=update)
+        kernel = self.embedding.T if self.config.tie_embeddings else self.head_kernel
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        flat = jnp.matmul(hidden.reshape(-1, hidden.shape[-1]), kernel.astype(hidden.dtype), preferred_element_type=wide)
+        return flat.reshape(*tokens.shape, self.config.vocab_size), state
+
+    def hidden(self, tokens: jax.Array, state=None, *, segment_ids: jax.Array | None = None, update: bool = True):
+        """As a call, but returns the normed (B, T, width) rows that the head would read, in the compute dtype."""
+        _check_tokens(tokens, segment_ids)
+        layers, context = _open(state, segment_ids, update)
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        x, layers = self.blocks(x, layers, context)
+        return self.norm(x), _close(state, layers, context, tokens)
+
+    def head(self, params) -> jax.Array:
+        """The (width, V) matrix from hidden rows to logits."""
+        return params['embedding'].T if self.config.tie_embeddings else params['head']
+
+    def init_state(self, batch_size: int):
+        """The state before the first token.
+
+        Args:
+            batch_size: sequences read side by side.
+
+        Returns:
+            A pytree of zeros, every leaf with a leading axis of `batch_size`.
+        """
+        tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
+        _, state = jax.eval_shape(lambda t: self.clone(parent=None).init_with_output(jax.random.key(0), t)[0], tokens)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+
+
+def _check_tokens(tokens: jax.Array, segment_ids: jax.Array | None) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f'tokens is {tokens.dtype}{tokens.shape}, allowed is an integer array (batch, time)')
+    if segment_ids is not None and segment_ids.shape != tokens.shape:
+        raise ValueError(f'segment_ids has shape {segment_ids.shape}, allowed is that of tokens, {tokens.shape}')
+
+
+def _open(state, segment_ids: jax.Array | None, update: bool):
+    """The layers' states, stacked in front, and the call's context; a document that ended before this call is forgotten."""
+    if state is None:
+        return None, Context(None, segment_ids, update)
+    if segment_ids is not None:
+        same = segment_ids[:, 0] == state['segment_id']
+        keep = lambda leaf: jnp.where(jnp.expand_dims(same, range(1, leaf.ndim)), leaf, jnp.zeros_like(leaf))
+        state = jax.tree.map(keep, state)
+    layers = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), state['layers'])
+    return layers, Context(state['position'], segment_ids, update)
+
+
+def _close(state, layers, context: Context, tokens: jax.Array):
+    """The state after a call."""
+    if not context.update and state is not None:
+        return state
+    batch, length = tokens.shape
+    position = jnp.full(batch, length, jnp.int32) if context.position is None else context.position + length
+    segment_id = jnp.zeros(batch, jnp.int32) if state is None else state['segment_id']
+    if context.segment_ids is not None:
+        segment_id = context.segment_ids[:, -1].astype(jnp.int32)
+    layers = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), layers)
+    return {'position': position, 'segment_id': segment_id, 'layers': layers}

@@ -1,0 +1,68 @@
+"""Next-token cross-entropy, in chunks of the vocabulary."""
+
+import jax
+import jax.numpy as jnp
+
+
+def next_token_loss(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array | None = None, *, vocab_chunk: int = 8192
+) -> jax.Array:
+    """Sum of the cross-entropies of hidden @ head against the targets.
+
+    Logits exist for one chunk of the vocabulary at a time and are computed again in the backward pass: in full, 0.5M
+    tokens by a vocabulary of 32k are 64 GB.
+
+    Args:
+        hidden: (N, D) in the compute dtype.
+        head: (D, V) float32.
+        targets: (N,) int32 in [0, V).
+        weights: (N,) float32 factors of each token's loss, None for ones.
+        vocab_chunk: entries of the vocabulary at a time.
+
+    Returns:
+        Scalar float32 sum in nats.
+    """
+    vocab = head.shape[1]
+    chunk = min(vocab_chunk, vocab)
+    count = -(-vocab // chunk)
+    columns = jnp.pad(head.astype(hidden.dtype), ((0, 0), (0, count * chunk - vocab)))
+    columns = columns.reshape(head.shape[0], count, chunk).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def add_chunk(carry, inputs):
+        largest, total, picked = carry
+        first, block = inputs
+        logits = jnp.matmul(hidden, block, preferred_element_type=total.dtype)
+        logits = jnp.where((first + jnp.arange(chunk) < vocab)[None], logits, -jnp.inf)
+        new_largest = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(1)))
+        total = total * jnp.exp(largest - new_largest) + jnp.exp(logits - new_largest[:, None]).sum(1)
+        local = targets - first
+        inside = (local >= 0) & (local < chunk)
+        here = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[:, None], 1)[:, 0]
+        return (new_largest, total, picked + jnp.where(inside, here, 0.0)), None
+
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    rows = jnp.zeros(targets.shape, wide)
+    start = (jnp.full_like(rows, jnp.finfo(wide).min), rows, rows)
+    (largest, total, picked), _ = jax.lax.scan(add_chunk, start, (jnp.arange(count) * chunk, columns))
+    losses = largest + jnp.log(total) - picked
+    return losses.sum() if weights is None else (losses * weights).sum()
+
+
+def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids=None, weights=None) -> tuple[jax.Array, jax.Array]:
+    """Sum of a language model's next-token losses over a batch.
+
+    Args:
+        model: a `LanguageModel`.
+        params: its parameters.
+        tokens, targets: (B, T) int32.
+        segment_ids: (B, T) int32 documents of packed rows, or None.
+        weights: (B, T) float32 factors of each token's loss, or None.
+
+    Returns:
+        The sum in nats and the sum of the weights, float32 scalars.
+    """
+    hidden, _ = model.apply({'params': params}, tokens, segment_ids=segment_ids, method='hidden')
+    flat = None if weights is None else weights.reshape(-1)
+    total = next_token_loss(hidden.reshape(-1, hidden.shape[-1]), model.head(params), targets.reshape(-1), flat)
+    return total, jnp.asarray(targets.size, total.dtype) if flat is None else flat.sum()

@@ -1,0 +1,84 @@
+"""Named model configurations. Imports no JAX.
+
+At each size all families have the Transformer's depth, width and heads; their MLPs are sized so that parameters outside the
+embedding and the head agree within 3 %.
+"""
+
+import dataclasses
+import difflib
+from typing import NamedTuple
+
+from nested_jax.models.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig
+
+
+class _Size(NamedTuple):
+    layers: int
+    width: int
+    heads: int
+    vocab_size: int
+    max_length: int
+    periods: tuple[int, ...]  # of Hope's levels in tokens, fastest first
+
+
+_LARGE_PERIODS = (2**19, 2**20, 2**21, 2**22)
+_SIZES = {
+    'tiny': _Size(4, 128, 4, 256, 4096, (512, 2048)),
+    '124m': _Size(12, 768, 12, 32_000, 4096, _LARGE_PERIODS),
+    '340m': _Size(24, 1024, 16, 32_000, 4096, _LARGE_PERIODS),
+    '760m': _Size(24, 1536, 16, 32_000, 4096, _LARGE_PERIODS),
+    '1.3b': _Size(24, 2048, 16, 32_000, 4096, _LARGE_PERIODS),
+}
+
+# Hidden units of the MLPs, all levels together, that equalise the parameters of each family at each size.
+_HIDDEN = {
+    'transformer': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
+    'hope-attention': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
+    'gated-deltanet': {'tiny': 400, '124m': 1792, '340m': 2400, '760m': 3584, '1.3b': 4800},
+    'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
+    'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
+}
+
+_FAMILIES = {
+    'transformer': dict(mixer='attention'),
+    'hope-attention': dict(mixer='attention'),
+    'gated-deltanet': dict(mixer='gated-delta-rule'),
+    'titans': dict(mixer='titans', memory=MemoryConfig(dgd='none')),
+    'hope': dict(mixer='self-modifying', memory=MemoryConfig()),
+    'hope-linear': dict(
+        mixer='self-modifying',
+        memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32, gradient='token', momentum=False),
+    ),
+}
+
+
+def preset(name: str, **overrides) -> ModelConfig:
+    """A named model configuration.
+
+    Args:
+        name: '<family>-<size>', one of `preset_names()`.
+        **overrides: fields of `ModelConfig` to replace.
+
+    Returns:
+        The `ModelConfig`.
+
+    Raises:
+        ValueError: if there is no such preset, or an override is not allowed.
+    """
+    if name not in preset_names():
+        near = difflib.get_close_matches(name, preset_names(), 3)
+        raise ValueError(f'preset is {name!r}, allowed is one of {", ".join(near or preset_names())}')
+    family, size = name.rsplit('-', 1)
+    shape, hidden = _SIZES[size], _HIDDEN[family][size]
+    periods = shape.periods if family.startswith('hope') else shape.periods[:1]
+    config = ModelConfig(
+        num_layers=shape.layers, width=shape.width, num_heads=shape.heads, head_dim=shape.width // shape.heads,
+        levels=tuple(LevelConfig(hidden // len(periods), period) for period in periods),
+        vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny', **_FAMILIES[family],
+    )  # fmt: skip
+    return dataclasses.replace(config, **overrides)
+
+
+def preset_names() -> tuple[str, ...]:
+    """All names `preset` knows."""
+    return tuple(f'{family}-{size}' for family in _FAMILIES for size in _SIZES)

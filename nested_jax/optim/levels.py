@@ -1,0 +1,171 @@
+"""A period for each level of the parameters: the Continuum Memory System across steps (Eq. 71, arXiv:2512.24695v1)."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Inner = optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
+Periods = PyTree | Callable[[str], int]
+
+
+class LevelState(NamedTuple):
+    """State of the parameters that are updated every n-th step."""
+
+    count: jax.Array  # shape=(), dtype=int32: steps since the last update
+    sums: optax.Updates  # of the gradients since the last update; shaped like the parameters, float32 at least
+    inner_state: optax.OptState  # advances once an update
+
+
+def by_level(inner: Inner, periods: Periods) -> optax.GradientTransformationExtraArgs:
+    r"""Update each level of the parameters at its own frequency, with any optimizer.
+
+    A parameter of period :math:`n` keeps still for :math:`n - 1` steps while its gradients are summed, and every :math:`n`-th step takes
+    one update of the inner optimizer with the sum. With gradient descent that is Eq. (71):
+
+    .. math::
+      \theta_{i+1} = \theta_i - \begin{cases}
+        \eta \sum_{t=i-n+1}^{i} \nabla L_t & \text{if } i \equiv 0 \bmod n \\
+        0 & \text{otherwise} \end{cases}
+
+    The inner optimizer's state (moments, step count) advances with its updates and not in between. A parameter of period 1 is updated
+    as by the inner optimizer alone, to the bit. Parameters of one period share one inner optimizer, so one that looks across parameters
+    (clipping by global norm, for one) sees those of its own period only: chain it before `by_level` to have it see all.
+
+    Weight decay is applied once an update. A schedule inside counts a level's own updates: give a function of the period, and pass its
+    schedules through `stretch`, to have them follow the global step.
+
+    The inner update runs under one `jax.lax.cond` for each period above 1: the steps in between cost an addition, whatever the optimizer
+    does (Newton-Schulz, say).
+
+    Args:
+        inner: the optimizer, or a function from a level's period to its optimizer.
+        periods: steps between two updates: a pytree of integers that is a prefix of the parameters', or a function of a parameter's path,
+            such as 'blocks/channel/level_1/up'. `optax.tree.map_params` needs the pytree.
+
+    Returns:
+        The transformation. Its state is optax's for `partition`, under the keys 'every_<n>', with a `LevelState` for n above 1.
+
+    Raises:
+        ValueError: at `init`, if a period is not an integer of at least 1.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> optimizer = by_level(optax.sgd(0.5), {'fast': 1, 'slow': 2})
+        >>> params = {'fast': jnp.ones(()), 'slow': jnp.ones(())}
+        >>> state = optimizer.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = optimizer.update(params, state, params)
+        ...     print(float(updates['fast']), float(updates['slow']))
+        -0.5 0.0
+        -0.5 -1.0
+
+    References:
+        Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 7.1
+    """
+    make_inner = inner if callable(inner) else lambda _: inner
+
+    def partitioned(tree):
+        steps = _periods_of(tree, periods) if callable(periods) else _checked(periods)
+        transforms = {f'every_{n}': summed(make_inner(n), n) for n in sorted(set(jax.tree.leaves(steps)))}
+        return optax.partition(transforms, jax.tree.map(lambda n: f'every_{n}', steps))
+
+    def init_fn(params):
+        return partitioned(params).init(params)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        return partitioned(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def summed(inner: optax.GradientTransformation, period: int) -> optax.GradientTransformationExtraArgs:
+    """Hand `inner` the sum of every `period` gradients, with zero updates in between.
+
+    `optax.MultiSteps` with `use_grad_mean=False` gives the same numbers, and runs the inner optimizer at every step.
+
+    Args:
+        inner: the optimizer.
+        period: steps between two updates; 1 returns `inner` itself.
+
+    Returns:
+        The transformation, with a `LevelState` where the period is above 1.
+    """
+    inner = optax.with_extra_args_support(inner)
+    if period == 1:
+        return inner
+
+    def init_fn(params):
+        sums = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
+        return LevelState(jnp.zeros((), jnp.int32), sums, inner.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        sums = jax.tree.map(lambda total, gradient: total + gradient.astype(total.dtype), state.sums, updates)
+
+        def step(sums, inner_state):
+            gradients = jax.tree.map(lambda total, gradient: total.astype(gradient.dtype), sums, updates)
+            new_updates, inner_state = inner.update(gradients, inner_state, params, **extra_args)
+            return new_updates, LevelState(jnp.zeros_like(state.count), jax.tree.map(jnp.zeros_like, sums), inner_state)
+
+        def wait(sums, inner_state):
+            like = jax.eval_shape(step, sums, inner_state)[0]
+            zeros = jax.tree.map(lambda gradient, out: jnp.zeros_like(gradient, dtype=out.dtype), updates, like)
+            return zeros, LevelState(state.count + 1, sums, inner_state)
+
+        return jax.lax.cond(state.count == period - 1, step, wait, sums, state.inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def stretch(schedule: optax.ScalarOrSchedule, period: int) -> optax.ScalarOrSchedule:
+    """A schedule of a level's updates that follows one of global steps.
+
+    The k-th update of a level, counted from 0, falls on global step k * period + period - 1.
+
+    Args:
+        schedule: of global steps, or a constant.
+        period: steps between two updates of the level.
+
+    Examples:
+        >>> stretch(lambda step: step, 4)(0), stretch(lambda step: step, 4)(1), stretch(0.1, 4)
+        (3, 7, 0.1)
+    """
+    if not callable(schedule):
+        return schedule
+    return lambda count: schedule(count * period + period - 1)
+
+
+def steps_of(period: int, tokens_per_step: int) -> int:
+    """Steps that make up a period given in tokens, rounded up: a period within one step is a step.
+
+    Args:
+        period: tokens between two updates of a level.
+        tokens_per_step: of the whole batch.
+
+    Raises:
+        ValueError: if either is below 1.
+
+    Examples:
+        >>> steps_of(512, 2048), steps_of(16384, 2048), steps_of(5000, 2048)
+        (1, 8, 3)
+    """
+    for name, value in (('period', period), ('tokens_per_step', tokens_per_step)):
+        if value < 1:
+            raise ValueError(f'{name} is {value}, allowed is an integer of at least 1')
+    return math.ceil(period / tokens_per_step)
+
+
+def _periods_of(tree: PyTree, period_of: Callable[[str], int]) -> PyTree:
+    named = lambda path, _: period_of(jax.tree_util.keystr(path, simple=True, separator='/'))
+    return _checked(jax.tree_util.tree_map_with_path(named, tree))
+
+
+def _checked(periods: PyTree) -> PyTree:
+    for path, period in jax.tree_util.tree_leaves_with_path(periods):
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            raise ValueError(f'periods at {jax.tree_util.keystr(path)} is {period!r}, allowed is an integer of at least 1')
+    return periods

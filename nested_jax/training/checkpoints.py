@@ -1,0 +1,217 @@
+"""Checkpoints that are verified before a value of them is used.
+
+One checkpoint is one folder, named by its step:
+
+    state/          the state's arrays, written by orbax (v1)
+    meta.json       format, step, configuration, data cursor, every leaf's shape and dtype, package versions
+    manifest.json   sha256 of each file above, written last
+
+The folder is filled under a temporary name and renamed when it is complete, so a folder named by a step is complete unless it
+was damaged later. orbax itself reads a file with a flipped bit without a word, casts dtypes silently and does not fall back;
+the checks here stand before it.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from nested_jax.training.config import check_same_config
+
+FORMAT = 1
+PyTree = Any
+_MANIFEST = 'manifest.json'
+_META = 'meta.json'
+_TEMPORARY = '.tmp'
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'nested_jax')
+
+
+class DamagedCheckpointsError(RuntimeError):
+    """All checkpoints of a run are damaged: starting over silently would throw the run away."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `Checkpoints.restore` read."""
+
+    step: int
+    state: PyTree
+    data: dict  # the data cursor
+    versions: dict[str, str]  # packages that wrote it
+    rejected: tuple[str, ...]  # newer checkpoints passed over, each with its reason
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: made when absent; leftovers of an interrupted save are removed.
+        keep: newest checkpoints kept. An older one stays while none of those verifies.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f'keep is {keep}, allowed is an integer of at least 1')
+        self.folder = pathlib.Path(folder).absolute()
+        self.keep = keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob('*' + _TEMPORARY):
+            shutil.rmtree(leftover)
+
+    def path(self, step: int) -> pathlib.Path:
+        """Folder of one step's checkpoint."""
+        return self.folder / f'{step:08d}'
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, damaged or not, oldest first."""
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir())
+
+    def save(self, step: int, state: PyTree, *, config: dict, data: dict) -> pathlib.Path:
+        """Writes a checkpoint and removes those no longer kept.
+
+        Checkpoints of later steps are removed too: `restore` rejected them, and this run is about to write them again.
+
+        Args:
+            step: steps done.
+            state: pytree of arrays: parameters, optimizer, running memories, key.
+            config: the run's configuration, JSON.
+            data: where the data stands, JSON.
+        """
+        temporary = self.path(step).with_name(f'{step:08d}{_TEMPORARY}')
+        try:
+            temporary.mkdir()
+            ocp.save(temporary / 'state', state)
+            meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
+            _write(temporary / _META, json.dumps(meta, indent=1))
+            _write(temporary / _MANIFEST, _manifest_text({name: _digest(temporary / name) for name in _files(temporary)}))
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for later in self.steps():
+            if later >= step:
+                self._delete(later)
+        temporary.rename(self.path(step))
+        self._retain()
+        return self.path(step)
+
+    def verify(self, step: int) -> str | None:
+        """None when every byte is as it was written, else what is wrong, with the file's name."""
+        folder = self.path(step)
+        try:
+            text = (folder / _MANIFEST).read_text()
+            files = json.loads(text)
+            if not isinstance(files, dict) or _manifest_text(files) != text:
+                return f'{_MANIFEST} is damaged'
+            for name, digest in files.items():
+                if not (folder / name).is_file():
+                    return f'{name} is missing'
+                if _digest(folder / name) != digest:
+                    return f'{name} is damaged'
+        except FileNotFoundError:
+            return f'{_MANIFEST} is missing'
+        except (ValueError, OSError) as error:  # not UTF-8, not JSON, a name that no file can have
+            return f'{_MANIFEST} is damaged ({error})'
+        return None
+
+    def restore(self, like: PyTree, config: dict | None = None) -> Restored | None:
+        """Reads the newest checkpoint that verifies.
+
+        Args:
+            like: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings to restore.
+            config: configuration it must have been written with; None skips the comparison.
+
+        Returns:
+            What was read, or None when the folder holds no checkpoint at all.
+
+        Raises:
+            DamagedCheckpointsError: when there are checkpoints and none verifies.
+            ValueError: naming the field of the configuration, or the leaf, that differs.
+        """
+        rejected = []
+        for step in reversed(self.steps()):
+            reason = self.verify(step)
+            if reason is None:
+                return self._load(step, like, config, tuple(rejected))
+            rejected.append(f'step {step}: {reason}')
+        if rejected:
+            raise DamagedCheckpointsError(
+                f'refusing to start over in {self.folder}: every checkpoint there is damaged ({"; ".join(rejected)}); '
+                'remove the folder to start again from step 0'
+            )
+        return None
+
+    def _load(self, step: int, like: PyTree, config: dict | None, rejected: tuple[str, ...]) -> Restored:
+        folder = self.path(step)
+        meta = json.loads((folder / _META).read_text())
+        if meta['format'] != FORMAT:
+            raise ValueError(f'{folder} has checkpoint format {meta["format"]}, allowed is {FORMAT}')
+        if config is not None:
+            check_same_config(meta['config'], config, folder)
+        _check_leaves(meta['leaves'], _leaves(like))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), like)
+        return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], meta['versions'], rejected)
+
+    def _retain(self) -> None:
+        steps = self.steps()
+        old, kept = steps[: -self.keep], steps[-self.keep :]
+        if old and all(self.verify(step) for step in reversed(kept)):
+            good = next((step for step in reversed(old) if self.verify(step) is None), None)
+            old = [step for step in old if step != good]
+        for step in old:
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        # Renamed first: a folder half removed must not look like a checkpoint.
+        doomed = self.path(step).with_name(f'{step:08d}.deleted{_TEMPORARY}')
+        self.path(step).rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a number comes out as."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = 'not installed'
+    return versions
+
+
+def _leaves(tree: PyTree) -> dict[str, list]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): [list(leaf.shape), str(leaf.dtype)] for path, leaf in flat}
+
+
+def _check_leaves(saved: dict[str, list], wanted: dict[str, list]) -> None:
+    for name in dict.fromkeys([*saved, *wanted]):
+        if saved.get(name) != wanted.get(name):
+            was, now = (' '.join(map(str, leaves[name])) if name in leaves else 'absent' for leaves in (saved, wanted))
+            raise ValueError(f'{name} is {was} in the checkpoint and {now} in the model; allowed is the same shape and dtype')
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
+
+
+def _digest(path: pathlib.Path) -> str:
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _manifest_text(files: dict[str, str]) -> str:
+    return json.dumps(files, indent=1, sort_keys=True)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    with open(path, 'w') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

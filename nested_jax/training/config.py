@@ -1,0 +1,137 @@
+"""Settings of a training run, as a frozen dataclass. Imports no JAX, so that bad input is met early."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from nested_jax.models.config import ModelConfig
+
+# What may change between two halves of a run: none of it touches a number that is learnt or reported.
+FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep')
+_COUNTS = ('steps', 'batch_size', 'sequence_length', 'accumulation', 'eval_every', 'eval_tokens', 'checkpoint_every', 'keep', 'log_every')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    steps: int = 600  # optimizer steps
+    batch_size: int = 8  # sequences a step, over all devices and microbatches
+    sequence_length: int = 512  # tokens a sequence
+    learning_rate: float = 3e-3  # at the end of the warm-up; the cosine ends at a tenth of it
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # global norm the gradient is clipped to
+    accumulation: int = 1  # microbatches a step
+    beta1: float = 0.9
+    beta2: float = 0.95
+    seed: int = 0
+    eval_every: int = 200  # steps between two evaluations on held-out text; the last step is always evaluated
+    eval_tokens: int = 65_536  # held-out tokens of an evaluation during the run
+    final_eval_tokens: int | None = None  # held-out tokens of the last evaluation; None: all
+    checkpoint_every: int = 200  # steps; the last step is always saved
+    keep: int = 2  # checkpoints kept
+    log_every: int = 10  # steps
+    output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
+
+    def __post_init__(self):
+        for name in (
+            'steps',
+            'batch_size',
+            'sequence_length',
+            'accumulation',
+            'eval_every',
+            'eval_tokens',
+            'checkpoint_every',
+            'keep',
+            'log_every',
+        ):
+            self._check(name, getattr(self, name) >= 1, 'an integer of at least 1')
+        self._check('final_eval_tokens', self.final_eval_tokens is None or self.final_eval_tokens >= 1, 'an integer of at least 1 or None')
+        for name in ('learning_rate', 'clip_norm'):
+            self._check(name, getattr(self, name) > 0, 'a number above 0')
+        for name in ('beta1', 'beta2'):
+            self._check(name, 0 <= getattr(self, name) < 1, 'a number from 0 to below 1')
+        self._check('weight_decay', self.weight_decay >= 0, 'a number of at least 0')
+        self._check('warmup_steps', 0 <= self.warmup_steps < self.steps, f'an integer from 0 to below steps={self.steps}')
+        self._check('accumulation', self.batch_size % self.accumulation == 0, f'a divisor of batch_size={self.batch_size}')
+        self._check('seed', 0 <= self.seed < 2**32, 'an integer from 0 to below 2**32')
+        self._check('output', bool(self.output.strip()), 'a folder')
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens one optimizer step reads."""
+        return self.batch_size * self.sequence_length
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f'train.{name} is {getattr(self, name)!r}, allowed is {allowed}')
+
+
+def check_devices(config: TrainConfig, num_devices: int) -> None:
+    """Raises ValueError unless every device gets as many rows of every microbatch."""
+    if config.batch_size % (config.accumulation * num_devices):
+        allowed = f'a multiple of accumulation x devices = {config.accumulation} x {num_devices}'
+        raise ValueError(f'train.batch_size is {config.batch_size}, allowed is {allowed}')
+
+
+def check_model(config: TrainConfig, model: ModelConfig, vocab_size: int) -> None:
+    """Raises ValueError unless the model can read the run's sequences and tokens.
+
+    Args:
+        config: of the run.
+        model: of the model.
+        vocab_size: of the tokenizer.
+    """
+    if config.sequence_length % model.grid:
+        raise ValueError(
+            f"train.sequence_length is {config.sequence_length}, allowed is a multiple of the model's chunk grid, {model.grid}"
+        )
+    if model.vocab_size < vocab_size:
+        raise ValueError(f"model.vocab_size is {model.vocab_size}, allowed is at least the tokenizer's, {vocab_size}")
+
+
+def claim_folder(folder: str | os.PathLike, run_config: dict) -> None:
+    """Writes the configuration into a new output folder.
+
+    Raises:
+        ValueError: naming the first field in which the folder's configuration is another one.
+    """
+    path = pathlib.Path(folder) / 'config.json'
+    if path.exists():
+        try:
+            saved = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f'{path} is damaged ({error}); restore it or use another output folder') from error
+        check_same_config(saved, run_config, folder)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(run_config, indent=1))
+    temporary.replace(path)
+
+
+def check_same_config(saved: dict, current: dict, folder: str | os.PathLike) -> None:
+    """Raises ValueError naming the first field in which two configurations differ, those that may change excepted."""
+    saved, current = _flat(saved), _flat(current)
+    for field in dict.fromkeys([*saved, *current]):
+        if field not in FREE_FIELDS and saved.get(field) != current.get(field):
+            raise ValueError(
+                f'{field} is {current.get(field)!r}, but {folder} holds a run with {field} = {saved.get(field)!r}: '
+                'allowed is the same value, or another output folder'
+            )
+
+
+def _flat(tree: Any, prefix: str = '') -> dict[str, Any]:
+    """Dotted name -> value, lists and dictionaries taken apart; tuples count as the lists that JSON makes of them."""
+    if isinstance(tree, list | tuple):
+        tree = {str(index): value for index, value in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {name: value for key, child in tree.items() for name, value in _flat(child, f'{prefix}.{key}' if prefix else key).items()}

@@ -1,0 +1,289 @@
+"""The trainer: from the first step to the last, resumed by calling it again.
+
+A run that is stopped and resumed is bit for bit the run that was not: a batch depends on its step only, the state is saved
+whole, and the half-filled window of the training loss is saved with it.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+
+from nested_jax.data import Dataset, batch_iterator, check_same_data, data_identity, evaluation_batches, training_batches
+from nested_jax.evaluation.perplexity import HeldOut, evaluate
+from nested_jax.models.config import ModelConfig
+from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.loss import model_loss
+from nested_jax.training.checkpoints import Checkpoints, Restored
+from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
+from nested_jax.training.optimizer import make_optimizer, warmup_cosine
+from nested_jax.training.state import TrainState, init_state
+from nested_jax.training.step import LossFunction, make_eval_step, make_train_step
+
+
+class DivergedError(RuntimeError):
+    """A loss, gradient or parameter is not a finite number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended."""
+
+    model: LanguageModel
+    state: TrainState
+    step: int  # steps done
+    heldout: HeldOut | None  # None when a signal stopped the run
+    stopped_by: int | None  # the signal's number
+    checkpoint: pathlib.Path
+    resumed_from: int  # 0 for a fresh start
+    rejected: tuple[str, ...]  # damaged checkpoints passed over
+
+
+def train(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    data: Dataset,
+    run_config: dict,
+    *,
+    devices: list | None = None,
+    console: rich.console.Console | None = None,
+) -> Result:
+    """Trains a language model, or goes on where the folder `config.output` says a run stopped.
+
+    SIGINT or SIGTERM ends the run after the step in hand, with a checkpoint; a second one ends the process at once.
+
+    Args:
+        config: the run's settings.
+        model_config: of the model; its vocabulary holds the tokenizer's.
+        data: tokenized text.
+        run_config: everything that decides what the numbers come out as, JSON; a folder of another one is refused.
+        devices: that share each batch; None for all.
+        console: for progress; None is standard output.
+
+    Raises:
+        ValueError: for settings that don't fit each other, or don't fit the folder.
+        DivergedError: at the first step whose loss or gradient is not finite; nothing of it is saved.
+        DamagedCheckpointsError: when the folder has checkpoints and all are damaged.
+    """
+    devices = list(devices or jax.devices())
+    check_devices(config, len(devices))
+    check_model(config, model_config, data.tokenizer.vocab_size)
+    claim_folder(config.output, run_config)
+    with Progress(config.steps, console=console) as progress:
+        return _Trainer(config, model_config, data, run_config, devices, progress).run()
+
+
+class _Trainer:
+    """One call of `train`: what it needs, made in order, then the loop."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, data: Dataset, run_config: dict, devices: list, progress: Progress):
+        self.config, self.run_config, self.progress = config, run_config, progress
+        self.folder = pathlib.Path(config.output)
+        self.model = LanguageModel(model_config)
+        self.optimizer = make_optimizer(config, level_periods(model_config))
+        self.schedule = warmup_cosine(config)
+        self.loss_function = make_loss(self.model)
+        self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep)
+        mesh = jax.sharding.Mesh(np.asarray(devices), ('data',))
+        self.replicated, self.by_row = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P('data')))
+        layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model_config.grid)
+        self.count_bytes = data.tokenizer.count_bytes
+        self.identity = data_identity(data, **layout, seed=config.seed)
+        self.batches = training_batches(data.train, **layout, seed=config.seed)
+        self.during, self.final = (
+            evaluation_batches(data.heldout, **layout, max_tokens=count) for count in (config.eval_tokens, config.final_eval_tokens)
+        )
+        self.window = _Window()
+        self.pending: Callable[[], None] | None = None
+
+    def run(self) -> Result:
+        restored = self.restore()
+        self.start = restored.step if restored else 0
+        self.rejected = restored.rejected if restored else ()
+        self.path = self.checkpoints.path(self.start)
+        self.compile()
+        stopped_by = self.loop() if self.start < self.config.steps else None
+        if stopped_by is not None:
+            return self.result(None, stopped_by)
+        self.progress.say('evaluating on the held-out text')
+        heldout = self.evaluate(self.final)
+        self.finish(heldout)
+        return self.result(heldout, None)
+
+    def restore(self) -> Restored | None:
+        """Makes the state, or reads it from the newest checkpoint that verifies."""
+        config = self.config
+        tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
+        init_params = lambda key: self.model.init(key, tokens)['params']
+        fresh = lambda: init_state(init_params, self.optimizer, config.seed, self.replicated)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), jax.eval_shape(fresh))
+        restored = self.checkpoints.restore(abstract, self.run_config)
+        for reason in restored.rejected if restored else ():
+            self.progress.say(f'passed over a damaged checkpoint: {reason}')
+        if restored is None:
+            self.state = fresh()
+            return None
+        check_same_data(restored.data['identity'], self.identity)
+        self.window = _Window(**restored.data['window'])
+        self.progress.say(f'going on from step {restored.step}')
+        self.state = restored.state
+        return restored
+
+    def compile(self) -> None:
+        """Compiles both steps ahead of the loop: a compiled function cannot compile again, it raises on other shapes."""
+        began = time.monotonic()
+        step = make_train_step(self.loss_function, self.optimizer, self.config.accumulation)
+        step = jax.jit(step, donate_argnums=0, out_shardings=self.replicated)
+        self.step_function = step.lower(self.state, self.place(self.batches[0])).compile()
+        eval_step = jax.jit(make_eval_step(self.loss_function), out_shardings=self.replicated)
+        self.eval_step = eval_step.lower(self.state.params, self.place(self.during[0])).compile()
+        self.progress.say(f'compiled in {time.monotonic() - began:.1f} s')
+
+    def loop(self) -> int | None:
+        """Runs the steps that are left; returns the signal that ended them early, if one did."""
+        config = self.config
+        with MetricLog(self.folder, self.start) as self.log, StopSignals() as stop:
+            self.progress.start_at(self.start)
+            iterator = batch_iterator(self.batches, start=self.start)
+            for step in range(self.start + 1, config.steps + 1):
+                self.train_step(step, next(iterator))
+                received, last = stop.received, step == config.steps
+                if last or step % config.log_every == 0:
+                    self.write(step)
+                if not last and step % config.eval_every == 0:
+                    self.write_heldout(step, self.evaluate(self.during))
+                if last or step % config.checkpoint_every == 0 or received is not None:
+                    self.save(step)
+                if received is not None:
+                    return received
+        return None
+
+    def train_step(self, step: int, batch: dict[str, np.ndarray]) -> None:
+        """Starts a step, then looks at the one before while it runs: every step is checked and the device never waits."""
+        began = time.monotonic()
+        num_bytes = self.count_bytes(batch['targets'], batch['weights'])
+        self.state, metrics = self.step_function(self.state, self.place(batch))
+        self.settle()
+        self.pending = lambda: self.window.add(step, metrics, num_bytes)
+        self.window.seconds += time.monotonic() - began
+
+    def settle(self) -> None:
+        """Looks at the step that was started last."""
+        if self.pending is not None:
+            began = time.monotonic()
+            pending, self.pending = self.pending, None
+            pending()
+            self.window.seconds += time.monotonic() - began
+
+    def write(self, step: int) -> None:
+        """One line of the log and of the screen, then a new window."""
+        self.settle()
+        window, self.window = self.window, _Window()
+        loss, bits = window.nats / window.tokens, window.nats / math.log(2) / max(window.num_bytes, 1)
+        speed = window.tokens / window.seconds if window.seconds else 0.0
+        rate = float(self.schedule(step - 1))
+        self.log.write(step, loss=loss, bits_per_byte=bits, grad_norm=window.grad_norm, learning_rate=rate, tokens_per_second=speed)
+        self.progress.update(step, loss=loss, bits_per_byte=bits, tokens_per_second=speed)
+
+    def write_heldout(self, step: int, heldout: HeldOut) -> None:
+        self.log.write(step, heldout_bits_per_byte=heldout.bits_per_byte, heldout_perplexity=heldout.perplexity)
+        self.progress.say(f'step {step}: {heldout.bits_per_byte:.4f} bits/byte on {heldout.num_bytes:,} held-out bytes')
+
+    def evaluate(self, batches: Iterable[dict]) -> HeldOut:
+        self.settle()
+        return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place)
+
+    def save(self, step: int) -> None:
+        self.settle()
+        if not bool(_all_finite(self.state)):
+            raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
+        cursor = dict(identity=self.identity, window=dataclasses.asdict(self.window))
+        self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
+
+    def finish(self, heldout: HeldOut) -> None:
+        """Logs the last evaluation, once however often a finished run is called again, and draws the loss curve."""
+        records = read_metrics(self.folder / 'metrics.jsonl')
+        if not any(record['step'] == self.config.steps and 'heldout_bits_per_byte' in record for record in records):
+            with MetricLog(self.folder, self.config.steps) as self.log:
+                self.write_heldout(self.config.steps, heldout)
+            records = read_metrics(self.folder / 'metrics.jsonl')
+        loss_curve(records, self.folder / 'loss.png')
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return jax.device_put(batch, self.by_row)
+
+    def result(self, heldout: HeldOut | None, stopped_by: int | None) -> Result:
+        return Result(self.model, self.state, int(self.state.step), heldout, stopped_by, self.path, self.start, self.rejected)
+
+
+@dataclasses.dataclass
+class _Window:
+    """Sums of the training loss since the last line of the log."""
+
+    nats: float = 0.0
+    tokens: float = 0.0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    grad_norm: float = 0.0  # of the last step
+
+    def add(self, step: int, metrics: dict[str, jax.Array], num_bytes: int) -> None:
+        loss, grad_norm, tokens = (float(metrics[name]) for name in ('loss', 'grad_norm', 'tokens'))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(f'at step {step} the loss is {loss} and the norm of the gradient {grad_norm}; the step is not saved')
+        self.nats += loss * tokens
+        self.tokens += tokens
+        self.num_bytes += num_bytes
+        self.grad_norm = grad_norm
+
+
+class StopSignals:
+    """While open, notes SIGINT and SIGTERM instead of dying; the second one ends the process with 128 + its number."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> 'StopSignals':
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+
+def make_loss(model: LanguageModel) -> LossFunction:
+    """The next-token loss of a batch of the data pipeline: (params, batch) -> (sum of nats, number of targets)."""
+
+    def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return model_loss(model, params, batch['tokens'], batch['targets'], batch['segment_ids'], batch['weights'])
+
+    return loss
+
+
+def level_periods(model_config: ModelConfig) -> dict[str, int]:
+    """CMS level's name -> tokens between its updates across steps."""
+    return {f'level_{index}': level.period for index, level in enumerate(model_config.levels)}
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))

@@ -1,0 +1,137 @@
+"""Where a run's numbers go: JSON lines, TensorBoard, a line on the screen, a picture."""
+
+import json
+import math
+import os
+import pathlib
+import time
+from types import TracebackType
+from typing import Any
+
+import rich.console
+import rich.progress
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+
+class MetricLog:
+    """Appends one JSON object a line to <folder>/metrics.jsonl, flushed, and the same scalars to <folder>/tensorboard.
+
+    Args:
+        folder: made when absent.
+        step: steps done so far; lines of later steps, written after the checkpoint that is being resumed, are dropped.
+    """
+
+    def __init__(self, folder: str | os.PathLike, step: int = 0):
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / 'metrics.jsonl'
+        self._drop_after(step)
+        self._file = open(self.path, 'a')
+        self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
+
+    def write(self, step: int, **metrics: float) -> None:
+        """Writes the metrics of one step."""
+        self._file.write(json.dumps(dict(step=step, **metrics)) + '\n')
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> 'MetricLog':
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _drop_after(self, step: int) -> None:
+        kept = [record for record in read_metrics(self.path) if record['step'] <= step]
+        temporary = self.path.with_name(self.path.name + '.tmp')
+        temporary.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+        os.replace(temporary, self.path)
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a metrics file, oldest first; a last line cut off by a crash is left out, an absent file is empty."""
+    path = pathlib.Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('\n')]
+
+
+class Progress:
+    """One line on standard output about how far a run is: redrawn on a terminal, printed once per call elsewhere.
+
+    Args:
+        steps: of the whole run.
+        console: where to; None is standard output.
+    """
+
+    def __init__(self, steps: int, console: rich.console.Console | None = None):
+        self.console = console or rich.console.Console()
+        self._steps = steps
+        self.start_at(0)
+        columns = [rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(bar_width=20)]
+        self._bar = rich.progress.Progress(*columns, console=self.console) if self.console.is_terminal else None
+        if self._bar is not None:
+            self._task = self._bar.add_task('', total=steps)
+
+    def start_at(self, step: int) -> None:
+        """Starts the clock that the time left is told from, with `step` steps done before."""
+        self._first, self._started = step, time.monotonic()
+
+    def update(self, step: int, *, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
+        """Shows the state after `step` steps."""
+        seconds = (time.monotonic() - self._started) / max(step - self._first, 1) * (self._steps - step)
+        text = (
+            f'step {step}/{self._steps}  loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  '
+            f'{tokens_per_second:,.0f} tokens/s  {clock(seconds)} left'
+        )
+        if self._bar is None:
+            self.say(text)
+        else:
+            self._bar.update(self._task, completed=step, description=text)
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> 'Progress':
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, second = divmod(int(max(seconds, 0)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f'{hours}:{minute:02d}:{second:02d}' if hours else f'{minute}:{second:02d}'
+
+
+def loss_curve(records: list[dict[str, Any]], path: str | os.PathLike, title: str = '') -> None:
+    """Draws bits per byte of training and held-out text against the step, as a PNG.
+
+    Args:
+        records: of `read_metrics`; those with `bits_per_byte` make the training curve, those with `heldout_bits_per_byte` the other.
+        path: of the picture.
+        title: above it.
+    """
+    figure = Figure(figsize=(7, 4.2), layout='constrained')
+    axes = figure.add_subplot()
+    for field, label, style in (('bits_per_byte', 'training', '-'), ('heldout_bits_per_byte', 'held out', 'o-')):
+        points = [(record['step'], record[field]) for record in records if math.isfinite(record.get(field, math.nan))]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3.5)
+    axes.set(xlabel='step', ylabel='bits per byte', title=title)
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(path, dpi=120)

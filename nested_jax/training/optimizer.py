@@ -1,0 +1,84 @@
+"""The outer optimizer: AdamW with warm-up and cosine, clipping that is safe at zero, and a period for each CMS level."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_jax.optim.levels import by_level, steps_of
+from nested_jax.training.config import TrainConfig
+
+PyTree = Any
+
+
+def make_optimizer(config: TrainConfig, level_periods: dict[str, int] | None = None) -> optax.GradientTransformation:
+    """AdamW as the trainer runs it.
+
+    Clipping sees the whole gradient at every step. The learning rate follows the step and not the number of a level's updates, so
+    slow and fast levels stand at the same point of the schedule.
+
+    Args:
+        config: the run's settings.
+        level_periods: CMS level's name -> tokens between its updates; levels not named, and everything else, are updated every step.
+    """
+    adamw = optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    )
+    steps = {name: steps_of(period, config.tokens_per_step) for name, period in (level_periods or {}).items()}
+    if max(steps.values(), default=1) > 1:
+        adamw = by_level(adamw, lambda path: next((steps[name] for name in path.split('/') if name in steps), 1))
+    return optax.chain(clip_by_global_norm(config.clip_norm), adamw, optax.scale_by_learning_rate(warmup_cosine(config)))
+
+
+def warmup_cosine(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from 1 / warmup_steps of the peak, then a cosine down to a tenth of it at the last step."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    first = peak / warmup if warmup else peak
+    return optax.warmup_cosine_decay_schedule(first, peak, warmup, config.steps, end_value=0.1 * peak)
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """Marks what weight decay acts on: the matrix kernels of projections.
+
+    Left out are initial memories, gates, norms, biases, convolutions and embeddings: zero is not "simple" there, it is a memory that starts
+    empty or a gate half open.
+    """
+    names = lambda path: jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+    return jax.tree_util.tree_map_with_path(lambda path, _: _decays(*names(path)), params)
+
+
+def _decays(*names: str) -> bool:
+    *inside, last = names
+    left_out = any(
+        name.startswith(('gate_', 'initial')) or name.endswith('_gate') or 'convolution' in name or 'norm' in name for name in inside
+    )
+    return last in ('kernel', 'head') and not left_out
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """Euclidean norm over all leaves, () float32, whose gradient at zero is zero.
+
+    The gradient of `optax.global_norm` is NaN there, and a meta-learning step takes it whenever an inner gradient vanishes.
+    """
+    total = sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+    positive = total > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1.0)), 0.0)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales updates down to a global norm of at most `max_norm`; differentiable everywhere, zero included.
+
+    Raises:
+        ValueError: if `max_norm` is not above 0.
+    """
+    if max_norm <= 0:
+        raise ValueError(f'max_norm is {max_norm}, allowed is a number above 0')
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
+        del params
+        scale = max_norm / jnp.maximum(global_norm(updates), max_norm)
+        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

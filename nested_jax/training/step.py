@@ -1,0 +1,82 @@
+"""One optimizer step and one evaluation step, as pure functions to compile.
+
+A loss function maps (parameters, batch) to (sum of nats, number of targets), so microbatches and evaluation batches add up exactly.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_jax.training.optimizer import global_norm
+from nested_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_train_step(
+    loss_function: LossFunction, optimizer: optax.GradientTransformation, accumulation: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the function of one optimizer step.
+
+    Args:
+        loss_function: sum of nats and number of targets of a batch.
+        optimizer: fed the gradient of the mean over all targets of the step.
+        accumulation: microbatches the batch is cut into; must divide the batch's rows.
+
+    Returns:
+        (state, batch) -> (state, metrics); metrics are float32 scalars: loss (nats a target), grad_norm (before clipping), tokens.
+    """
+    value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
+
+    def summed(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
+        (nats, count), grads = value_and_grad(params, batch)
+        return nats.astype(jnp.float32), count.astype(jnp.float32), grads
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        if accumulation == 1:
+            nats, count, grads = summed(state.params, batch)
+        else:
+            nats, count, grads = _accumulate(summed, state.params, microbatches(batch, accumulation))
+        targets = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda grad: grad / targets, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = dict(loss=nats / targets, grad_norm=global_norm(grads), tokens=count)
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return train_step
+
+
+def make_eval_step(loss_function: LossFunction) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Builds (params, batch) -> (sum of nats, number of targets), both float32."""
+
+    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        nats, count = loss_function(params, batch)
+        return nats.astype(jnp.float32), count.astype(jnp.float32)
+
+    return eval_step
+
+
+def microbatches(batch: Batch, accumulation: int) -> Batch:
+    """Cuts rows (B, ...) into (accumulation, B / accumulation, ...), row i going to microbatch i % accumulation.
+
+    Rows are dealt out rather than cut in blocks: with the rows sharded in blocks, every device then keeps its own.
+    """
+
+    def deal(rows: jax.Array) -> jax.Array:
+        return rows.reshape(rows.shape[0] // accumulation, accumulation, *rows.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(deal, batch)
+
+
+def _accumulate(summed: Callable, params: Any, batches: Batch) -> tuple[jax.Array, jax.Array, Any]:
+    def body(carry, batch):
+        return jax.tree.map(jnp.add, carry, summed(params, batch)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    total, _ = jax.lax.scan(body, (zero, zero, jax.tree.map(jnp.zeros_like, params)), batches)
+    return total

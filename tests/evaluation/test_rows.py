@@ -1,0 +1,31 @@
+"""Rows of measured results."""
+
+import json
+import re
+
+from nested_jax.evaluation import rows
+
+ROW = dict(experiment='toy', model='hope-tiny', seed=1, config={'a': 1}, metrics={'bits_per_byte': 1.5}, hardware='1 x cpu', wall_s=2.34)
+
+
+def test_row_has_the_fields_of_the_contract_and_survives_a_file(tmp_path):
+    row = rows.make_row(**ROW)
+    fields = 'experiment model seed config config_digest metrics hardware commit command wall_s date'
+    assert set(row) == set(fields.split())
+    path = tmp_path / 'new' / 'toy.jsonl'
+    rows.append_row(path, row)
+    rows.append_row(path, row | {'seed': 2})
+    assert [found['seed'] for found in rows.read_rows(path)] == [1, 2]
+    assert rows.read_rows(path)[0] == json.loads(json.dumps(row))
+    assert rows.read_rows(tmp_path / 'absent.jsonl') == []
+
+
+def test_config_digest_ignores_order_and_sees_values():
+    assert rows.config_digest({'a': 1, 'b': {'c': 2, 'd': 3}}) == rows.config_digest({'b': {'d': 3, 'c': 2}, 'a': 1})
+    assert rows.config_digest({'a': 1}) != rows.config_digest({'a': 2})
+    assert re.fullmatch('[0-9a-f]{16}', rows.config_digest({}))
+
+
+def test_commit_is_unknown_outside_a_repository(monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path))  # no git to be found
+    assert rows.commit() == 'unknown'

@@ -1,0 +1,239 @@
+"""Checkpoints: what comes back is what went in, and damage is met before a value is used."""
+
+import json
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nested_jax.training.checkpoints import Checkpoints, DamagedCheckpointsError, package_versions
+from nested_jax.training.state import TrainState
+
+CONFIG = {'model': {'width': 8, 'levels': [{'period': 1}]}, 'train': {'learning_rate': 0.1, 'keep': 2, 'output': 'a'}}
+
+
+class Memories(NamedTuple):
+    running: Any
+    position: Any
+
+
+def make_state(value: float):
+    value = float(value)
+    params = {'kernel': jnp.full((4, 3), value), 'scale': jnp.arange(3.0) + value, 'half': jnp.full(2, value, jnp.bfloat16)}
+    optimizer = optax.adam(0.1)
+    train = TrainState(jnp.int32(7), params, optimizer.init(params), jax.random.key(5))
+    return train, Memories(jnp.full((2, 3), 2 * value), jnp.arange(2))
+
+
+def assert_same(left, right):
+    def same(a, b):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(same, left, right)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Checkpoints of steps 1, 2 and 3, whose values are the step."""
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), config=CONFIG, data={'next': step})
+    return checkpoints
+
+
+def test_round_trip_is_bitwise(saved):
+    restored = saved.restore(make_state(0), CONFIG)
+    assert (restored.step, restored.data, restored.rejected) == (3, {'next': 3}, ())
+    assert_same(restored.state, make_state(3))
+    assert restored.versions == package_versions() and restored.versions['jax'] == jax.__version__
+
+
+def test_restores_onto_other_devices(saved):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ('data',))
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), make_state(0))
+    restored = saved.restore(like).state
+    assert_same(restored, make_state(3))
+    assert restored[0].params['kernel'].sharding.is_equivalent_to(whole, 2)
+
+
+def test_empty_folder_has_nothing_to_restore(tmp_path):
+    assert Checkpoints(tmp_path / 'new').restore(make_state(0)) is None
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob('*') if path.is_file())
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << (position % 8)
+    path.write_bytes(content)
+
+
+def flip_somewhere(path):
+    size = path.stat().st_size
+    flip(path, size // 2)
+
+
+DAMAGE = {
+    'flipped': flip_somewhere,
+    'truncated': lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    'emptied': lambda path: path.write_bytes(b''),
+    'deleted': lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+def test_any_damaged_file_is_named_and_passed_over(saved, tmp_path, kind):
+    newest = saved.path(3)
+    names = [path.relative_to(newest) for path in files_of(newest)]
+    assert {'manifest.json', 'meta.json'} < {str(name) for name in names} and len(names) > 5
+    for name in names:
+        if (newest / name).stat().st_size == 0 and kind != 'deleted':
+            continue  # nothing there to damage
+        copy = tmp_path / 'copy'
+        shutil.copytree(saved.folder, copy)
+        damaged = Checkpoints(copy, keep=3)
+        DAMAGE[kind](damaged.path(3) / name)
+        restored = damaged.restore(make_state(0), CONFIG)
+        assert restored.step == 2, name
+        assert len(restored.rejected) == 1 and restored.rejected[0].startswith(f'step 3: {name} is '), restored.rejected
+        assert_same(restored.state, make_state(2))
+        shutil.rmtree(copy)
+
+
+def test_every_single_bit_of_a_small_file_counts(saved):
+    manifest = saved.path(3) / 'manifest.json'
+    content = manifest.read_bytes()
+    for position in range(0, len(content), 17):
+        for bit in range(8):
+            broken = bytearray(content)
+            broken[position] ^= 1 << bit
+            manifest.write_bytes(broken)
+            assert saved.verify(3) is not None, (position, bit)
+    manifest.write_bytes(content)
+    assert saved.verify(3) is None
+
+
+def test_refuses_to_start_over_when_all_are_bad(saved):
+    for step in (1, 2, 3):
+        flip_somewhere(saved.path(step) / 'meta.json')
+    with pytest.raises(DamagedCheckpointsError, match='refusing to start over .* .step 3: meta.json is damaged.*step 1'):
+        saved.restore(make_state(0))
+
+
+def test_an_emptied_step_folder_is_passed_over(saved):
+    shutil.rmtree(saved.path(3))
+    saved.path(3).mkdir()
+    assert saved.restore(make_state(0)).rejected == ('step 3: manifest.json is missing',)
+
+
+def test_keeps_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 6):
+        checkpoints.save(step, make_state(step), config=CONFIG, data={})
+    assert checkpoints.steps() == [4, 5]
+
+
+def test_never_removes_the_only_one_that_verifies(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, make_state(1), config=CONFIG, data={})
+
+    def save_then_damage(step):
+        real = Checkpoints._retain
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, '_retain', lambda self: (flip_somewhere(self.path(step) / 'meta.json'), real(self)))
+            checkpoints.save(step, make_state(step), config=CONFIG, data={})
+
+    save_then_damage(2)
+    assert checkpoints.steps() == [1, 2]
+    save_then_damage(3)
+    assert checkpoints.steps() == [1, 3]
+    assert checkpoints.restore(make_state(0)).step == 1
+    checkpoints.save(4, make_state(4), config=CONFIG, data={})
+    assert checkpoints.steps() == [4]
+
+
+def test_saving_again_after_a_rejected_step_replaces_it(saved):
+    flip_somewhere(saved.path(3) / 'meta.json')
+    saved.save(2, make_state(20), config=CONFIG, data={})
+    assert saved.steps() == [1, 2]
+    assert_same(saved.restore(make_state(0)).state, make_state(20))
+
+
+@pytest.mark.parametrize('place', ['_manifest_text', '_digest', '_write'])
+def test_interrupted_save_leaves_the_older_checkpoint(saved, monkeypatch, place):
+    def die(*_):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f'nested_jax.training.checkpoints.{place}', die)
+        with pytest.raises(OSError, match='No space'):
+            saved.save(4, make_state(4), config=CONFIG, data={})
+    assert saved.steps() == [1, 2, 3] and not list(saved.folder.glob('*.tmp'))
+    assert saved.restore(make_state(0)).step == 3
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_removed(saved):
+    shutil.copytree(saved.path(3), saved.folder / '00000004.tmp')
+    assert saved.steps() == [1, 2, 3]
+    assert not list(Checkpoints(saved.folder).folder.glob('*.tmp'))
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda c: c['train'].update(learning_rate=0.2), r'train.learning_rate is 0.2, but .* train.learning_rate = 0.1'),
+        (lambda c: c['model']['levels'][0].update(period=4), r'model.levels.0.period is 4, but .* = 1'),
+        (lambda c: c['model']['levels'].append({'period': 2}), r'model.levels.1.period is 2, but .* = None'),
+        (lambda c: c['train'].pop('learning_rate'), r'train.learning_rate is None, but .* = 0.1'),
+    ],
+)
+def test_another_configuration_is_refused_by_the_field(saved, change, message):
+    config = json.loads(json.dumps(CONFIG))
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        saved.restore(make_state(0), config)
+
+
+def test_fields_that_touch_no_number_may_change(saved):
+    config = CONFIG | {'train': CONFIG['train'] | {'keep': 9, 'output': 'b'}}
+    assert saved.restore(make_state(0), config).step == 3
+
+
+def test_wrong_shape_dtype_missing_and_extra_leaves_are_named(saved):
+    def like(change):
+        train, memories = make_state(0)
+        params = dict(train.params)
+        change(params)
+        return train._replace(params=params), memories
+
+    changes = [
+        (lambda p: p.update(kernel=jnp.zeros((4, 4))), r'0/params/kernel is \[4, 3\] float32 in the checkpoint and \[4, 4\] float32'),
+        (lambda p: p.update(scale=jnp.zeros(3, jnp.bfloat16)), r'0/params/scale is \[3\] float32 in the checkpoint and \[3\] bfloat16'),
+        (lambda p: p.pop('scale'), r'0/params/scale is \[3\] float32 in the checkpoint and absent'),
+        (lambda p: p.update(bias=jnp.zeros(1)), r'0/params/bias is absent in the checkpoint and \[1\] float32'),
+    ]
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
+            saved.restore(like(change))
+
+
+def test_another_format_is_refused(saved, monkeypatch):
+    monkeypatch.setattr('nested_jax.training.checkpoints.FORMAT', 2)
+    with pytest.raises(ValueError, match='has checkpoint format 1, allowed is 2'):
+        saved.restore(make_state(0))
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match='keep is 0'):
+        Checkpoints(tmp_path, keep=0)

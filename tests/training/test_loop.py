@@ -1,0 +1,315 @@
+"""The trainer: resumed runs are the unbroken run, bit for bit; a run that goes wrong says so and saves nothing of it."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from jax.experimental.compilation_cache import compilation_cache
+
+from nested_jax.data import open_dataset
+from nested_jax.models.config import LevelConfig, ModelConfig
+from nested_jax.training import loop
+from nested_jax.training.checkpoints import DamagedCheckpointsError
+from nested_jax.training.config import TrainConfig
+from nested_jax.training.metrics import read_metrics
+
+TOKENS = 4 * 16  # a step
+# Periods of 1, 2 and 5 steps: none but the first divides the places where runs are cut.
+LEVELS = tuple(LevelConfig(8, period * TOKENS) for period in (1, 2, 5))
+MODEL = ModelConfig('attention', num_layers=1, width=8, num_heads=1, head_dim=8, levels=LEVELS, max_length=16)
+TRAIN = TrainConfig(
+    steps=8,
+    batch_size=4,
+    sequence_length=16,
+    warmup_steps=2,
+    accumulation=2,
+    log_every=3,
+    eval_every=4,
+    eval_tokens=128,
+    checkpoint_every=3,
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilations_on_disk(tmp_path_factory):
+    """Runs of one shape compile once between them: compiling is most of what these tests do."""
+    settings = dict(
+        jax_compilation_cache_dir=str(tmp_path_factory.mktemp('compilations')),
+        jax_persistent_cache_min_compile_time_secs=0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    )
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Twenty short texts, some of which fall to the held-out side."""
+    folder = tmp_path_factory.mktemp('texts')
+    for number in range(40):
+        (folder / f'{number}.txt').write_text(f'document {number} ' * 12)
+    return open_dataset(folder)
+
+
+def run_config(train, model=MODEL):
+    return {'model': dataclasses.asdict(model), 'train': dataclasses.asdict(train)}
+
+
+def train(folder, data, config=TRAIN, model=MODEL, devices=1):
+    config = dataclasses.replace(config, output=str(folder))
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    result = loop.train(config, model, data, run_config(config, model), devices=jax.devices()[:devices], console=console)
+    return result, console.file.getvalue()
+
+
+def stop_after(monkeypatch, step, number=signal.SIGTERM):
+    """Sends this process a signal while it runs a step."""
+    real = loop._Trainer.train_step
+
+    def train_step(self, now, batch):
+        real(self, now, batch)
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop._Trainer, 'train_step', train_step)
+
+
+def assert_same_state(left, right):
+    raw = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(raw(a), raw(b)), left, right)
+
+
+def records(folder):
+    """The log without the speeds."""
+    lines = read_metrics(pathlib.Path(folder) / 'metrics.jsonl')
+    return [{name: value for name, value in line.items() if name != 'tokens_per_second'} for line in lines]
+
+
+@pytest.fixture(scope='module')
+def unbroken(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('unbroken')
+    result, said = train(folder, data)
+    return result, said, folder
+
+
+def test_a_run_learns_and_leaves_everything_behind(unbroken, data):
+    result, said, folder = unbroken
+    assert result.step == 8 and result.stopped_by is None and result.resumed_from == 0
+    lines = records(folder)
+    losses = [line['loss'] for line in lines if 'loss' in line]
+    assert [line['step'] for line in lines] == [3, 4, 6, 8, 8]
+    assert losses[-1] < losses[0]
+    assert lines[-1]['heldout_bits_per_byte'] == result.heldout.bits_per_byte
+    # Every held-out token but each document's first is a target once.
+    assert result.heldout.tokens == data.heldout.num_tokens - len(data.heldout.lengths)
+    assert {path.name for path in folder.iterdir()} == {'checkpoints', 'config.json', 'loss.png', 'metrics.jsonl', 'tensorboard'}
+    assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['00000006', '00000008']
+    assert 'step 8/8' in said and 'bits/byte' in said and 'compiled in' in said
+
+
+@pytest.mark.parametrize('cut', [1, 3, 4, 7])
+def test_stopped_and_resumed_is_the_unbroken_run(unbroken, data, tmp_path, monkeypatch, cut):
+    whole, _, folder = unbroken
+    with monkeypatch.context() as patch:
+        stop_after(patch, cut)
+        first, _ = train(tmp_path, data)
+    assert (first.step, first.stopped_by, first.heldout) == (cut, signal.SIGTERM, None)
+    second, said = train(tmp_path, data)
+    assert second.resumed_from == cut and f'going on from step {cut}' in said
+    assert_same_state(second.state, whole.state)
+    assert second.heldout == whole.heldout
+    assert records(tmp_path) == records(folder)
+
+
+def test_killed_run_goes_on_from_the_last_checkpoint_and_drops_later_lines(unbroken, data, tmp_path, monkeypatch):
+    whole, _, folder = unbroken
+
+    def die(self, step):
+        if step == 6:
+            raise KeyboardInterrupt
+        return save(self, step)
+
+    save = loop._Trainer.save
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, 'save', die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, data)
+    assert records(tmp_path)[-1]['step'] == 6
+    second, _ = train(tmp_path, data)
+    assert second.resumed_from == 3
+    assert_same_state(second.state, whole.state)
+    assert records(tmp_path) == records(folder)
+
+
+def test_finished_run_called_again_only_evaluates(unbroken, data):
+    whole, _, folder = unbroken
+    before = records(folder)
+    again, _ = train(folder, data)
+    assert again.resumed_from == 8 and again.heldout == whole.heldout
+    assert_same_state(again.state, whole.state)
+    assert records(folder) == before
+
+
+def test_damaged_checkpoint_is_passed_over_and_reported(unbroken, data, tmp_path, monkeypatch):
+    whole, _, folder = unbroken
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        train(tmp_path, data)
+    path = tmp_path / 'checkpoints' / '00000007' / 'meta.json'
+    path.write_text(path.read_text()[:-1])
+    second, said = train(tmp_path, data)
+    assert second.resumed_from == 6 and second.rejected == ('step 7: meta.json is damaged',)
+    assert 'passed over a damaged checkpoint: step 7' in said
+    assert_same_state(second.state, whole.state)
+
+
+def test_refuses_to_start_over_when_every_checkpoint_is_damaged(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        train(tmp_path, data)
+    (tmp_path / 'checkpoints' / '00000001' / 'manifest.json').unlink()
+    with pytest.raises(DamagedCheckpointsError, match='refusing to start over'):
+        train(tmp_path, data)
+
+
+def test_folder_of_another_configuration_is_refused(unbroken, data):
+    _, _, folder = unbroken
+    with pytest.raises(ValueError, match='train.learning_rate is 0.5'):
+        train(folder, data, dataclasses.replace(TRAIN, learning_rate=0.5))
+    with pytest.raises(ValueError, match='model.levels.1.period is 64'):
+        levels = (LEVELS[0], LevelConfig(8, 64), LEVELS[2])
+        train(folder, data, model=dataclasses.replace(MODEL, levels=levels))
+
+
+def test_damaged_config_is_an_error_in_a_line(data, tmp_path):
+    (tmp_path / 'config.json').write_text('{"mod')
+    with pytest.raises(ValueError, match='config.json is damaged'):
+        train(tmp_path, data)
+
+
+def test_changed_text_is_refused(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        train(tmp_path, data)
+    texts = tmp_path / 'texts'
+    texts.mkdir()
+    for number in range(40):
+        (texts / f'{number}.txt').write_text(f'Document {number} ' * 12)
+    with pytest.raises(ValueError, match='corpus'):
+        train(tmp_path, open_dataset(texts))
+
+
+@pytest.mark.parametrize('step', [1, 4])
+def test_diverging_run_stops_and_saves_nothing_of_it(data, tmp_path, monkeypatch, step):
+    real = loop._Trainer.train_step
+
+    def poisoned(self, now, batch):
+        if now == step:
+            params = jax.tree.map(lambda leaf: leaf.at[...].set(jnp.nan), self.state.params)
+            self.state = self.state._replace(params=params)
+        real(self, now, batch)
+
+    monkeypatch.setattr(loop._Trainer, 'train_step', poisoned)
+    with pytest.raises(loop.DivergedError, match=f'at step {step} the loss is nan'):
+        train(tmp_path, data)
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000003'][: step - 1]
+    assert all(np.isfinite(line['loss']) for line in records(tmp_path) if 'loss' in line)
+
+
+def test_poisoned_optimizer_is_not_saved(data, tmp_path, monkeypatch):
+    """The loss of the step before the save is still finite."""
+    real = loop._Trainer.train_step
+
+    def poisoned(self, now, batch):
+        real(self, now, batch)
+        if now == 3:
+            nan = lambda leaf: leaf * jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+            self.state = self.state._replace(opt_state=jax.tree.map(nan, self.state.opt_state))
+
+    monkeypatch.setattr(loop._Trainer, 'train_step', poisoned)
+    with pytest.raises(loop.DivergedError, match='not finite after step 3'):
+        train(tmp_path, data)
+    assert not list((tmp_path / 'checkpoints').iterdir())
+
+
+def test_step_is_traced_once_whatever_happens_around_it(data, tmp_path, monkeypatch):
+    traces = []
+    real = loop.make_train_step
+
+    def counted(*arguments):
+        step = real(*arguments)
+        return lambda state, batch: (traces.append(None), step(state, batch))[1]
+
+    monkeypatch.setattr(loop, 'make_train_step', counted)
+    train(tmp_path, data)
+    assert len(traces) == 1
+
+
+def test_eight_devices_agree_with_one(unbroken, data, tmp_path):
+    config = dataclasses.replace(TRAIN, batch_size=8, accumulation=1, steps=2, warmup_steps=1)
+    one, _ = train(tmp_path / 'one', data, config)
+    eight, _ = train(tmp_path / 'eight', data, config, devices=8)
+    np.testing.assert_allclose(eight.heldout.nats, one.heldout.nats, rtol=1e-5)
+
+
+def test_batch_that_the_devices_do_not_divide(data, tmp_path):
+    with pytest.raises(ValueError, match=r'train.batch_size is 4, allowed is a multiple of accumulation x devices = 2 x 8'):
+        train(tmp_path, data, devices=8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'field, value',
+    [
+        ('steps', 0),
+        ('batch_size', 3),
+        ('warmup_steps', 8),
+        ('learning_rate', 0.0),
+        ('beta2', 1.0),
+        ('keep', 0),
+        ('seed', -1),
+        ('output', ' '),
+    ],
+)
+def test_impossible_settings_name_the_field(field, value):
+    with pytest.raises(ValueError, match=f'train.({field}|accumulation|warmup_steps) is'):
+        dataclasses.replace(TRAIN, **{field: value})
+
+
+def test_model_that_cannot_read_the_run():
+    loop.check_model(TRAIN, MODEL, 256)
+    with pytest.raises(ValueError, match="model.vocab_size is 256, allowed is at least the tokenizer's, 300"):
+        loop.check_model(TRAIN, MODEL, 300)
+    titans = dataclasses.replace(MODEL, mixer='titans', memory=dataclasses.replace(MODEL.memory, chunk_size=12, projection_chunk_size=12))
+    with pytest.raises(ValueError, match='train.sequence_length is 16, allowed is a multiple of .* 12'):
+        loop.check_model(TRAIN, titans, 256)
+
+
+def test_config_survives_json():
+    config = dataclasses.asdict(TRAIN)
+    assert TrainConfig(**json.loads(json.dumps(config))) == TRAIN
+
+
+def test_second_signal_ends_the_process(monkeypatch):
+    codes = []
+    monkeypatch.setattr(loop.os, '_exit', codes.append)
+    with loop.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT and codes == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert codes == [128 + signal.SIGTERM]
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
