@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import InSequenceConfig, ModelConfig
 from nested_jax.models.presets import preset
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
 
@@ -60,6 +60,8 @@ class ModelArgs:
     """What the backward pass computes again instead of keeping."""
     scan_layers: bool | None = None
     """Whether blocks are scanned (compiles once for all) or unrolled."""
+    in_sequence_blocks: tuple[int, ...] = ()
+    """Blocks whose CMS levels learn within each sequence, by the next-token loss; none: levels are updated across steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def parse(argv: list[str] | None = None) -> Args:
     default = Args(train=_SMOKE) if '--smoke' in argv else Args()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Args, args=argv, default=default, description=__doc__)
+            return tyro.cli(Args, prog=f'python -m experiments.{EXPERIMENT}', args=argv, default=default, description=__doc__)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -133,7 +135,10 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     Returns:
         The model's configuration, the text, and the configuration of the run as JSON.
     """
-    overrides = {name: value for name, value in dataclasses.asdict(args.model).items() if value is not None and name != 'preset'}
+    fields = ('vocab_size', 'dtype', 'remat', 'scan_layers')
+    overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
+    if args.model.in_sequence_blocks:
+        overrides['in_sequence'] = InSequenceConfig(blocks=args.model.in_sequence_blocks)
     model_config = preset(args.model.preset, **overrides)
 
     from nested_jax.data import open_dataset
@@ -153,42 +158,41 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
 
 
 def report(args: Args, data: 'Dataset', run_config: dict, result: 'Result', wall_s: float) -> None:
-    """Prints how the run compares and a sample, and adds its row to results.jsonl, once."""
+    """Adds the run's row to its results.jsonl, prints how it compares, and a sample."""
+    heldout, folder = result.heldout, pathlib.Path(args.train.output)
+    store_row(folder / 'results.jsonl', args, run_config, result, wall_s)
+    print(f'\nbits per byte of the held-out text ({heldout.num_bytes:,} bytes; lower is better)')
+    print(f'  {args.model.preset:<26}{heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
+    if not args.model.preset.startswith('transformer-'):
+        print('  ' + stored_transformer(args, data.digest))
+    for name, value in ({} if args.smoke else _yardsticks(data)).items():
+        print(f'  {name:<26}{value:.4f}')
+    print(f'\na sample, from the bar on:\n{sample(data, result)}\n')
+    for name, path in (('loss curve', folder / 'loss.png'), ('checkpoint', result.checkpoint), ('results', folder / 'results.jsonl')):
+        print(f'{name:<12}{path}', flush=True)
+
+
+def store_row(path: pathlib.Path, args: Args, run_config: dict, result: 'Result', wall_s: float) -> None:
+    """Adds the run's row to a file, unless a run of this configuration has one there."""
     import jax
 
     from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
 
-    heldout, folder = result.heldout, pathlib.Path(args.train.output)
-    figures = _yardsticks(data) if not args.smoke else {}
-    print(f'\nbits per byte of the held-out text ({heldout.num_bytes:,} bytes; lower is better)')
-    print(f'  {args.model.preset:<28}{heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
-    for name, value in figures.items():
-        print(f'  {name:<28}{value:.4f}')
-    print('  ' + stored_transformer(args, data.digest))
-    print(f'\na sample:\n{sample(data, result)}\n')
-    print(f'loss curve  {folder / "loss.png"}\ncheckpoint  {result.checkpoint}')
-    path = folder / 'results.jsonl'
-    if not any(row['config_digest'] == config_digest(run_config) for row in read_rows(path)):
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(result.state.params))
-        metrics = dict(
-            heldout_bits_per_byte=heldout.bits_per_byte,
-            heldout_perplexity=heldout.perplexity,
-            heldout_bytes=heldout.num_bytes,
-            tokens=args.train.steps * args.train.tokens_per_step,
-            parameters=parameters,
-            resumed=result.resumed_from > 0,
-        )
-        row = make_row(
-            experiment=EXPERIMENT,
-            model=args.model.preset,
-            seed=args.train.seed,
-            config=run_config,
-            metrics=metrics,
-            hardware=hardware_name(jax.devices()),
-            wall_s=wall_s,
-        )
-        append_row(path, row)
-    print(f'results     {path}', flush=True)
+    if any(row['config_digest'] == config_digest(run_config) for row in read_rows(path)):
+        return
+    metrics = dict(
+        heldout_bits_per_byte=result.heldout.bits_per_byte,
+        heldout_perplexity=result.heldout.perplexity,
+        heldout_bytes=result.heldout.num_bytes,
+        tokens=args.train.steps * args.train.tokens_per_step,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
+        resumed_from=result.resumed_from,
+    )
+    model, hardware = args.model.preset, hardware_name(jax.devices())
+    row = make_row(
+        experiment=EXPERIMENT, model=model, seed=args.train.seed, config=run_config, metrics=metrics, hardware=hardware, wall_s=wall_s
+    )
+    append_row(path, row)
 
 
 def stored_transformer(args: Args, digest: str, folder: pathlib.Path = RESULTS) -> str:
@@ -207,14 +211,14 @@ def stored_transformer(args: Args, digest: str, folder: pathlib.Path = RESULTS) 
     same = [row for row in same if abs(row['metrics']['tokens'] - tokens) == nearest]
     mean = sum(row['metrics']['heldout_bits_per_byte'] for row in same) / len(same)
     trained = 'as many' if nearest == 0 else f'{same[0]["metrics"]["tokens"]:,} instead of {tokens:,}'
-    return f'{name:<28}{mean:.4f}   Transformer++ of equal size, mean of {len(same)} stored runs on {trained} tokens'
+    return f'{name:<26}{mean:.4f}   Transformer++ of equal size, mean of {len(same)} stored runs on {trained} tokens'
 
 
 def sample(data: 'Dataset', result: 'Result', prompt_tokens: int = 64, new_tokens: int = 256) -> str:
     """The beginning of the first held-out document, gone on by the model."""
     import numpy as np
 
-    from nested_jax.models.generate import generate
+    from nested_jax.models.sampling import generate
     from nested_jax.training.state import step_key
 
     prompt = np.asarray(data.heldout.read(0, 0, prompt_tokens), np.int32)[None]

@@ -1,0 +1,1 @@
+"""Thin flax.linen layers over the memories."""

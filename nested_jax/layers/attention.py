@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.layers.common import Context, Projection, ShortConvolution, split_heads
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 
 
 class AttentionState(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from nested_jax.layers.common import Projection, RMSNorm
 from nested_jax.memory.continuum import aggregate, chain
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 
 
 class SwiGLU(nn.Module):

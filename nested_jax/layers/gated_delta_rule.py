@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from nested_jax.layers.common import Context
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.memory.matrix import delta_rule
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 
 
 class GatedDeltaRuleState(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, l2_normalize, split_heads
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 
 
 class MemoryInputs(NamedTuple):

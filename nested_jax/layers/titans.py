@@ -10,7 +10,7 @@ from nested_jax.layers.common import Context
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.memory import grid
 from nested_jax.memory.mlp import MLPState, MLPWeights, mlp_initial_state, mlp_memory
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 
 
 class TitansState(NamedTuple):

@@ -1,0 +1,1 @@
+"""Memories written inside the forward pass: pure functions on arrays and pytrees."""

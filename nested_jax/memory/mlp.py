@@ -58,6 +58,22 @@ class _Options(NamedTuple):
     chunk_size: int
 
 
+class _Inputs(NamedTuple):
+    """The arrays of a call, as given."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    eta: jax.Array
+    log_alpha: jax.Array
+    log_momentum: jax.Array | None
+    erase: jax.Array | None
+    initial: MLPWeights
+    state: MLPState | None
+    segment_ids: jax.Array | None
+    valid: jax.Array | None
+
+
 class _Gates(NamedTuple):
     """Per-token scalars in the memory's dtype; a null token has zeros."""
 
@@ -152,11 +168,11 @@ def mlp_memory(
         ValueError: for an unknown choice, or shapes that do not fit.
     """
     options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
-    _check(options, q, k, v, eta, log_alpha, log_momentum, erase, initial, state, segment_ids, valid)
-    arguments = _prepare(options, q, k, v, eta, log_alpha, log_momentum, erase, initial, segment_ids, valid)
-    # Fewer tokens than make it worth to compute a whole chunk, as when decoding: state of one token after the other.
+    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, initial, state, segment_ids, valid)
+    _check(options, inputs)
+    # Decoding: a few tokens are not worth the work of a whole chunk.
     run = _run_tokens if 4 * q.shape[1] <= chunk_size else _run_chunks
-    y, state = run(options, *arguments, state)
+    y, state = run(options, *_prepare(options, inputs))
     return y.astype(v.dtype), state
 
 
@@ -182,39 +198,45 @@ def mlp_memory_reference(
 ) -> tuple[jax.Array, MLPState]:
     """`mlp_memory` as a loop over tokens, gradients by `jax.grad`. Same arguments, results, errors and chunk grid."""
     options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
-    _check(options, q, k, v, eta, log_alpha, log_momentum, erase, initial, state, segment_ids, valid)
-    arguments = _prepare(options, q, k, v, eta, log_alpha, log_momentum, erase, initial, segment_ids, valid)
-    y, state = _run_tokens(options, *arguments, state)
+    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, initial, state, segment_ids, valid)
+    _check(options, inputs)
+    y, state = _run_tokens(options, *_prepare(options, inputs))
     return y.astype(v.dtype), state
 
 
 # Arguments
 
 
-def _check(options, q, k, v, eta, log_alpha, log_momentum, erase, initial, state, segment_ids, valid) -> None:
+def _check(options: _Options, inputs: _Inputs) -> None:
     _check_options(options)
+    q, v, initial, state = inputs.q, inputs.v, inputs.initial, inputs.state
     if q.ndim != 4 or 0 in q.shape:
         raise ValueError(f'q has shape {q.shape}: expected (batch, time, heads, dim), none of them 0')
     batch, time, heads, width = q.shape
-    _check_shape('k', k, q.shape)
+    _check_shape('k', inputs.k, q.shape)
     _check_shape('v', v, (batch, time, heads, v.shape[-1] if v.ndim == 4 else 'D_out'))
-    for name, gate in {'eta': eta, 'log_alpha': log_alpha, 'log_momentum': log_momentum, 'erase': erase}.items():
-        _check_shape(name, gate, (batch, time, heads))
-    _check_shape('segment_ids', segment_ids, (batch, time))
-    _check_shape('valid', valid, (batch, time))
+    for name in ('eta', 'log_alpha', 'log_momentum', 'erase'):
+        _check_shape(name, getattr(inputs, name), (batch, time, heads))
+    for name in ('segment_ids', 'valid'):
+        _check_shape(name, getattr(inputs, name), (batch, time))
     hidden = initial.w_in.shape[-1]
     _check_shape('initial.w_in', initial.w_in, (heads, width, hidden))
     _check_shape('initial.w_out', initial.w_out, (heads, hidden, v.shape[-1]))
     if options.residual and v.shape[-1] != width:
         raise ValueError(f'v has dim {v.shape[-1]}: with residual=True it has to be that of q and k, {width}')
-    if erase is not None and options.dgd == 'none':
+    if inputs.erase is not None and options.dgd == 'none':
         raise ValueError("erase is given with dgd='none': nothing is erased then; pass None, or another dgd")
-    if state is None:
-        return
-    if (state.momentum is None) != (log_momentum is None):
+    if inputs.valid is not None and inputs.valid.dtype != bool:
+        raise ValueError(f'valid has dtype {inputs.valid.dtype}: expected bool')
+    if state is not None:
+        _check_state(state, initial, batch, inputs.log_momentum is not None)
+
+
+def _check_state(state: MLPState, initial: MLPWeights, batch: int, momentum: bool) -> None:
+    if (state.momentum is not None) != momentum:
         raise ValueError('state.momentum and log_momentum have to be both given or both None')
-    for name, part in {'running': state.running, 'momentum': state.momentum, 'anchor': state.anchor}.items():
-        for field, weight in zip(MLPWeights._fields, part or (None, None), strict=True):
+    for name in ('running', 'anchor') + (('momentum',) if momentum else ()):
+        for field, weight in getattr(state, name)._asdict().items():
             _check_shape(f'state.{name}.{field}', weight, (batch, *getattr(initial, field).shape))
     _check_shape('state.position', state.position, (batch,))
 
@@ -238,19 +260,24 @@ def _check_shape(name: str, array: jax.Array | None, shape: tuple) -> None:
         raise ValueError(f'{name} has shape {array.shape}: expected {shape}')
 
 
-def _prepare(options, q, k, v, eta, log_alpha, log_momentum, erase, initial, segment_ids, valid):
+def _prepare(options: _Options, inputs: _Inputs):
     """Cast to the memory's dtype, and turn tokens that are not valid into null tokens."""
-    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
-    q, k, v = (x.astype(dtype) for x in (q, k, v))
-    if options.dgd != 'none' and erase is None:
-        erase = eta
-    gates = [gate if gate is None else gate.astype(dtype) for gate in (eta, log_alpha, log_momentum, erase)]
+    dtype = jnp.promote_types(jnp.result_type(inputs.q, inputs.k, inputs.v), jnp.float32)
+
+    def cast(tree):
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    q, k, v, initial, state, segment_ids, valid = inputs[:3] + inputs[7:]
+    gates = cast(inputs[3:7])
+    if options.dgd != 'none' and inputs.erase is None:
+        gates = (*gates[:3], gates[0])
     push = jnp.ones((*q.shape[:2], 1), dtype)
     if valid is not None:
-        gates = [gate if gate is None else jnp.where(valid[:, :, None], gate, 0.0) for gate in gates]
+        gates = jax.tree.map(lambda gate: jnp.where(valid[:, :, None], gate, 0.0), gates)
         push = valid.astype(dtype)[:, :, None]
     changed = None if segment_ids is None else jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
-    return q, k, v, _Gates(*gates, push, changed), jax.tree.map(lambda w: w.astype(dtype), initial)
+    state = state and cast(state)._replace(position=state.position)
+    return cast(q), cast(k), cast(v), _Gates(*gates, push, changed), cast(initial), state
 
 
 def _repeat(weight: jax.Array, batch_size: int) -> jax.Array:

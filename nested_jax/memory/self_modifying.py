@@ -31,7 +31,7 @@ _GATES = 2  # eta, alpha: memories with one output
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How the memories are read and written; the fields are those of `nested_jax.models.config.MemoryConfig`."""
+    """How the memories are read and written; the fields are those of `nested_jax.config.MemoryConfig`."""
 
     kind: Literal['matrix', 'mlp'] = 'mlp'
     chunk_size: int = 16
@@ -184,8 +184,7 @@ def _chunk(rule: Rule, scale: jax.Array, start: Memories, carry, tokens: Inputs,
 
 def _join(rule: Rule, memory: Memories, rest: Memories) -> Memories:
     """M_memory from the one, the projections' memories from the other."""
-    width = rest.first.shape[-1] if rest.wide is None else rest.wide.shape[-2]
-    width = rest.first.shape[-2] if rest.wide is None else width
+    width = rest.first.shape[-2] if rest.wide is None else rest.wide.shape[-2]  # of M_memory's first layer: D or F
     first = jnp.concatenate([memory.first[..., :width], rest.first[..., width:]], -1)
     if rest.wide is None:
         return Memories(first, None, None)

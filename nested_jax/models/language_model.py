@@ -10,7 +10,7 @@ from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 
 TOKEN_MIXERS = {
     'attention': Attention,

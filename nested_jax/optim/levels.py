@@ -70,7 +70,7 @@ def by_level(inner: Inner, periods: Periods) -> optax.GradientTransformationExtr
     make_inner = inner if callable(inner) else lambda _: inner
 
     def partitioned(tree):
-        steps = _periods_of(tree, periods) if callable(periods) else _checked(periods)
+        steps = _periods_of(tree, periods)
         transforms = {f'every_{n}': summed(make_inner(n), n) for n in sorted(set(jax.tree.leaves(steps)))}
         return optax.partition(transforms, jax.tree.map(lambda n: f'every_{n}', steps))
 
@@ -159,9 +159,16 @@ def steps_of(period: int, tokens_per_step: int) -> int:
     return math.ceil(period / tokens_per_step)
 
 
-def _periods_of(tree: PyTree, period_of: Callable[[str], int]) -> PyTree:
-    named = lambda path, _: period_of(jax.tree_util.keystr(path, simple=True, separator='/'))
-    return _checked(jax.tree_util.tree_map_with_path(named, tree))
+def _periods_of(tree: PyTree, periods: Periods) -> PyTree:
+    """The period of each leaf. Of a tree without leaves, such as the placeholder of `optax.tree.map_params`, the periods as given."""
+    if callable(periods):
+        named = lambda path, _: periods(jax.tree_util.keystr(path, simple=True, separator='/'))
+        return _checked(jax.tree_util.tree_map_with_path(named, tree))
+    _checked(periods)
+    if not jax.tree.leaves(tree):
+        return periods
+    # One for each leaf: masks inside the inner optimizer are trees like the parameters, and would not fit a subtree masked as one.
+    return jax.tree.map(lambda period, part: jax.tree.map(lambda _: period, part), periods, tree)
 
 
 def _checked(periods: PyTree) -> PyTree:

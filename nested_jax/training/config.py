@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 
 # What may change between two halves of a run: none of it touches a number that is learnt or reported.
 FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep')

@@ -22,9 +22,10 @@ import rich.console
 
 from nested_jax.data import Dataset, batch_iterator, check_same_data, data_identity, evaluation_batches, training_batches
 from nested_jax.evaluation.perplexity import HeldOut, evaluate
-from nested_jax.models.config import ModelConfig
+from nested_jax.config import ModelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
+from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
 from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
@@ -92,7 +93,7 @@ class _Trainer:
         self.config, self.run_config, self.progress = config, run_config, progress
         self.folder = pathlib.Path(config.output)
         self.model = LanguageModel(model_config)
-        self.optimizer = make_optimizer(config, level_periods(model_config))
+        self.optimizer = make_optimizer(config, level_periods(model_config, config.sequence_length))
         self.schedule = warmup_cosine(config)
         self.loss_function = make_loss(self.model)
         self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep)
@@ -109,6 +110,10 @@ class _Trainer:
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
+        if self.model.config.in_sequence is not None:
+            rows = self.config.batch_size // self.config.accumulation // self.replicated.mesh.size
+            copies = fast_weight_bytes(self.model, rows, self.config.sequence_length)
+            self.progress.say(f'levels updated within each sequence: {copies / 2**20:,.1f} MiB of copies on each device')
         restored = self.restore()
         self.start = restored.step if restored else 0
         self.rejected = restored.rejected if restored else ()
@@ -270,17 +275,25 @@ class StopSignals:
 
 
 def make_loss(model: LanguageModel) -> LossFunction:
-    """The next-token loss of a batch of the data pipeline: (params, batch) -> (sum of nats, number of targets)."""
+    """The next-token loss of a batch of the data pipeline, (params, batch) -> (sum of nats, number of targets).
+
+    Where `in_sequence` is set, of the model that learns while it reads.
+    """
+    objective = model_loss if model.config.in_sequence is None else in_sequence_loss
 
     def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return model_loss(model, params, batch['tokens'], batch['targets'], batch['segment_ids'], batch['weights'])
+        return objective(model, params, batch['tokens'], batch['targets'], batch['segment_ids'], batch['weights'])
 
     return loss
 
 
-def level_periods(model_config: ModelConfig) -> dict[str, int]:
-    """CMS level's name -> tokens between its updates across steps."""
-    return {f'level_{index}': level.period for index, level in enumerate(model_config.levels)}
+def level_periods(model_config: ModelConfig, sequence_length: int) -> dict[str, int]:
+    """CMS level's name -> tokens between its updates across steps.
+
+    A level that is updated within the sequences is left out: what steps change are its initial weights, at every step.
+    """
+    inside = lambda period: model_config.in_sequence is not None and period < sequence_length
+    return {f'level_{index}': level.period for index, level in enumerate(model_config.levels) if not inside(level.period)}
 
 
 @jax.jit

@@ -1,0 +1,56 @@
+"""Logical axis names of every parameter: what a sharding rule maps to mesh axes.
+
+'layers' stacked blocks, 'embed' the model's width, 'heads' heads or heads times head width, 'mlp' hidden units, 'vocab';
+None for axes that are never split.
+"""
+
+import re
+
+import jax
+
+Axes = tuple[str | None, ...]
+
+# First match wins; the path is that of the parameter, without the leading 'blocks/'.
+_RULES: tuple[tuple[str, Axes], ...] = (
+    (r'embedding$', ('vocab', 'embed')),
+    (r'head$', ('embed', 'vocab')),
+    (r'initial_\w+$', ('heads', None, None)),
+    (r'\w+_convolution/kernel$', (None, 'heads')),
+    (r'(query|key|value|block/gate)/kernel$', ('embed', 'heads')),
+    (r'(output|output_projection)/kernel$', ('heads', 'embed')),
+    (r'gate_logits/kernel$', ('embed', None)),
+    (r'gate_bias$', (None, 'heads')),
+    (r'retention_log_scale$', ('heads',)),
+    (r'block/norm/scale$', (None,)),
+    (r'level_\d+/(gate|up)/kernel$', ('embed', 'mlp')),
+    (r'level_\d+/down/kernel$', ('mlp', 'embed')),
+    (r'aggregation$', (None,)),
+    (r'scale$', ('embed',)),
+)
+
+
+def logical_axes(params):
+    """Names of the axes of each parameter.
+
+    Args:
+        params: parameters of a `LanguageModel`, arrays or shapes.
+
+    Returns:
+        The same pytree with a tuple of names, one for each axis, in place of each array.
+
+    Raises:
+        ValueError: naming a parameter no rule knows, or whose rank the rule does not have.
+    """
+    return jax.tree_util.tree_map_with_path(_axes, params)
+
+
+def _axes(path, leaf) -> Axes:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    inner = name.removeprefix('blocks/')
+    axes = next((axes for pattern, axes in _RULES if re.search(rf'(^|/){pattern}', inner)), None)
+    if axes is None:
+        raise ValueError(f'parameter {name} has no logical axes, allowed are the names of nested_jax.models.axes')
+    axes = axes if inner == name else ('layers', *axes)
+    if len(axes) != len(leaf.shape):
+        raise ValueError(f'parameter {name} has shape {leaf.shape}, allowed is one axis for each of {axes}')
+    return axes

@@ -1,0 +1,185 @@
+"""The main job as a user meets it: a process, its output, its exit code and what it leaves behind."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import hope_pretrain
+from nested_jax.evaluation.rows import read_rows
+from nested_jax.training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = (
+    '--model.preset transformer-tiny --train.batch-size 2 --train.sequence-length 32 --train.warmup-steps 1 --train.eval-tokens 64'.split()
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilations_on_disk(tmp_path_factory):
+    """Processes of one shape compile once between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compilations')))
+        patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+        yield
+
+
+def start(*arguments, **settings):
+    environment = os.environ | dict(JAX_NUM_CPU_DEVICES='1', JAX_PLATFORMS='cpu') | settings
+    command = [sys.executable, '-m', 'experiments.hope_pretrain', *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments, **settings):
+    """(exit code, standard output, standard error, seconds) of a finished process."""
+    began = time.monotonic()
+    process = start(*arguments, **settings)
+    said, complained = process.communicate(timeout=300)
+    return process.returncode, said, complained, time.monotonic() - began
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('texts')
+    for number in range(60):
+        (folder / f'{number}.txt').write_text(f'This is document {number}. ' * 20)
+    return folder
+
+
+WRONG = {
+    'misspelt flag': (['--model.presett', 'hope-tiny'], r'Unrecognized.*--model\.presett.*--model\.preset'),
+    'unknown preset': (['--model.preset', 'hope-tny'], r"preset is 'hope-tny'.*hope-tiny"),
+    'wrong type': (['--train.steps', 'many'], r'train\.steps.*many'),
+    'impossible value': (['--train.steps', '0'], r'train\.steps is 0, allowed is'),
+    'contradiction': (['--train.steps', '5', '--train.warmup-steps', '9'], r'train\.warmup_steps is 9, allowed is .*steps=5'),
+    'unknown choice': (['--model.remat', 'some'], r'some.*remat'),
+    'no such folder': (['--data.corpus', '/nowhere/at/all'], r'/nowhere/at/all'),
+    'unknown tokenizer': (['--data.tokenizer', 'words', '--data.corpus', '{texts}'], r'words'),
+    'off the grid': (
+        ['--model.preset', 'hope-tiny', '--train.sequence-length', '33', '--data.corpus', '{texts}'],
+        r'train\.sequence_length is 33',
+    ),
+    'small vocabulary': (['--model.vocab-size', '100', '--data.corpus', '{texts}'], r'model\.vocab_size is 100'),
+    'batch and devices': (
+        ['--train.batch-size', '6', '--data.corpus', '{texts}'],
+        r'train\.batch_size is 6, allowed is .* 1 x 4',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(case, texts, tmp_path, record_property):
+    arguments, message = WRONG[case]
+    arguments = [argument.format(texts=texts) for argument in arguments]
+    code, said, complained, seconds = run(*arguments, '--train.output', tmp_path / 'run', JAX_NUM_CPU_DEVICES='4')
+    record_property('seconds', seconds)
+    assert code == 2 and said == ''
+    assert re.search(message, complained) and complained.startswith('error: ') and complained.count('\n') == 1, complained
+    assert not (tmp_path / 'run').exists()
+
+
+def test_empty_folder_is_one_line_and_exit_code_2(tmp_path):
+    code, said, complained, _ = run('--data.corpus', tmp_path, '--train.output', tmp_path / 'run')
+    assert code == 2 and str(tmp_path) in complained and complained.count('\n') == 1, complained
+
+
+def test_errors_that_need_no_device_are_met_before_jax_is_imported(tmp_path):
+    """The bound of two seconds depends on the machine; what is imported doesn't."""
+    program = (
+        'import sys; from experiments.hope_pretrain import main; codes = [main(argument.split()) for argument in sys.argv[1:]]; '
+        'assert codes == [2] * len(codes), codes; assert not {"jax", "flax", "orbax", "grain"} & set(sys.modules)'
+    )
+    arguments = ['--model.preset nope', '--model.presett x', '--train.steps 0', f'--data.corpus {tmp_path}', '--data.tokenizer nope']
+    result = subprocess.run([sys.executable, '-c', program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_help_names_every_group():
+    code, said, complained, _ = run('--help')
+    assert code == 0 and complained == ''
+    for flag in ('--model.preset', '--data.corpus', '--data.tokenizer', '--train.learning-rate', '--train.output', '--smoke'):
+        assert flag in said
+
+
+def test_smoke_run_leaves_everything_behind(tmp_path, texts):
+    folder = tmp_path / 'run'
+    arguments = ['--smoke', '--model.preset', 'transformer-tiny', '--data.corpus', texts, '--train.output', folder]
+    code, said, complained, _ = run(*arguments)
+    assert code == 0, complained
+    assert 'step 4/4' in said and re.search(r'transformer-tiny +\d\.\d{4} +perplexity', said) and 'a sample' in said
+    assert (folder / 'loss.png').stat().st_size > 1000
+    (row,) = read_rows(folder / 'results.jsonl')
+    assert row['model'] == 'transformer-tiny' and row['metrics']['tokens'] == 4 * 8 * 64
+    assert row['config']['data']['digest'] and row['command'].startswith('python -m experiments.hope_pretrain --smoke')
+    again, said, complained, _ = run(*arguments)
+    assert again == 0 and 'going on from step 4' in said
+    assert len(read_rows(folder / 'results.jsonl')) == 1
+    other, _, complained, _ = run(*arguments, '--train.seed', '1')
+    assert other == 2 and 'train.seed is 1' in complained and complained.count('\n') == 1
+
+
+@pytest.fixture(scope='module')
+def forty_steps(texts):
+    return [
+        *TINY,
+        *f'--train.steps 40 --train.log-every 1 --train.checkpoint-every 100 --train.eval-tokens 64 --data.corpus {texts}'.split(),
+    ]
+
+
+@pytest.fixture(scope='module')
+def unbroken(forty_steps, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('unbroken')
+    code, _, complained, _ = run(*forty_steps, '--train.output', folder)
+    assert code == 0, complained
+    return folder
+
+
+def lines_without_speed(folder):
+    lines = read_metrics(folder / 'metrics.jsonl')
+    return [{name: value for name, value in line.items() if name != 'tokens_per_second'} for line in lines]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path, number, code):
+    process = start(*forty_steps, '--train.output', tmp_path)
+    for line in process.stdout:
+        if line.startswith('step 3/'):
+            process.send_signal(number)
+            break
+    said, complained = process.communicate(timeout=120)
+    assert process.returncode == code, complained
+    stopped = int(re.search(r'saved step (\d+) to', said)[1])
+    assert 3 <= stopped < 40 and '--train.output' in said
+    code, said, complained, _ = run(*forty_steps, '--train.output', tmp_path)
+    assert code == 0 and f'going on from step {stopped}' in said, complained
+    assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
+    rows = [read_rows(folder / 'results.jsonl')[0]['metrics'] for folder in (unbroken, tmp_path)]
+    assert rows[0] | {'resumed_from': stopped} == rows[1]
+
+
+def test_stored_transformer_is_found_by_digest_and_nearest_budget(tmp_path):
+    args = hope_pretrain.Args()
+    tokens = args.train.steps * args.train.tokens_per_step
+    line = lambda: hope_pretrain.stored_transformer(args, 'same', tmp_path)
+    assert 'no stored row for this text;' in line()
+
+    def store(digest, trained, bits, model='transformer-tiny'):
+        row = dict(model=model, config={'data': {'digest': digest}}, metrics={'tokens': trained, 'heldout_bits_per_byte': bits})
+        with open(tmp_path / 'rows.jsonl', 'a') as file:
+            file.write(json.dumps(row) + '\n')
+
+    store('other', tokens, 1.0)
+    store('same', tokens, 1.0, model='hope-tiny')
+    assert 'only one for another text' in line()
+    store('same', tokens // 2, 3.0)
+    assert '3.0000' in line() and f'{tokens // 2:,} instead of {tokens:,}' in line()
+    store('same', tokens, 2.0)
+    store('same', tokens, 2.2)
+    assert '2.1000' in line() and 'mean of 2 stored runs on as many tokens' in line()

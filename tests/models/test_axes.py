@@ -1,0 +1,84 @@
+"""Logical axes of every preset, and lowering of the largest ones for 256 simulated devices."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nested_jax.models.axes import logical_axes
+from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.presets import preset, preset_names
+
+LARGEST = [name for name in preset_names() if name.endswith('-1.3b')]
+
+
+def shapes(name: str):
+    model = LanguageModel(preset(name))
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))['params']
+
+
+@pytest.mark.parametrize('name', [name for name in preset_names() if name.endswith(('-tiny', '-1.3b'))])
+def test_every_parameter_has_axes(name):
+    params = shapes(name)
+    axes = logical_axes(params)
+    for leaf, names in zip(jax.tree.leaves(params), jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)), strict=True):
+        assert len(names) == leaf.ndim
+        # What every rule set will split must divide evenly over eight chips.
+        for size, axis in zip(leaf.shape, names, strict=True):
+            if name.endswith('-1.3b') and axis in ('embed', 'heads', 'mlp', 'vocab'):
+                assert size % 8 == 0, (axis, leaf.shape)
+
+
+def test_unknown_parameter_is_named():
+    with pytest.raises(ValueError, match='blocks/mixer/mystery'):
+        logical_axes({'blocks': {'mixer': {'mystery': jnp.zeros((2, 3))}}})
+    with pytest.raises(ValueError, match='one axis for each'):
+        logical_axes({'embedding': jnp.zeros(3)})
+
+
+LOWER = """
+import json, sys, time
+import jax, jax.numpy as jnp, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from nested_jax.models.axes import logical_axes
+from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.loss import model_loss
+from nested_jax.models.presets import preset
+
+begun = time.perf_counter()
+mesh = jax.make_mesh((4, 16, 4), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
+rules = {'embed': 'fsdp', 'heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor'}
+model = LanguageModel(preset(sys.argv[1], dtype='bfloat16', remat='block'))
+shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))['params']
+spec = lambda axes: NamedSharding(mesh, P(*(rules.get(axis) for axis in axes)))
+placed = jax.tree.map(spec, logical_axes(shapes), is_leaf=lambda x: isinstance(x, tuple))
+params = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, placed)
+tokens = jax.ShapeDtypeStruct((128, 4096), jnp.int32, sharding=NamedSharding(mesh, P(('data', 'fsdp'))))
+optimizer = optax.adamw(1e-3)
+state = jax.eval_shape(optimizer.init, params)
+
+def step(params, state, tokens, targets):
+    loss = lambda p: model_loss(model, p, tokens, targets)[0]
+    value, gradient = jax.value_and_grad(loss)(params)
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens, tokens)
+text = lowered.as_text()
+print(json.dumps({'seconds': time.perf_counter() - begun, 'lines': text.count(chr(10)), 'devices': mesh.size, 'partitions': 'num_partitions = 256' in text}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LARGEST)
+def test_largest_presets_lower_for_256_devices(name):
+    environment = {'JAX_NUM_CPU_DEVICES': '256', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'PATH': '/usr/bin:/bin'}
+    done = subprocess.run([sys.executable, '-c', LOWER, name], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report['devices'] == 256 and report['partitions']
+    # One program of a few thousand lines whatever the number of layers and chunks: 4,096 tokens are 256 chunks.
+    assert report['lines'] < 20_000

@@ -1,0 +1,73 @@
+"""Sampling: nucleus, temperature, stop tokens, and equality with a loop over whole prefixes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.models import LanguageModel, generate
+from nested_jax.models.sampling import sample
+
+CONFIG = ModelConfig(
+    mixer='attention', num_layers=1, width=8, num_heads=2, head_dim=4, levels=(LevelConfig(8, 16),), vocab_size=11, max_length=32
+)
+
+
+@pytest.fixture(scope='module')
+def model_and_variables():
+    model = LanguageModel(CONFIG)
+    return model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+
+
+def test_greedy_equals_a_loop_over_prefixes(model_and_variables):
+    model, variables = model_and_variables
+    prompt = jnp.asarray([[1, 2, 3], [4, 5, 6]])
+    tokens = generate(model, variables, prompt, key=jax.random.key(1), max_new_tokens=6, temperature=0.0)
+    text = prompt
+    for _ in range(6):
+        logits, _ = model.apply(variables, text)
+        text = jnp.concatenate([text, jnp.argmax(logits[:, -1], -1)[:, None]], 1)
+    np.testing.assert_array_equal(tokens, text[:, 3:])
+
+
+def test_rows_stop_on_their_own(model_and_variables):
+    model, variables = model_and_variables
+    prompt = jnp.asarray([[1], [2], [3], [4]])
+    free = np.asarray(generate(model, variables, prompt, key=jax.random.key(2), max_new_tokens=12))
+    stop = int(free[0, 3])
+    held = np.asarray(generate(model, variables, prompt, key=jax.random.key(2), max_new_tokens=12, stop=stop))
+    for row, other in zip(held, free, strict=True):
+        ends = np.flatnonzero(other == stop)
+        end = ends[0] if ends.size else len(other)
+        np.testing.assert_array_equal(row[: end + 1], other[: end + 1])
+        assert (row[end:] == stop).all()
+
+
+def test_nucleus_holds_the_fewest_tokens():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    drawn = lambda top_p: {int(sample(logits, key, temperature=1.0, top_p=top_p)[0]) for key in jax.random.split(jax.random.key(0), 200)}
+    assert drawn(0.4) == {0}
+    assert drawn(0.6) == {0, 1}
+    assert drawn(0.9) == {0, 1, 2}
+    assert drawn(1.0) == {0, 1, 2, 3}
+
+
+def test_temperature_sharpens():
+    logits = jnp.tile(jnp.log(jnp.asarray([[0.6, 0.4]])), (4000, 1))
+    share = lambda temperature: float((sample(logits, jax.random.key(0), temperature=temperature, top_p=1.0) == 0).mean())
+    assert abs(share(1.0) - 0.6) < 0.03
+    assert abs(share(0.5) - 0.36 / 0.52) < 0.03
+
+
+@pytest.mark.parametrize(
+    'wrong, name',
+    [(dict(max_new_tokens=0), 'max_new_tokens'), (dict(temperature=-1.0), 'temperature'), (dict(top_p=0.0), 'top_p'), (dict(top_p=1.5), 'top_p')],
+)
+def test_arguments_out_of_range_are_named(model_and_variables, wrong, name):
+    model, variables = model_and_variables
+    arguments = dict(key=jax.random.key(0), max_new_tokens=1) | wrong
+    with pytest.raises(ValueError, match=name):
+        generate(model, variables, jnp.asarray([[1]]), **arguments)
+    with pytest.raises(ValueError, match='prompt'):
+        generate(model, variables, jnp.zeros((1, 0), jnp.int32), key=jax.random.key(0), max_new_tokens=1)
