@@ -14,6 +14,7 @@ class AttentionConfig:
     num_kv_heads: int | None = None  # None: one for each query head
     window: int | None = None  # tokens each query sees, itself included; None: all, up to max_length
     rope_theta: float = 10_000.0
+    query_block: int | None = None  # queries at a time, which skip later keys and keep no scores; None: all
     short_convolution: bool = False  # the width-4 convolutions of the memories on q, k and v, as a control
 
 
@@ -86,7 +87,12 @@ class ModelConfig:
             _check(level.period >= 1, 'levels.period', level.period, 'an integer of at least 1')
         sizes = self.memory.chunk_size, self.memory.projection_chunk_size
         _check(min(sizes) >= 1, 'memory.chunk_size', min(sizes), 'an integer of at least 1')
-        _check(max(sizes) % min(sizes) == 0, 'memory.chunk_size and memory.projection_chunk_size', sizes, 'sizes of which one divides the other')
+        _check(
+            max(sizes) % min(sizes) == 0,
+            'memory.chunk_size and memory.projection_chunk_size',
+            sizes,
+            'sizes of which one divides the other',
+        )
         if self.mixer == 'attention':
             _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
             kv_heads = self.num_kv_heads
@@ -95,7 +101,12 @@ class ModelConfig:
             raise ValueError("memory.gradient='token' needs memory.kind='matrix': an MLP memory is not linear in its weights")
         if self.in_sequence is not None:
             wrong = [block for block in self.in_sequence.blocks if not 0 <= block < self.num_layers]
-            _check(not wrong and len(self.in_sequence.blocks) > 0, 'in_sequence.blocks', self.in_sequence.blocks, f'block numbers from 0 to {self.num_layers - 1}')
+            _check(
+                not wrong and len(self.in_sequence.blocks) > 0,
+                'in_sequence.blocks',
+                self.in_sequence.blocks,
+                f'block numbers from 0 to {self.num_layers - 1}',
+            )
 
     @property
     def num_kv_heads(self) -> int:

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nested_jax.layers.common import Context, Projection, ShortConvolution, split_heads
 from nested_jax.config import ModelConfig
+from nested_jax.layers.common import Context, Projection, ShortConvolution, split_heads
 
 
 class AttentionState(NamedTuple):
@@ -77,12 +77,30 @@ class Attention(nn.Module):
 
     def _attend(self, query: jax.Array, known: AttentionState, new: AttentionState, *, masked: bool) -> jax.Array:
         if not masked:
-            window = (self.capacity - 1, 0) if known.key.shape[1] > self.capacity else None
-            return jax.nn.dot_product_attention(query, known.key, known.value, is_causal=True, local_window_size=window)
+            return self._attend_in_blocks(query, known.key, known.value)
         distance = new.position[:, :, None] - known.position[:, None]
         visible = (distance >= 0) & (distance < self.capacity) & (new.segment_id[:, :, None] == known.segment_id[:, None])
         visible &= known.filled[:, None]
         return jax.nn.dot_product_attention(query, known.key, known.value, mask=visible[:, None])
+
+    def _attend_in_blocks(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Causal attention of one document from its start; a block of queries skips the keys that none of them sees."""
+        length, block = query.shape[1], self.config.attention.query_block or query.shape[1]
+        window = (self.capacity - 1, 0) if length > self.capacity else None
+
+        @jax.checkpoint
+        def attend(queries, keys, values, offset):
+            distance = offset + jnp.arange(queries.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
+            visible = (distance >= 0) & (distance < self.capacity)
+            return jax.nn.dot_product_attention(queries, keys, values, mask=visible[None, None])
+
+        if block >= length:
+            return jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=window)
+        parts = []
+        for start in range(0, length, block):
+            end, first = min(start + block, length), max(start - self.capacity + 1, 0)
+            parts.append(attend(query[:, start:end], key[:, first:end], value[:, first:end], start - first))
+        return jnp.concatenate(parts, 1)
 
 
 def _convolve(rows: dict[str, jax.Array], before: tuple, segment_ids: jax.Array | None) -> tuple[dict[str, jax.Array], tuple]:

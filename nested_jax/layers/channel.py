@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Projection, RMSNorm
 from nested_jax.memory.continuum import aggregate, chain
-from nested_jax.config import ModelConfig
 
 
 class SwiGLU(nn.Module):

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.memory.matrix import delta_rule
-from nested_jax.config import ModelConfig
 
 
 class GatedDeltaRuleState(NamedTuple):
@@ -37,6 +37,4 @@ class GatedDeltaRule(nn.Module):
             inputs.query, inputs.key, inputs.value, beta, log_alpha,
             state=None if state is None else state.memory, segment_ids=context.segment_ids,
         )  # fmt: skip
-        return block.output(y, inputs.output_gate), (
-            GatedDeltaRuleState(memory, inputs.convolution) if context.update else state
-        )
+        return block.output(y, inputs.output_gate), (GatedDeltaRuleState(memory, inputs.convolution) if context.update else state)

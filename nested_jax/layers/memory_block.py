@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, l2_normalize, split_heads
 from nested_jax.config import ModelConfig
+from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, l2_normalize, split_heads
 
 
 class MemoryInputs(NamedTuple):
@@ -47,9 +47,7 @@ class MemoryBlock(nn.Module):
         """(B, T, width) and the convolutions' states -> the memory's inputs."""
         before = (None,) * 3 if convolution is None else convolution
         rows = (self.query(x), self.key(x), self.value(x))
-        done = [
-            convolve(row, state, context.segment_ids) for convolve, row, state in zip(self.convolutions, rows, before, strict=True)
-        ]
+        done = [convolve(row, state, context.segment_ids) for convolve, row, state in zip(self.convolutions, rows, before, strict=True)]
         query, key, value = (split_heads(row, self.config.num_heads) for row, _ in done)
         logits = self.gate_logits(x).reshape(*x.shape[:2], len(self.gates), -1) + self.gate_bias[None, None]
         return MemoryInputs(
@@ -67,8 +65,6 @@ class MemoryBlock(nn.Module):
 def log_retention(logits: jax.Array, scale: jax.Array) -> jax.Array:
     """log alpha = -scale * softplus(logits), (B, T, H) and (H,) -> (B, T, H): in (0, 1) by construction, exact near both ends."""
     return -scale[None, None] * jax.nn.softplus(logits)
-
-
 
 
 def _retention_log_scale(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context
 from nested_jax.layers.memory_block import MemoryBlock
 from nested_jax.memory import self_modifying as memory
-from nested_jax.config import ModelConfig
 
 _WIDE = ('memory', 'key', 'value', 'query')
 _GATES = ('eta', 'alpha')

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.memory import grid
 from nested_jax.memory.mlp import MLPState, MLPWeights, mlp_initial_state, mlp_memory
-from nested_jax.config import ModelConfig
 
 
 class TitansState(NamedTuple):

@@ -126,7 +126,9 @@ def self_modifying(
     if state is not None and position is None:
         raise ValueError('position is None, allowed with a state is an int32 array (batch,)')
     batch, length = inputs.key.shape[:2]
-    laid = grid.lay_out((inputs, segment_ids), rule.base, None if state is None else (state.opened, _no_ids(segment_ids, rule.base)), position)
+    laid = grid.lay_out(
+        (inputs, segment_ids), rule.base, None if state is None else (state.opened, _no_ids(segment_ids, rule.base)), position
+    )
     chunks, ids = laid.chunks
     start = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), initial)
     carry = _first_carry(rule, start, state, position, inputs.momentum is not None)
@@ -153,7 +155,11 @@ def _heads_first(tokens: Inputs) -> Inputs:
 
 def _first_carry(rule: Rule, start: Memories, state: SelfModifyingState | None, position: jax.Array | None, momentum: bool):
     """(running, momentum, held) before the call's first chunk."""
-    fresh = start, jax.tree.map(jnp.zeros_like, start) if momentum else None, start if rule.chunk_size != rule.projection_chunk_size else None
+    fresh = (
+        start,
+        jax.tree.map(jnp.zeros_like, start) if momentum else None,
+        start if rule.chunk_size != rule.projection_chunk_size else None,
+    )
     return fresh if state is None else grid.where_rows(position == 0, fresh, tuple(state[:3]))
 
 
@@ -319,7 +325,9 @@ def _read_mlp(rule: Rule, query, anchor: Memories, decays, first_writes, second_
         return jax.nn.silu(query @ anchor.first[..., :width]) @ anchor.wide[..., 0, :, :]
     hidden = jax.nn.silu(_read_columns(decays, first_writes, query, *first, width))
     one = lambda x: None if x is None else x[..., 0, :, :]
-    return chunk.read_running(decays, chunk.LayerWrites(*map(one, second_writes)), hidden, one(second[0]), one(second[1]), rest=one(second[2]))
+    return chunk.read_running(
+        decays, chunk.LayerWrites(*map(one, second_writes)), hidden, one(second[0]), one(second[1]), rest=one(second[2])
+    )
 
 
 def self_modifying_reference(

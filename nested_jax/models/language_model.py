@@ -4,13 +4,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nested_jax.config import ModelConfig
 from nested_jax.layers.attention import Attention
 from nested_jax.layers.channel import ContinuumMLP
 from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
-from nested_jax.config import ModelConfig
 
 TOKEN_MIXERS = {
     'attention': Attention,

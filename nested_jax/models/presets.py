@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from typing import NamedTuple
 
-from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig
+from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 
 
 class _Size(NamedTuple):

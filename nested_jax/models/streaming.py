@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.memory import continuum
 from nested_jax.config import ModelConfig
+from nested_jax.memory import continuum
 from nested_jax.models.language_model import Block, LanguageModel, _close, _open
 from nested_jax.models.loss import next_token_loss
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
+from nested_jax.config import ModelConfig
 from nested_jax.data import Dataset, batch_iterator, check_same_data, data_identity, evaluation_batches, training_batches
 from nested_jax.evaluation.perplexity import HeldOut, evaluate
-from nested_jax.config import ModelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss

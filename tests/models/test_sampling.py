@@ -62,7 +62,12 @@ def test_temperature_sharpens():
 
 @pytest.mark.parametrize(
     'wrong, name',
-    [(dict(max_new_tokens=0), 'max_new_tokens'), (dict(temperature=-1.0), 'temperature'), (dict(top_p=0.0), 'top_p'), (dict(top_p=1.5), 'top_p')],
+    [
+        (dict(max_new_tokens=0), 'max_new_tokens'),
+        (dict(temperature=-1.0), 'temperature'),
+        (dict(top_p=0.0), 'top_p'),
+        (dict(top_p=1.5), 'top_p'),
+    ],
 )
 def test_arguments_out_of_range_are_named(model_and_variables, wrong, name):
     model, variables = model_and_variables

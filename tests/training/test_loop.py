@@ -14,8 +14,8 @@ import pytest
 import rich.console
 from jax.experimental.compilation_cache import compilation_cache
 
-from nested_jax.data import open_dataset
 from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.checkpoints import DamagedCheckpointsError
 from nested_jax.training.config import TrainConfig

@@ -1,0 +1,95 @@
+"""Softmax attention against reference implementations: rotary positions, grouped queries, windows, documents, streams."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig
+from nested_jax.layers.attention import Attention, rotate
+from nested_jax.layers.common import Context
+
+SOFTMAX = 2e-6  # jax.nn.dot_product_attention takes the softmax in float32 whatever its inputs' dtype
+fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+@pytest.fixture
+def golden(shared_data):
+    def load(name: str) -> dict[str, jax.Array]:
+        return {key: jnp.asarray(value, jnp.float64) for key, value in np.load(shared_data / 'golden' / f'{name}.npz').items()}
+
+    return load
+
+
+def test_rotary_positions_match_the_reference(x64, golden):
+    data = golden('rotary')
+    position = jnp.broadcast_to(jnp.arange(40)[None], (2, 40))
+    np.testing.assert_allclose(rotate(data['q'], position, 10_000.0), data['y_half'], rtol=0, atol=1e-9)
+    single = rotate(data['q'].astype(jnp.float32), position, 10_000.0)
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single, data['y_half'], rtol=0, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_only(x64, golden):
+    q, position = golden('rotary')['q'], jnp.arange(40)[None] + jnp.array([[0], [1000]])
+    near, far = rotate(q, position, 10_000.0), rotate(q, position + 777, 10_000.0)
+    scores = lambda x: jnp.einsum('bthd,bshd->bhts', x, x)
+    np.testing.assert_allclose(scores(near), scores(far), rtol=0, atol=1e-9)
+
+
+def _config(**attention) -> ModelConfig:
+    return ModelConfig(
+        mixer='attention', num_layers=1, width=64, num_heads=4, head_dim=16, levels=(LevelConfig(1, 1),), vocab_size=2,
+        max_length=64, dtype='float64', attention=AttentionConfig(num_kv_heads=2, **attention),
+    )  # fmt: skip
+
+
+def _golden_layer(data, **attention):
+    """A layer whose projections hand on the golden q, k and v, given unrotated, and its output heads."""
+    unrotate = lambda x: rotate(x, -jnp.broadcast_to(jnp.arange(48)[None], (2, 48)), 10_000.0).reshape(2, 48, -1)
+    x = jnp.concatenate([unrotate(data['q']), unrotate(data['k']), data['v'].reshape(2, 48, -1)], -1)
+    eye = jnp.eye(x.shape[-1])
+    kernels = {'query': eye[:, :64], 'key': eye[:, 64:96], 'value': eye[:, 96:], 'output': jnp.eye(64)}
+    variables = {'params': {name: {'kernel': kernel} for name, kernel in kernels.items()}}
+    layer = Attention(_config(**attention))
+    return x, fast_jit(lambda x, state, context: layer.apply(variables, x, state, context))
+
+
+@pytest.mark.parametrize(('window', 'name'), [(None, 'o_full'), (16, 'o_w16')])
+def test_attention_matches_the_reference(x64, golden, window, name):
+    data = golden('attention_swa')
+    x, layer = _golden_layer(data, window=window)
+    expected = data[name].reshape(2, 48, -1)
+    plain, _ = layer(x, None, Context(None, None, True))
+    np.testing.assert_allclose(plain, expected, rtol=0, atol=SOFTMAX)
+    masked, state = layer(x[:, :40], None, Context(None, jnp.ones((2, 40), jnp.int32), True))
+    np.testing.assert_allclose(masked, expected[:, :40], rtol=0, atol=SOFTMAX)
+    assert state.key.shape[1] == (window or 64)
+    rest, _ = layer(x[:, 40:], state, Context(jnp.full(2, 40, jnp.int32), jnp.ones((2, 8), jnp.int32), True))
+    np.testing.assert_allclose(rest, expected[:, 40:], rtol=0, atol=SOFTMAX)
+
+
+def test_documents_do_not_see_one_another(x64, golden):
+    data = golden('attention_swa')
+    x, layer = _golden_layer(data)
+    ids = jnp.asarray(np.repeat(np.array([[4, 9]] * 2, np.int32), [20, 28], axis=1))
+    packed, _ = layer(x, None, Context(None, ids, True))
+    first, _ = layer(x[:, :20], None, Context(None, None, True))
+    second, _ = layer(x[:, 20:], None, Context(None, None, True))
+    np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), rtol=0, atol=SOFTMAX)
+
+
+def test_max_length_bounds_what_is_seen_and_kept(x64, golden):
+    x, _ = _golden_layer(golden('attention_swa'))
+    short = dataclasses.replace(_config(), max_length=16)
+    layer = Attention(short)
+    variables = jax.tree.map(lambda p: p.astype(jnp.float64), layer.init(jax.random.key(0), x, None, Context(None, None, True)))
+    run = fast_jit(lambda x: layer.apply(variables, x, None, Context(None, None, True)))
+    y, state = run(x)
+    assert state.key.shape[1] == 16 and bool(state.filled.all())
+    changed, _ = run(x.at[:, 10].add(1.0))
+    moved = np.abs(np.asarray(changed - y)).max((0, 2)) > 1e-12
+    np.testing.assert_array_equal(moved, (np.arange(48) >= 10) & (np.arange(48) < 26))
