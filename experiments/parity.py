@@ -57,8 +57,10 @@ class Args:
     """How memories are written."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each."""
-    projection_chunk_size: int = 4
+    projection_chunk_size: int = 1
     """Tokens between two refreshes of keys, values and rates; token-wise gradients depend on no other chunk size."""
+    decay_to: Literal['init', 'zero'] = 'init'
+    """What retention decays to: the learned initial memories, or zero as in the paper."""
     learning_rate: float = 1e-2
     """At the end of the warm-up; a cosine takes it to a tenth."""
     steps: int = 600
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         f'{"arm":<16}{"seed":<6}{"loss":<9}{args.eval_strings} strings a bin: % right at every position (at the last) by length', flush=True
     )
     for arm in args.arms:
-        model = LanguageModel(model_config(arm, args.projection_chunk_size))
+        model = LanguageModel(model_config(arm, args.projection_chunk_size, args.decay_to))
         fit = make_fit(model, args.train)
         predict = jax.jit(lambda params, tokens, model=model: model.apply({'params': params}, tokens)[0].argmax(-1))
         for seed in args.seeds:
@@ -120,10 +122,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def model_config(arm: str, projection_chunk_size: int) -> ModelConfig:
+def model_config(arm: str, projection_chunk_size: int = 1, decay_to: Literal['init', 'zero'] = 'init') -> ModelConfig:
     """The model of an arm; its vocabulary is bits on the way in and parities on the way out."""
-    chunk = projection_chunk_size
-    memory = MemoryConfig(kind='matrix', gradient='token', momentum=False, chunk_size=chunk, projection_chunk_size=chunk, **ARMS[arm])
+    memory = MemoryConfig(
+        kind='matrix', gradient='token', momentum=False, decay_to=decay_to,
+        chunk_size=projection_chunk_size, projection_chunk_size=projection_chunk_size, **ARMS[arm],
+    )  # fmt: skip
     return ModelConfig(
         mixer='self-modifying', num_layers=1, width=32, num_heads=2, head_dim=16, levels=(LevelConfig(64, 1),),
         vocab_size=2, memory=memory, scan_layers=False,

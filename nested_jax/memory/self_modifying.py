@@ -126,9 +126,8 @@ def self_modifying(
     if state is not None and position is None:
         raise ValueError('position is None, allowed with a state is an int32 array (batch,)')
     batch, length = inputs.key.shape[:2]
-    laid = grid.lay_out(
-        (inputs, segment_ids), rule.base, None if state is None else (state.opened, _no_ids(segment_ids, rule.base)), position
-    )
+    opened = None if state is None else (state.opened, _open_ids(segment_ids, rule.base))
+    laid = grid.lay_out((inputs, segment_ids), rule.base, opened, position)
     chunks, ids = laid.chunks
     start = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), initial)
     carry = _first_carry(rule, start, state, position, inputs.momentum is not None)
@@ -144,7 +143,7 @@ def self_modifying(
     return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
 
 
-def _no_ids(segment_ids: jax.Array | None, size: int) -> jax.Array | None:
+def _open_ids(segment_ids: jax.Array | None, size: int) -> jax.Array | None:
     """Ids of the open chunk: its tokens belong to the document that goes on with the call's first token."""
     return None if segment_ids is None else jnp.broadcast_to(segment_ids[:, :1], (segment_ids.shape[0], size))
 

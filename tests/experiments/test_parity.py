@@ -58,7 +58,7 @@ def test_chance_level(index):
 
 
 def test_arms_differ_in_the_memory_s_update_only():
-    configs = {arm: dataclasses.asdict(parity.model_config(arm, 4)) for arm in parity.ARMS}
+    configs = {arm: dataclasses.asdict(parity.model_config(arm)) for arm in parity.ARMS}
     changed = {name for config in configs.values() for name in config['memory'] if config['memory'][name] != configs['dgd']['memory'][name]}
     assert changed == {'dgd', 'positive_eigenvalues'}
     for config in configs.values():

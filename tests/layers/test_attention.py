@@ -16,14 +16,6 @@ SOFTMAX = 2e-6  # jax.nn.dot_product_attention takes the softmax in float32 what
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
-@pytest.fixture
-def golden(shared_data):
-    def load(name: str) -> dict[str, jax.Array]:
-        return {key: jnp.asarray(value, jnp.float64) for key, value in np.load(shared_data / 'golden' / f'{name}.npz').items()}
-
-    return load
-
-
 def test_rotary_positions_match_the_reference(x64, golden):
     data = golden('rotary')
     position = jnp.broadcast_to(jnp.arange(40)[None], (2, 40))

@@ -5,19 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from nested_jax.layers.common import Projection, RMSNorm, ShortConvolution, l2_normalize, split_heads
 
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
-@pytest.fixture
-def golden(shared_data):
-    def load(name: str) -> dict[str, jax.Array]:
-        return {key: jnp.asarray(value, jnp.float64) for key, value in np.load(shared_data / 'golden' / f'{name}.npz').items()}
-
-    return load
 
 
 def test_norm_and_gate_match_the_reference(x64, golden):

@@ -20,13 +20,9 @@ def _config(**overrides) -> ModelConfig:
     return ModelConfig(**(options | overrides))
 
 
-def test_gated_delta_rule_layer_matches_the_reference(x64, shared_data):
+def test_gated_delta_rule_layer_matches_the_reference(x64, golden):
     """Qwen3-Next's layer: queries scaled by D^-1/2, which the norm after the read undoes up to its epsilon, and grouped values."""
-    data = {
-        k: np.asarray(v, np.float64)
-        for k, v in np.load(shared_data / 'golden' / 'layer_gated_deltanet_qwen3next_hf.npz').items()
-        if v.dtype != object
-    }
+    data = jax.tree.map(np.asarray, golden('layer_gated_deltanet_qwen3next_hf'))
     fused = data['param.in_proj_qkvz.weight'].reshape(2, -1, 32)  # a group: one q, one k, two v, two z heads of 16
     split = lambda start, stop: fused[:, start:stop].reshape(2, -1, 16, 32)
     repeat = lambda heads: np.repeat(heads, 2, axis=1)
@@ -36,7 +32,8 @@ def test_gated_delta_rule_layer_matches_the_reference(x64, shared_data):
     conv = {'query': convolution[:32], 'key': convolution[32:64], 'value': convolution[64:]}
     conv = {name: rows if name == 'value' else repeat(rows.reshape(2, 1, 16, 4)).reshape(-1, 4) for name, rows in conv.items()}
     block = {
-        'query': kernel(repeat(split(0, 16))), 'key': kernel(repeat(split(16, 32))), 'value': kernel(split(32, 64)), 'gate': kernel(split(64, 96)),
+        'query': kernel(repeat(split(0, 16))), 'key': kernel(repeat(split(16, 32))),
+        'value': kernel(split(32, 64)), 'gate': kernel(split(64, 96)),
         'gate_logits': {'kernel': jnp.asarray(np.stack([gates[:, 1].reshape(4, 32), gates[:, 0].reshape(4, 32)]).reshape(8, 32).T)},
         'gate_bias': jnp.asarray(np.stack([data['param.dt_bias'], np.zeros(4)])),
         'retention_log_scale': jnp.asarray(data['param.A_log']),
@@ -67,7 +64,23 @@ def test_keys_and_queries_have_unit_norm_whatever_the_rows_scale(x64):
     assert inputs.query.dtype == inputs.key.dtype == jnp.float64
     np.testing.assert_allclose(jnp.linalg.norm(inputs.key, axis=-1), 1, atol=1e-3)
     assert (inputs.retention_scale >= 1).all() and (inputs.retention_scale <= 16).all()
-    assert all(gate.dtype == jnp.float64 for gate in inputs.gates.values()), 'float64 in, float64 gates'
+
+
+def test_gates_are_computed_in_float32_and_in_float64_for_float64(x64):
+    block, rng = MemoryBlock(_config(), gates=('alpha', 'eta')), np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 32)))
+    shapes = jax.eval_shape(lambda x: block.init(jax.random.key(0), x, None, Context(None, None, True), method='inputs'), x)
+    variables = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), shapes)
+    run = lambda variables, x, config: MemoryBlock(config, gates=('alpha', 'eta')).apply(
+        variables, x, None, Context(None, None, True), method='inputs'
+    )
+    kernel, bias = variables['params']['gate_logits']['kernel'], variables['params']['gate_bias']
+    expected = (x @ kernel[None]).reshape(2, 5, 2, 4) + bias[None, None]
+    gates = fast_jit(functools.partial(run, config=_config()))(variables, x).gates
+    np.testing.assert_allclose(jnp.stack([gates['alpha'], gates['eta']], 2), expected, rtol=0, atol=1e-12)
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (variables, x))
+    gates = fast_jit(functools.partial(run, config=_config(dtype='bfloat16')))(*small).gates
+    np.testing.assert_allclose(jnp.stack([gates['alpha'], gates['eta']], 2), expected, rtol=0, atol=1e-4)
 
 
 def test_titans_without_a_step_reads_its_initial_memory(x64):

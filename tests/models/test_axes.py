@@ -68,7 +68,8 @@ def step(params, state, tokens, targets):
 
 lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens, tokens)
 text = lowered.as_text()
-print(json.dumps({'seconds': time.perf_counter() - begun, 'lines': text.count(chr(10)), 'devices': mesh.size, 'partitions': 'num_partitions = 256' in text}))
+report = {'seconds': time.perf_counter() - begun, 'lines': text.count(chr(10)), 'partitions': 'num_partitions = 256' in text}
+print(json.dumps(report))
 """
 
 
@@ -79,6 +80,6 @@ def test_largest_presets_lower_for_256_devices(name):
     done = subprocess.run([sys.executable, '-c', LOWER, name], capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report['devices'] == 256 and report['partitions']
+    assert report['partitions']
     # One program of a few thousand lines whatever the number of layers and chunks: 4,096 tokens are 256 chunks.
     assert report['lines'] < 20_000

@@ -116,7 +116,7 @@ def test_rows_of_a_batch_are_independent(x64, family):
     changed = TOKENS.copy()
     changed[1] = changed[1, ::-1]
     np.testing.assert_array_equal(_logits(family)[0], _logits(family, changed)[0])
-    np.testing.assert_allclose(_logits(family)[::-1], _logits(family, TOKENS[::-1]), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(_logits(family)[::-1], _logits(family, TOKENS[::-1]), rtol=0, atol=_close(family))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -158,7 +158,7 @@ def test_a_stream_of_packed_documents_may_be_cut_anywhere(x64, family):
     for segment_ids in _grid_layouts(family):
         expected = _logits(family, segment_ids=segment_ids)
         loss = segment_ids != 0
-        for pieces in ([5, 5, 1, 1, 1, 1], [1, 1, 1, 5, 5, 1], [1, 5, 1, 1, 1, 5], [1] * LENGTH):
+        for pieces in ([5, 5, 1, 1, 1, 1], [1, 1, 1, 5, 5, 1], [1, 5, 5, 1, 1, 1], [1] * LENGTH):
             logits = _stream(family, pieces, segment_ids)[0]
             np.testing.assert_allclose(
                 logits[loss], expected[loss], rtol=0, atol=_close(family), err_msg=f'{pieces} of {segment_ids.tolist()}'
@@ -241,10 +241,10 @@ def test_unrolled_and_rematerialised_layers_compute_the_same(x64, family, form):
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes(model))
     (loss, (logits, _)), gradients = _evaluation(model)(params, TOKENS, PACKED, ALL)
     (expected_loss, (expected, _)), expected_gradients = _whole(family)(params, TOKENS, PACKED, ALL)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(loss, expected_loss, rtol=_close(family))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=_close(family))
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=0, atol=_close(family) * np.abs(b).max())
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -295,7 +295,7 @@ def test_one_level_is_a_transformers_mlp(x64):
     one = LanguageModel(small('hope-attention', dtype='float64', levels=model.config.levels[:1]))
     channel = {'level_0': params['blocks']['channel']['level_0']}
     expected = fast_jit(lambda p: one.apply({'params': p}, TOKENS)[0])({**params, 'blocks': {**params['blocks'], 'channel': channel}})
-    np.testing.assert_allclose(_whole('hope-attention')(silent, TOKENS, ONE, ALL)[0][1][0], expected, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(_whole('hope-attention')(silent, TOKENS, ONE, ALL)[0][1][0], expected, rtol=0, atol=1e-5)
     assert np.abs(_logits('hope-attention') - expected).max() > 1e-3
 
 
