@@ -11,9 +11,18 @@ self-modifying memory: matrix memories, token-wise gradients. The arms differ in
     plain-positive  gradient descent with eta below alpha: alpha - eta is in (0, 1)
     plain           gradient descent with eta up to 1 + alpha: alpha - eta is in (-1, 1)
 
-A bit that flips the state needs an eigenvalue of -1.
+A bit that flips the state needs an eigenvalue of -1. That holds where the memory is linear in its state: between two refreshes of its
+projections, every 16 tokens here. A refresh is not linear, and refreshed at every token (`--projection-chunk-size 1`) even plain-positive
+can learn parity. Retention decays to the learned initial memories; with `--decay-to zero` less holds beyond the lengths trained on.
 
-EXPECTED
+Expected, seeds 0, 1, 2, in % of 500 strings (rows in results/parity.jsonl):
+
+    arm             2-50                   51-100              101-200
+    dgd             100 / 100 / 100        100 / 100 / 98.8    100 / 95.8 / 73.6
+    plain-positive  67.6 / 47.2 / 44.4     0.4 / 0 / 0         0 / 0 / 0             last position at 51-100: 52.6 / 48.0 / 48.6, chance
+    plain           100 / 100 / 100        100 / 98.4 / 81.8   98.8 / 73.8 / 5.4
+
+Three to four minutes on 2 CPU cores.
 """
 
 import dataclasses
@@ -57,7 +66,7 @@ class Args:
     """How memories are written."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each."""
-    projection_chunk_size: int = 1
+    projection_chunk_size: int = 16
     """Tokens between two refreshes of keys, values and rates; token-wise gradients depend on no other chunk size."""
     decay_to: Literal['init', 'zero'] = 'init'
     """What retention decays to: the learned initial memories, or zero as in the paper."""
@@ -122,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def model_config(arm: str, projection_chunk_size: int = 1, decay_to: Literal['init', 'zero'] = 'init') -> ModelConfig:
+def model_config(arm: str, projection_chunk_size: int = 16, decay_to: Literal['init', 'zero'] = 'init') -> ModelConfig:
     """The model of an arm; its vocabulary is bits on the way in and parities on the way out."""
     memory = MemoryConfig(
         kind='matrix', gradient='token', momentum=False, decay_to=decay_to,
@@ -161,7 +170,7 @@ def make_fit(model: LanguageModel, config: TrainConfig) -> Callable[[int], tuple
 
     @jax.jit
     def start(key: jax.Array) -> TrainState:
-        params = model.init(jax.random.fold_in(key, config.steps), jnp.zeros((1, BINS[0][1]), jnp.int32))['params']
+        params = model.init(jax.random.fold_in(key, config.steps), jnp.zeros((1, 1), jnp.int32))['params']
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -181,7 +190,7 @@ def make_fit(model: LanguageModel, config: TrainConfig) -> Callable[[int], tuple
     return fit
 
 
-def evaluate(predict: Callable[[jax.Array], jax.Array], seed: int, count: int, index: int) -> dict[str, float]:
+def evaluate(predict: Callable[[np.ndarray], jax.Array], seed: int, count: int, index: int) -> dict[str, float]:
     """Accuracies on strings of one bin, drawn apart from the training strings.
 
     Args:
@@ -195,10 +204,11 @@ def evaluate(predict: Callable[[jax.Array], jax.Array], seed: int, count: int, i
         'distinct' strings.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**31), index)
-    batch = draw_strings(key, count, *BINS[index])
+    batch, longest = draw_strings(key, count, *BINS[index]), BINS[-1][1]
     tokens, targets, inside = (np.asarray(batch[name]) for name in ('tokens', 'targets', 'weights'))
     distinct = len(np.unique(np.where(inside, tokens, 2), axis=0))
-    return score(np.asarray(predict(batch['tokens'])), targets, inside) | dict(distinct=distinct)
+    padded = np.pad(tokens, ((0, 0), (0, longest - tokens.shape[1])))  # one length, one compilation
+    return score(np.asarray(predict(padded))[:, : tokens.shape[1]], targets, inside) | dict(distinct=distinct)
 
 
 def score(predictions: np.ndarray, targets: np.ndarray, inside: np.ndarray) -> dict[str, float]:

@@ -36,5 +36,6 @@ class GatedDeltaRule(nn.Module):
         y, memory = delta_rule(
             inputs.query, inputs.key, inputs.value, beta, log_alpha,
             state=None if state is None else state.memory, segment_ids=context.segment_ids,
+            chunk_size=self.config.memory.chunk_size,
         )  # fmt: skip
         return block.output(y, inputs.output_gate), (GatedDeltaRuleState(memory, inputs.convolution) if context.update else state)

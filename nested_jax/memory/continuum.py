@@ -141,7 +141,7 @@ def write(
     """
     chunks = state.position + 1
     rates = jnp.broadcast_to(jnp.asarray(learning_rates), (len(schedule.updates),))
-    levels = []
+    new_weights, new_sums = [], []
     for level, every in enumerate(schedule.updates):
         total, weights = gradients[level], state.weights[level]
         step = lambda weight, gradient, rate=rates[level]: (weight - rate * gradient).astype(weight.dtype)
@@ -154,9 +154,9 @@ def write(
             sums = jax.tree.map(lambda leaf, due=due: jnp.where(due, jnp.zeros_like(leaf), leaf), total)
         if schedule.resets[level] is not None:
             weights = _select(chunks % schedule.resets[level] == 0, initial[level], weights)
-        levels.append((weights, sums))
-    weights, sums = zip(*levels, strict=True)
-    return ContinuumState(weights, sums, chunks)
+        new_weights.append(weights)
+        new_sums.append(sums)
+    return ContinuumState(tuple(new_weights), tuple(new_sums), chunks)
 
 
 def restart(state: ContinuumState, begins: jax.Array, *, initial: Sequence[PyTree], schedule: Schedule) -> ContinuumState:

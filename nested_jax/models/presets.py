@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from typing import NamedTuple
 
-from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig
 
 
 class _Size(NamedTuple):
@@ -32,6 +32,7 @@ _SIZES = {
 # Hidden units of the MLPs, all levels together, that equalise the parameters of each family at each size.
 _HIDDEN = {
     'transformer': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
+    'transformer-conv': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
     'hope-attention': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
     'gated-deltanet': {'tiny': 400, '124m': 1792, '340m': 2400, '760m': 3584, '1.3b': 4800},
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
@@ -41,8 +42,10 @@ _HIDDEN = {
 
 _FAMILIES = {
     'transformer': dict(mixer='attention'),
+    # A control: the Transformer with the memories' short convolutions.
+    'transformer-conv': dict(mixer='attention', attention=AttentionConfig(short_convolution=True)),
     'hope-attention': dict(mixer='attention'),
-    'gated-deltanet': dict(mixer='gated-delta-rule'),
+    'gated-deltanet': dict(mixer='gated-delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
     'titans': dict(mixer='titans', memory=MemoryConfig(dgd='none')),
     'hope': dict(mixer='self-modifying', memory=MemoryConfig()),
     'hope-linear': dict(

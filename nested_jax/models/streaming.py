@@ -196,16 +196,18 @@ def _sequence_loss(model: LanguageModel, params: PyTree, schedule: continuum.Sch
         nats, (carry, _) = _chunk_loss(model, params, weights, carry, chunk)
         return nats, (carry, None)
 
-    state, carry, (losses, _) = continuum.scan_chunks(
-        chunk_loss,
-        continuum.init_state(**fixed),
-        model.init_state(1),
-        chunks,
-        learning_rates=rates,
-        bptt=model.config.in_sequence.bptt,
-        restarts=None if begins is None else begins[:count],
-        **fixed,
-    )
+    state, carry, losses = continuum.init_state(**fixed), model.init_state(1), jnp.zeros(1)
+    if count:
+        state, carry, (losses, _) = continuum.scan_chunks(
+            chunk_loss,
+            state,
+            carry,
+            chunks,
+            learning_rates=rates,
+            bptt=model.config.in_sequence.bptt,
+            restarts=None if begins is None else begins[:count],
+            **fixed,
+        )
     if begins is not None:
         state = continuum.restart(state, begins[count], **fixed)
     return losses.sum() + jax.checkpoint(chunk_loss)(state.weights, carry, tail)[0]

@@ -21,23 +21,23 @@ class TrainConfig:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    steps: int = 600  # optimizer steps
-    batch_size: int = 8  # sequences a step, over all devices and microbatches
-    sequence_length: int = 512  # tokens a sequence
+    steps: int = 5000  # optimizer steps
+    batch_size: int = 2  # sequences a step, over all devices and microbatches
+    sequence_length: int = 256  # tokens a sequence
     learning_rate: float = 3e-3  # at the end of the warm-up; the cosine ends at a tenth of it
-    warmup_steps: int = 50
+    warmup_steps: int = 100
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global norm the gradient is clipped to
     accumulation: int = 1  # microbatches a step
     beta1: float = 0.9
     beta2: float = 0.95
     seed: int = 0
-    eval_every: int = 200  # steps between two evaluations on held-out text; the last step is always evaluated
-    eval_tokens: int = 65_536  # held-out tokens of an evaluation during the run
+    eval_every: int = 1000  # steps between two evaluations on held-out text; the last step is always evaluated
+    eval_tokens: int = 32_768  # held-out tokens of an evaluation during the run
     final_eval_tokens: int | None = None  # held-out tokens of the last evaluation; None: all
-    checkpoint_every: int = 200  # steps; the last step is always saved
+    checkpoint_every: int = 500  # steps; the last step is always saved
     keep: int = 2  # checkpoints kept
-    log_every: int = 10  # steps
+    log_every: int = 50  # steps
     output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
 
     def __post_init__(self):

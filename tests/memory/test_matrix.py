@@ -95,7 +95,7 @@ def test_chunks_equal_the_tokens(x64, rule, chunk_size):
     close(run(rule, x, **options), run(rule, x, reference=True, **options))
 
 
-@pytest.mark.parametrize('rule, group', [(rule, 1) for rule in (*LARGE, 'dgd-dot-token-anchor')] + [('delta-decay', 2**30)])
+@pytest.mark.parametrize('rule, group', [(rule, 1) for rule in LARGE] + [('delta-decay', 2**30)])
 def test_gradients_equal_the_tokens(x64, monkeypatch, rule, group):
     """With respect to every argument, the state and the initial state; with a chunk a group and all chunks at once."""
     monkeypatch.setattr(matrix_chunks, '_GROUP_ELEMENTS', group)
@@ -201,11 +201,10 @@ def test_packed_documents_are_independent(x64, rule):
 def test_documents_on_the_grid_are_independent(x64):
     x = inputs(batch=1)
     ids = jnp.array([[0] * 8 + [1] * 5])
-    for rule in ('dgd-l2-chunk-running', 'dgd-l2-chunk-anchor'):
-        y, state = run(rule, x, initial=x['initial'], segment_ids=ids, chunk_size=4)
-        part = {name: leaf[:, 8:] if leaf.shape[:2] == (1, TIME) else leaf for name, leaf in x.items()}
-        alone, last = run(rule, part, initial=x['initial'], chunk_size=4)
-        close((y[:, 8:], state.running, state.anchor), (alone, last.running, last.anchor))
+    y, state = run('dgd-l2-chunk-running', x, initial=x['initial'], segment_ids=ids, chunk_size=4)
+    part = {name: leaf[:, 8:] if leaf.shape[:2] == (1, TIME) else leaf for name, leaf in x.items()}
+    alone, last = run('dgd-l2-chunk-running', part, initial=x['initial'], chunk_size=4)
+    close((y[:, 8:], state.running, state.anchor), (alone, last.running, last.anchor))
 
 
 @pytest.mark.parametrize('rule', LARGE)
@@ -256,11 +255,10 @@ def test_l2_objective_erases_twice_what_it_writes(x64):
 
 def test_a_negative_eigenvalue_tracks_parity(x64):
     """alpha - 2 eta = -1 flips the memory along k at each one, over any number of tokens and chunks."""
-    bits = jnp.asarray(np.random.default_rng(0).integers(0, 2, (1, 200, 1)))
-    k = jnp.zeros((1, 200, 1, 4)).at[..., 0].set(1.0)
-    v = jnp.zeros((1, 200, 1, 1))
-    start = jnp.zeros((1, 4, 1)).at[0, 0].set(1.0)
-    y, _ = matrix.delta_gradient_descent(k, k, v, bits.astype(float), jnp.zeros((1, 200, 1)), initial=start, chunk_size=16)
+    bits = np.random.default_rng(0).integers(0, 2, (1, 200, 1))
+    k = np.broadcast_to(np.eye(4)[0], (1, 200, 1, 4))
+    x = {'q': k, 'k': k, 'v': np.zeros((1, 200, 1, 1)), 'eta': bits.astype(float), 'g': np.zeros((1, 200, 1))}
+    y, _ = run('dgd-l2-token-running', x, initial=np.eye(4)[None, :, :1], chunk_size=16)
     np.testing.assert_allclose(y[0, :, 0, 0], 1 - 2 * (np.cumsum(bits[0, :, 0]) % 2), atol=1e-12)
 
 
@@ -300,10 +298,9 @@ def test_one_step_follows_the_gradient_of_the_objective(x64, objective):
     loss = {'l2': lambda s: 0.5 * jnp.sum((s.T @ key - value) ** 2), 'dot': lambda s: -value @ (s.T @ key)}[objective]
     start, eta, alpha = x['state'][0, 0], x['eta'][0, 0, 0], jnp.exp(x['g'][0, 0, 0])
     expected = alpha * start - eta * jnp.outer(key, key) @ start - eta * jax.grad(loss)(start)
-    for reference in (True, False):
-        doubled = {name: jnp.concatenate([x[name], jnp.zeros_like(x[name])], 1) for name in ('q', 'k', 'v', 'eta', 'g')}
-        _, state = run(f'dgd-{objective}-token-running', doubled, state=x['state'], reference=reference)
-        close(state[0, 0], expected)
+    padded = {name: jnp.concatenate([x[name], jnp.zeros_like(x[name])], 1) for name in ('q', 'k', 'v', 'eta', 'g')}
+    _, state = run(f'dgd-{objective}-token-running', padded, state=x['state'])
+    close(state[0, 0], expected)
 
 
 def test_a_retention_of_zero_wipes_the_memory(x64):
@@ -396,18 +393,18 @@ def check_golden(folder, name: str, suffix: str, dtype, tolerance: float) -> Non
 
 @pytest.mark.parametrize(
     'name, suffix',
-    [(name, '') for name in GOLDEN]
+    [(name, '') for name in GOLDEN if name != 'hgrn2']
     + [(name, '_reference') for name in ('gla', 'gated_delta_rule')]
-    + [pytest.param(name, '_reference', marks=pytest.mark.slow) for name in GOLDEN if name not in ('gla', 'gated_delta_rule')],
+    + [pytest.param(name, '_reference', marks=pytest.mark.slow) for name in GOLDEN if name not in ('gla', 'gated_delta_rule')]
+    + [pytest.param('hgrn2', '', marks=pytest.mark.slow)],
 )
 def test_golden_vectors_in_float64(x64, shared_data, name, suffix):
     check_golden(shared_data, name, suffix, jnp.float64, 1e-9)
 
 
-@pytest.mark.parametrize('name', ['gla', 'gated_delta_rule_stress', 'gated_delta_rule_corrkeys'])
-def test_golden_vectors_in_float32(shared_data, name):
-    hard = name.endswith(('stress', 'corrkeys'))
-    check_golden(shared_data, name, '', jnp.float32, 1e-3 if hard else 1e-4)
+@pytest.mark.parametrize('name', ['gated_delta_rule_stress', 'gated_delta_rule_corrkeys'])
+def test_hard_golden_vectors_in_float32(shared_data, name):
+    check_golden(shared_data, name, '', jnp.float32, 1e-3)
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ def test_chunked_equals_reference_everywhere(x64, choice, time, chunk_size):
     compare_with_reference(*choice, time=time, chunk_size=chunk_size, activation='gelu')
 
 
-@pytest.mark.parametrize(('time', 'chunk_size'), [(3, 1), (6, 16), (16, 8)])
+@pytest.mark.parametrize(('time', 'chunk_size'), [(3, 1), (6, 16)])
 def test_any_chunk_size(x64, time, chunk_size):
     call = random_call(time)
     assert_trees_close(run(call, chunk_size=chunk_size), run(call, mlp_memory_reference, chunk_size=chunk_size), 1e-12)
@@ -296,7 +296,7 @@ def streamed(call: dict, cuts, **options):
     return jnp.concatenate(outputs, 1), state
 
 
-@pytest.mark.parametrize('cut', range(1, 11))
+@pytest.mark.parametrize('cut', [cut if cut in (1, 4, 6) else pytest.param(cut, marks=pytest.mark.slow) for cut in range(1, 11)])
 def test_streaming_at_every_cut(x64, cut):
     call = random_call(11)
     assert_trees_close(streamed(call, (0, cut, 11), chunk_size=4), run(call, chunk_size=4), 1e-12)
@@ -306,23 +306,28 @@ def test_streaming_in_many_pieces(x64):
     """Token by token (decoding), and pieces that end inside, at and after a chunk's end."""
     call = random_call(11)
     whole = run(call, chunk_size=4, decay_to='init')
-    for cuts in (range(12), (0, 2, 3, 7, 8, 11), (0, 4, 8, 11)):
+    for cuts in (range(12), (0, 2, 3, 7, 8, 11)):
         assert_trees_close(streamed(call, cuts, chunk_size=4, decay_to='init'), whole, 1e-12)
 
 
 def test_streaming_with_rows_at_different_phases(x64):
     """Each row of the batch continues at its own position of the grid."""
-    call = random_call(20, batch=3)
-    lengths = (1, 4, 6)
-    one_row = [{name: value[i : i + 1] if name in GATES else value for name, value in call.items()} for i in range(3)]
-    before = [run(part(row, 0, n), chunk_size=4)[1] for row, n in zip(one_row, lengths, strict=True)]
-    state = jax.tree.map(lambda *rows: jnp.concatenate(rows), *before)
-    after = {**call, **{name: jnp.stack([call[name][i, n : n + 9] for i, n in enumerate(lengths)]) for name in GATES}}
-    y, state = run({**after, 'state': state}, chunk_size=4)
-    for i, n in enumerate(lengths):
-        want, last = run(part(one_row[i], 0, n + 9), mlp_memory_reference, chunk_size=4)
-        np.testing.assert_allclose(y[i], want[0, n:], atol=1e-12)
-        assert_trees_close(jax.tree.map(lambda x, i=i: x[i], state), jax.tree.map(lambda x: x[0], last), 1e-12)
+    call, lengths = random_call(20, batch=3), (1, 4, 6)
+    want, _ = run(call, mlp_memory_reference, chunk_size=4)
+    states = []
+    for row, length in enumerate(lengths):
+        state = mlp_initial_state(call['initial'], 1, momentum=True)
+        for t in range(length):
+            token = {name: call[name][row : row + 1, t : t + 1] for name in GATES}
+            _, state = run({'initial': call['initial'], 'state': state, **token}, chunk_size=4)
+        states.append(state)
+    state = jax.tree.map(lambda *rows: jnp.concatenate(rows), *states)
+    for begin in (0, 7):
+        piece = {name: jnp.stack([call[name][i, n + begin : n + begin + 7] for i, n in enumerate(lengths)]) for name in GATES}
+        y, state = run({'initial': call['initial'], 'state': state, **piece}, chunk_size=4)
+        for row, length in enumerate(lengths):
+            np.testing.assert_allclose(y[row], want[row, length + begin : length + begin + 7], atol=1e-12)
+    np.testing.assert_array_equal(state.position, [15, 18, 20])
 
 
 def in_two_pieces(**call):
@@ -383,9 +388,7 @@ def test_a_segment_starts_from_the_initial_state(x64, function):
 
 def test_segments_stream(x64):
     call = {**random_call(14), 'segment_ids': jnp.array([[1] * 8 + [2] * 6, [1] * 4 + [2] * 10])}
-    whole = run(call, chunk_size=4)
-    for cut in (3, 6, 10):
-        assert_trees_close(streamed(call, (0, cut, 14), chunk_size=4), whole, 1e-12)
+    assert_trees_close(streamed(call, (0, 7, 14), chunk_size=4), run(call, chunk_size=4), 1e-12)
 
 
 # What must hold by the equations
@@ -459,12 +462,12 @@ def test_momentum_zero_is_no_momentum(x64):
     assert_trees_close(state.running, last.running, 1e-13)
 
 
-def test_anchor_error_is_of_first_order_in_the_rate(x64):
-    """Identity 13: gradients at the anchor differ from those at every token by a term quadratic in eta."""
+def test_anchor_error_is_of_second_order_in_the_rate(x64):
+    """Identity 13: without decay, gradients at the anchor and at every token give outputs that differ by a term of order eta^2."""
 
     def gap(scale):
         call = random_call(8)
-        call = {**call, 'eta': call['eta'] * scale, 'erase': call['erase'] * scale}
+        call = {**call, 'eta': call['eta'] * scale, 'erase': call['erase'] * scale, 'log_alpha': jnp.zeros_like(call['eta'])}
         chunked, exact = (run(call, chunk_size=size)[0] for size in (8, 1))
         return jnp.abs(chunked - exact).max()
 
@@ -484,7 +487,7 @@ def test_gradient_is_of_half_the_squared_error(x64):
 def test_finite_differences(x64):
     """Identity 19: initial weights, keys, values and gates, over more than three chunks."""
     call = {name: value for name, value in random_call(10, batch=1).items() if value is not None}
-    check_grads(quick(lambda call: scalar(call, chunk_size=3)[0]), (call,), order=1, modes=['rev'], atol=1e-6, rtol=1e-6, eps=1e-5)
+    check_grads(jax.jit(lambda call: scalar(call, chunk_size=3)[0]), (call,), order=1, modes=['rev'], atol=1e-6, rtol=1e-6, eps=1e-5)
     initial = gradient(call, chunk_size=3)[0]['initial']
     assert all(np.abs(leaf).min() > 1e-8 for leaf in initial)
 
@@ -501,9 +504,9 @@ def test_zero_inner_gradient_has_finite_outer_gradients(dgd):
 
 
 def long_call(keys: str, eta: float, alpha: float, beta: float | None) -> dict:
-    """2,000 tokens of unit norm, at random or one (key, value) pair over and over, at constant rates."""
+    """2,000 tokens of unit norm, keys at random and values a map of them, or one pair over and over, at constant rates."""
     rows = [unit(jax.random.normal(key, (2, 2000, HEADS, 8))) for key in jax.random.split(jax.random.key(3), 3)]
-    q, k, v = rows if keys == 'random' else [jnp.broadcast_to(x[:, :1], x.shape) for x in rows]
+    q, k, v = (rows[0], rows[1], jnp.roll(rows[1], 1, -1)) if keys == 'random' else [jnp.broadcast_to(x[:, :1], x.shape) for x in rows]
     gate = jnp.ones(q.shape[:3])
     w_in, w_out = (jax.random.normal(jax.random.key(i), (HEADS, 8, 8)) / 8**0.5 for i in range(2))
     initial = MLPWeights(w_in, w_out)
@@ -516,27 +519,16 @@ def long_call(keys: str, eta: float, alpha: float, beta: float | None) -> dict:
     ('chunk_size', 'dgd', 'eta', 'alpha', 'beta'),
     [
         (1, 'per_layer', 0.975, 0.95, None),
-        (16, 'per_layer', 0.05, 0.99, None),
-        (16, 'per_layer', 0.025, 0.99, 0.5),
-        (16, 'none', 0.05, 0.99, None),
+        (16, 'per_layer', 0.05, 0.999, None),
+        (16, 'per_layer', 0.025, 0.999, 0.5),
+        (16, 'none', 0.05, 0.999, None),
     ],
 )
 def test_bounded(keys, chunk_size, dgd, eta, alpha, beta):
     """Stable by construction at |k| = 1: one-token chunks with eta = (1 + alpha) / 2; else the sum of eta over a chunk below 1."""
     y, state = run(long_call(keys, eta, alpha, beta), chunk_size=chunk_size, dgd=dgd)
-    print(
-        keys,
-        chunk_size,
-        dgd,
-        eta,
-        alpha,
-        beta,
-        jnp.abs(y).max(),
-        [float(jnp.abs(w).max()) for w in state.running],
-        jnp.abs(y[:, -100:]).max(),
-    )
-    assert np.abs(y).max() < 10
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(state.running)) < 10
+    assert np.abs(y).max() < 3
+    assert all(0.1 < np.abs(leaf).max() < 3 for leaf in state.running)
 
 
 # Arguments

@@ -45,7 +45,7 @@ def test_overrides_replace_fields_and_are_checked():
         preset('hope-tiny', num_layers=0)
 
 
-@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('size', ['tiny', '1.3b', *(pytest.param(size, marks=pytest.mark.slow) for size in ('124m', '340m', '760m'))])
 def test_families_of_one_size_have_equally_many_parameters(size):
     expected = _count(f'transformer-{size}')
     for family in FAMILIES:

@@ -15,16 +15,16 @@ from nested_jax.models.loss import model_loss
 
 BATCH, LENGTH = 2, 14
 LEVELS = (LevelConfig(6, 2), LevelConfig(6, 4))
-# jax.nn.dot_product_attention takes its softmax in float32 whatever the inputs.
-TOLERANCE = {'attention': 1e-5, 'gated-delta-rule': 1e-8, 'self-modifying': 1e-8}
+# Attention's softmax and the memories' gates are computed in float32 whatever the inputs.
+TOLERANCE = 1e-5
 pytestmark = pytest.mark.usefixtures('x64')
 
 in_sequence_loss = jax.jit(streaming.in_sequence_loss, static_argnums=0)
 static_loss = jax.jit(model_loss, static_argnums=0)
 
 
-def make(mixer='gated-delta-rule', levels=LEVELS, **in_sequence):
-    """A model of two blocks of which the second learns while reading, random non-zero parameters and tokens."""
+def make(mixer='attention', levels=LEVELS, **in_sequence):
+    """A model of two blocks that learn while reading, random non-zero parameters and tokens."""
     config = ModelConfig(
         mixer,
         num_layers=2,
@@ -36,7 +36,7 @@ def make(mixer='gated-delta-rule', levels=LEVELS, **in_sequence):
         max_length=32,
         memory=MemoryConfig(kind='matrix', chunk_size=2, projection_chunk_size=2),
         dtype='float64',
-        in_sequence=InSequenceConfig(**{'blocks': (1,), 'learning_rate': 0.1, **in_sequence}),
+        in_sequence=InSequenceConfig(**{'blocks': (0, 1), 'learning_rate': 0.1, **in_sequence}),
     )
     model, keys = LanguageModel(config), jax.random.split(jax.random.key(0), 3)
     tokens = jax.random.randint(keys[0], (BATCH, LENGTH + 1), 0, 7, jnp.int32)
@@ -82,27 +82,28 @@ def nats(logits, targets):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
 
 
-def assert_close(actual, expected, tolerance=1e-8):
+def assert_close(actual, expected, tolerance=TOLERANCE):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance), actual, expected)
 
 
 @pytest.mark.parametrize('mixer, bptt', [('attention', None), pytest.param('gated-delta-rule', 2, marks=pytest.mark.slow)])
 def test_loss_and_gradient_equal_the_loop(mixer, bptt):
-    model, params, tokens, targets = make(mixer, bptt=bptt)
+    model, params, tokens, targets = make(mixer, bptt=bptt, blocks=(1,))
     tokens, targets = tokens[:1, :9], targets[:1, :9]
     weights = jnp.asarray(np.random.default_rng(0).integers(0, 2, tokens.shape), jnp.float64)
     actual = lambda params: streaming.in_sequence_loss(model, params, tokens, targets, None, weights)
     expected = lambda params: reference(model, params, tokens[0], targets[0], weights[0], bptt)
     (total, count), gradient = jax.jit(jax.value_and_grad(actual, has_aux=True))(params)
-    assert_close((total, gradient), jax.jit(jax.value_and_grad(expected))(params), TOLERANCE[mixer])
+    assert_close((total, gradient), jax.jit(jax.value_and_grad(expected))(params))
     assert count == weights.sum()
 
 
-@pytest.mark.parametrize('mixer', ['gated-delta-rule', pytest.param('self-modifying', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('mixer', ['gated-delta-rule', 'self-modifying'])
 def test_gradient_of_every_initial_level_equals_finite_differences(mixer):
     """Over six chunks: six updates of the fast level, three of the slow one; and of the rate of each level."""
     model, params, tokens, targets = make(mixer)
-    channel, logs = params['blocks']['channel'], jnp.log(jnp.array([0.1, 0.05]))
+    channel, logs = params['blocks']['channel'], jnp.log(jnp.array([0.02, 0.01]))
 
     @jax.jit
     def loss(levels, logs):
@@ -111,16 +112,16 @@ def test_gradient_of_every_initial_level_equals_finite_differences(mixer):
 
     levels = {name: channel[name] for name in ('level_0', 'level_1')}
     gradient, rates = jax.jit(jax.grad(loss, (0, 1)))(levels, logs)
-    slope = lambda ends: (ends[0] - ends[1]) / 2e-5
+    slope = lambda ends: (ends[0] - ends[1]) / 6e-5
     for name, level in levels.items():
-        assert all((jnp.abs(leaf[1]) > 0).any() for leaf in jax.tree.leaves(gradient[name]))
-        direction = jax.tree.map(lambda leaf: jnp.zeros_like(leaf).at[1].set(jnp.sign(leaf[1])), level)
-        moved = [jax.tree.map(lambda leaf, way, step=step: leaf + step * way, level, direction) for step in (1e-5, -1e-5)]
+        assert all((leaf != 0).all() for leaf in jax.tree.leaves(gradient[name]))
+        direction = jax.tree.map(lambda leaf: jnp.sign(leaf), level)
+        moved = [jax.tree.map(lambda leaf, way, step=step: leaf + step * way, level, direction) for step in (3e-5, -3e-5)]
         expected = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, gradient[name], direction))
-        np.testing.assert_allclose(slope([loss({**levels, name: end}, logs) for end in moved]), expected, rtol=1e-5)
+        np.testing.assert_allclose(slope([loss({**levels, name: end}, logs) for end in moved]), expected, rtol=1e-3)
     for level in range(2):
-        ends = [loss(levels, logs.at[level].add(step)) for step in (1e-5, -1e-5)]
-        np.testing.assert_allclose(slope(ends), rates[level], rtol=1e-5)
+        ends = [loss(levels, logs.at[level].add(step)) for step in (3e-5, -3e-5)]
+        np.testing.assert_allclose(slope(ends), rates[level], rtol=1e-3)
 
 
 def test_without_learning_it_is_the_models_loss():
@@ -136,24 +137,27 @@ def test_without_learning_it_is_the_models_loss():
 
 @pytest.mark.parametrize(
     'mixer, variant',
-    [('gated-delta-rule', 'sequential'), ('attention', 'nested'), pytest.param('self-modifying', 'sequential', marks=pytest.mark.slow)],
+    [
+        ('attention', 'nested'),
+        pytest.param('gated-delta-rule', 'sequential', marks=pytest.mark.slow),
+        pytest.param('self-modifying', 'sequential', marks=pytest.mark.slow),
+    ],
 )
 def test_stream_equals_the_loss_at_every_cut(mixer, variant):
     model, params, tokens, targets = make(mixer, variant=variant)
-    close = functools.partial(assert_close, tolerance=TOLERANCE[mixer])
     start = streaming.init_stream(model, params, BATCH)
     whole, end = streaming.read(model, params, start, tokens)
-    close(nats(whole, targets).sum(), in_sequence_loss(model, params, tokens, targets)[0])
+    assert_close(nats(whole, targets).sum(), in_sequence_loss(model, params, tokens, targets)[0])
     for cut in range(LENGTH + 1):  # none compiles anything that another has not
         first, stream = streaming.read(model, params, start, tokens[:, :cut])
         second, stream = streaming.read(model, params, stream, tokens[:, cut:])
-        close(jnp.concatenate([first, second], 1), whole)
-        close((stream.fast, stream.state, stream.start, stream.length), (end.fast, end.state, end.start, end.length))
+        assert_close(jnp.concatenate([first, second], 1), whole)
+        assert_close((stream.fast, stream.state, stream.start, stream.length), (end.fast, end.state, end.start, end.length))
     stream, pieces = start, []
     for place in range(LENGTH):
         piece, stream = streaming.read(model, params, stream, tokens[:, place : place + 1])
         pieces.append(piece)
-    close(jnp.concatenate(pieces, 1), whole)
+    assert_close(jnp.concatenate(pieces, 1), whole)
 
 
 def test_stream_learns_once_a_period():
@@ -180,27 +184,28 @@ def test_saved_stream_continues():
 
 def test_documents_of_a_row_are_independent():
     model, params, tokens, targets = make()
-    segment_ids = jnp.broadcast_to(jnp.where(jnp.arange(LENGTH) < 6, 1, 2)[None], tokens.shape)
+    tokens, targets = tokens[:, :12], targets[:, :12]
+
+    def packed(start, weights):
+        segment_ids = jnp.broadcast_to((jnp.arange(12) >= start).astype(jnp.int32)[None], tokens.shape)
+        return in_sequence_loss(model, params, tokens, targets, segment_ids, weights)
+
     weights = jnp.ones(tokens.shape).at[:, 5].set(0.0)  # the target of a document's last token is of the next
-    packed = in_sequence_loss(model, params, tokens, targets, segment_ids, weights)
     apart = [in_sequence_loss(model, params, tokens[:, p], targets[:, p], None, weights[:, p]) for p in (slice(6), slice(6, None))]
-    assert_close(packed, jax.tree.map(jnp.add, *apart))
-    joined = in_sequence_loss(model, params, tokens, targets, None, weights)
-    assert abs(packed[0] - joined[0]) > 1e-3
-
-
-def test_document_that_starts_with_the_last_chunk():
-    model, params, tokens, targets = make()
-    segment_ids = jnp.broadcast_to((jnp.arange(LENGTH) >= 12).astype(jnp.int32)[None], tokens.shape)
-    weights = jnp.ones(tokens.shape).at[:, :12].set(0.0)
-    packed, _ = in_sequence_loss(model, params, tokens, targets, segment_ids, weights)
-    assert_close(packed, in_sequence_loss(model, params, tokens[:, 12:], targets[:, 12:])[0])
+    assert_close(packed(6, weights), jax.tree.map(jnp.add, *apart))
+    assert abs(packed(6, weights)[0] - packed(12, weights)[0]) > 1e-3
+    # A document that starts with the last chunk, which is only read.
+    last = packed(10, jnp.zeros(tokens.shape).at[:, 10:].set(1.0))
+    assert_close(last, in_sequence_loss(model, params, tokens[:, 10:], targets[:, 10:], None, weights[:, 10:]))
 
 
 def test_rows_are_independent():
-    model, params, tokens, targets = make()
-    apart = [in_sequence_loss(model, params, tokens[row : row + 1], targets[row : row + 1])[0] for row in range(BATCH)]
-    assert_close(in_sequence_loss(model, params, tokens, targets)[0], sum(apart))
+    model, params, tokens, _ = make()
+    start = streaming.init_stream(model, params, BATCH)
+    before, _ = streaming.read(model, params, start, tokens)
+    after, _ = streaming.read(model, params, start, tokens.at[1].set((tokens[1] + 1) % 7))
+    np.testing.assert_array_equal(after[0], before[0])
+    assert (after[1] != before[1]).any()
 
 
 def test_chunks_without_targets_leave_gradients_finite():
@@ -223,7 +228,7 @@ def test_compiled_once_a_length_of_piece():
 
 
 def test_fast_weight_bytes():
-    model, params, _, _ = make(blocks=(0, 1))
+    model, params, _, _ = make()
     fast = streaming.init_stream(model, params, BATCH).fast
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((fast.weights, fast.sums)))
     assert streaming.fast_weight_bytes(model, BATCH) == held == BATCH * 2 * 8 * 3 * (3 * 8 * 6 + 8)
