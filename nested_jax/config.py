@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
 
@@ -75,37 +75,41 @@ class ModelConfig:
     in_sequence: InSequenceConfig | None = None
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-6
-    dtype: str = 'float32'  # of activations and matrix products; parameters and memories are float32
+    dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = (
+        'float32'  # of activations and matrix products; parameters and memories are float32
+    )
     scan_layers: bool = True
     remat: Literal['none', 'block', 'dots'] = 'none'
 
     def __post_init__(self):
-        for name in ('num_layers', 'width', 'num_heads', 'head_dim', 'vocab_size', 'max_length'):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), 'an integer of at least 1')
+        _check_choices(self, '')
+        _check_choices(self.memory, 'memory.')
+        _check_counts(self, '', 'num_layers', 'width', 'num_heads', 'head_dim', 'vocab_size', 'max_length')
+        _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim')
+        _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block')
         _check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
         for level in self.levels:
-            _check(level.period >= 1, 'levels.period', level.period, 'an integer of at least 1')
-        sizes = self.memory.chunk_size, self.memory.projection_chunk_size
-        _check(min(sizes) >= 1, 'memory.chunk_size', min(sizes), 'an integer of at least 1')
-        _check(
-            max(sizes) % min(sizes) == 0,
-            'memory.chunk_size and memory.projection_chunk_size',
-            sizes,
-            'sizes of which one divides the other',
-        )
+            _check_counts(level, 'levels.', 'hidden_dim', 'period')
+        self._check_memory()
         if self.mixer == 'attention':
             _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
             kv_heads = self.num_kv_heads
             _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
-        if self.memory.kind == 'mlp' and self.memory.gradient == 'token' and self.mixer == 'self-modifying':
-            raise ValueError("memory.gradient='token' needs memory.kind='matrix': an MLP memory is not linear in its weights")
         if self.in_sequence is not None:
-            wrong = [block for block in self.in_sequence.blocks if not 0 <= block < self.num_layers]
+            _check_choices(self.in_sequence, 'in_sequence.')
+            blocks = self.in_sequence.blocks
+            inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
+            _check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
+
+    def _check_memory(self) -> None:
+        memory = self.memory
+        sizes = memory.chunk_size, memory.projection_chunk_size
+        names = 'memory.chunk_size and memory.projection_chunk_size'
+        _check(max(sizes) % min(sizes) == 0, names, sizes, 'sizes of which one divides the other')
+        if self.mixer == 'self-modifying' and memory.gradient == 'token':
+            _check(memory.kind == 'matrix', 'memory.gradient', 'token', "'chunk' for MLP memories, which are not linear in their weights")
             _check(
-                not wrong and len(self.in_sequence.blocks) > 0,
-                'in_sequence.blocks',
-                self.in_sequence.blocks,
-                f'block numbers from 0 to {self.num_layers - 1}',
+                not memory.momentum, 'memory.momentum', True, "False with memory.gradient='token', whose erasure is part of the gradient"
             )
 
     @property
@@ -125,4 +129,19 @@ class ModelConfig:
 
 def _check(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
-        raise ValueError(f'{name} is {value}, allowed is {allowed}')
+        raise ValueError(f'{name} is {value!r}, allowed is {allowed}')
+
+
+def _check_counts(config: Any, prefix: str, *names: str) -> None:
+    """Integers of at least 1, None where a field may be None."""
+    for name in names:
+        value = getattr(config, name)
+        _check(value is None or value >= 1, prefix + name, value, 'an integer of at least 1')
+
+
+def _check_choices(config: Any, prefix: str) -> None:
+    """Fields that are a Literal hold one of its values."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal:
+            value = getattr(config, name)
+            _check(value in get_args(hint), prefix + name, value, f'one of {get_args(hint)}')

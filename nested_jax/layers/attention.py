@@ -19,7 +19,7 @@ class AttentionState(NamedTuple):
     key: jax.Array  # (B, S, H_kv, D) compute dtype, rotated
     value: jax.Array  # (B, S, H_kv, D) compute dtype
     position: jax.Array  # (B, S) int32
-    segment_id: jax.Array  # (B, S) int32
+    segment_id: jax.Array  # (B, S) int32 documents, counted within the call; 0 in a state: that of its last token
     filled: jax.Array  # (B, S) bool
     convolution: tuple[jax.Array, ...] | None  # with short convolutions: inputs of q's, k's and v's
 
@@ -123,4 +123,6 @@ def _last(known: AttentionState, capacity: int) -> AttentionState:
     def cut(x: jax.Array) -> jax.Array:
         return jnp.pad(x[:, -capacity:], [(0, 0), (missing, 0)] + [(0, 0)] * (x.ndim - 2))
 
+    filled = known.filled & (known.segment_id == known.segment_id[:, -1:])
+    known = known._replace(filled=filled, segment_id=jnp.zeros_like(known.segment_id))
     return AttentionState(*(cut(x) for x in known[:-1]), known.convolution)

@@ -37,7 +37,7 @@ class MemoryBlock(nn.Module):
         inner = config.num_heads * config.head_dim
         self.query, self.key, self.value, self.gate = (Projection(inner, dtype) for _ in range(4))
         self.convolutions = [ShortConvolution(name=f'{name}_convolution') for name in ('query', 'key', 'value')]
-        self.gate_logits = Projection(len(self.gates) * config.num_heads, jnp.dtype(jnp.float32))
+        self.gate_logits = Projection(len(self.gates) * config.num_heads, jnp.promote_types(dtype, jnp.float32))
         self.gate_bias = self.param('gate_bias', _gate_bias(self.gates), (len(self.gates), config.num_heads))
         self.retention_log_scale = self.param('retention_log_scale', _retention_log_scale, (config.num_heads,))
         self.norm = RMSNorm(config.norm_epsilon)

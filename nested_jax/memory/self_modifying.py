@@ -121,8 +121,10 @@ def self_modifying(
         (B, T, H, D) outputs of M_memory in the memories' dtype, and the state.
 
     Raises:
-        ValueError: if `state` comes without `position`.
+        ValueError: if `state` comes without `position`, or momentum with token-wise gradients, whose erasure is part of the gradient.
     """
+    if rule.gradient == 'token' and inputs.momentum is not None:
+        raise ValueError("inputs.momentum is given, allowed is None with rule.gradient='token'")
     if state is not None and position is None:
         raise ValueError('position is None, allowed with a state is an int32 array (batch,)')
     batch, length = inputs.key.shape[:2]
@@ -248,7 +250,7 @@ def _largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
     DGD have no erasure within the chunk: their rates sum to at most one.
     """
     if rule.gradient == 'chunk' and rule.dgd == 'none':
-        return jnp.full_like(alpha, 1.0 / rule.chunk_size)
+        return jnp.full_like(alpha, 1.0 / max(rule.chunk_size, rule.projection_chunk_size))
     largest = alpha if rule.positive_eigenvalues else 1.0 + alpha
     return largest if rule.dgd == 'none' else 0.5 * largest
 
@@ -294,6 +296,7 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     wide_error = hidden[..., : rule.wide, :, :] @ anchor.wide - generated.wide_target
     gate_error = hidden[..., rule.wide :, :, :] @ anchor.gate - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
     back = jnp.concatenate([wide_error @ anchor.wide.mT, gate_error @ anchor.gate.mT], -3) * slope
+    back *= _damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none')[..., None]
     back = jnp.moveaxis(back, -3, -2)
     first_error = back.reshape(*back.shape[:-2], -1)
     decays = chunk.chunk_decays(generated.log_alpha, generated.log_momentum)
@@ -305,12 +308,27 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     writes = []
     for part, error, weights in ((slice(None, rule.wide), wide_error, second[0]), (slice(rule.wide, None), gate_error, second[1])):
         rows = hidden[..., part, :, :]
-        shrink = 1.0 / (1.0 + eta[..., None, :] * jnp.sum(rows * rows, -1)) if rule.dgd == 'per_layer' else jnp.ones_like(rows[..., 0])
+        shrink = _damping(rule, eta[..., None, :], jnp.sum(rows * rows, -1), erased=rule.dgd == 'per_layer')
         erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
         writes.append(chunk.layer_writes(inner, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, rest=weights[2]))
         after.append(chunk.weight_after(inner, writes[-1], *weights[:2], rest=weights[2]))
     y = _read_mlp(rule, generated.query, anchor, decays, first_writes, writes[0], first, second[0])
     return y, tuple(None if part[0] is None else Memories(*part) for part in zip(*after, strict=True))
+
+
+def _steepness(anchor: Memories, slope: jax.Array) -> jax.Array:
+    """Squared norm of the outputs' derivative with respect to z, (..., m + 2, c, F) -> (..., m + 2, c)."""
+    rows = jnp.concatenate([jnp.sum(anchor.wide**2, -1), jnp.sum(anchor.gate**2, -1)], -2)
+    return jnp.sum(rows[..., None, :] * slope**2, -1)
+
+
+def _damping(rule: Rule, eta: jax.Array, curvature: jax.Array, *, erased: bool) -> jax.Array:
+    """Factor 1 / (1 + eta curvature) of a layer's rate, under which its step does not overshoot (Eq. 57 for any norm).
+
+    Steps of a layer that is not erased add up over the chunk.
+    """
+    count = 1 if erased else max(rule.chunk_size, rule.projection_chunk_size)
+    return 1.0 / (1.0 + count * eta * curvature)
 
 
 def _layers(memories: Memories | None) -> tuple:
@@ -373,9 +391,9 @@ def _token(rule: Rule, scale: jax.Array, start: Memories, carry, xs):
     gradient, eta, alpha = jax.grad(objective)(at), made.eta[0], jnp.exp(made.log_alpha[0])
     rest = start if rule.decay_to == 'init' else jax.tree.map(jnp.zeros_like, start)
     beta = 0.0 if made.log_momentum is None else jnp.exp(made.log_momentum[0])
-    inputs, rates = _layer_inputs(rule, at, made.key[0], eta)
+    inputs, rates, erasures = _layer_inputs(rule, at, made.key[0], eta)
     momentum = jax.tree.map(lambda s, g, rate: beta * s - (1.0 - beta) * rate * g, momentum, gradient, rates)
-    erased = jax.tree.map(_erase, running, inputs, rates)
+    erased = jax.tree.map(_erase, running, inputs, erasures)
     if rule.dgd == 'none':
         erased = jax.tree.map(jnp.zeros_like, running)
     elif rule.dgd == 'input_only':
@@ -392,11 +410,14 @@ def _erase(weight: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
     return rate * x[..., :, None] * jnp.einsum('...i,...io->...o', x, weight)[..., None, :]
 
 
-def _layer_inputs(rule: Rule, at: Memories, key: jax.Array, eta: jax.Array) -> tuple[Memories, Memories]:
-    """Each layer's own input at one key, and its learning rate, broadcastable to the layer."""
+def _layer_inputs(rule: Rule, at: Memories, key: jax.Array, eta: jax.Array) -> tuple[Memories, Memories, Memories]:
+    """Each layer's own input at one key, its learning rate and its rate of erasure, broadcastable to the layer."""
     if rule.kind == 'matrix':
-        return Memories(key, None, None), Memories(eta, None, None)
-    hidden = jax.nn.silu(_hidden(rule, at.first, key[None]))[:, 0]
-    shrink = 1.0 / (1.0 + eta * jnp.sum(hidden**2, -1)) if rule.dgd == 'per_layer' else jnp.ones(hidden.shape[0], hidden.dtype)
-    rates = (eta * shrink)[:, None, None]
-    return Memories(key, hidden[: rule.wide], hidden[rule.wide :]), Memories(eta, rates[: rule.wide], rates[rule.wide :])
+        return Memories(key, None, None), Memories(eta, None, None), Memories(eta, None, None)
+    hidden, slope = _activate(_hidden(rule, at.first, key[None]))
+    first = eta * _damping(rule, eta, _steepness(at, slope)[:, 0], erased=rule.dgd != 'none')
+    hidden = hidden[:, 0]
+    rates = (eta * _damping(rule, eta, jnp.sum(hidden**2, -1), erased=rule.dgd == 'per_layer'))[:, None, None]
+    second = rates[: rule.wide], rates[rule.wide :]
+    inputs = Memories(key, hidden[: rule.wide], hidden[rule.wide :])
+    return inputs, Memories(jnp.repeat(first, hidden.shape[-1])[None], *second), Memories(eta, *second)

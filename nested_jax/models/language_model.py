@@ -87,10 +87,12 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens: jax.Array, state=None, *, segment_ids: jax.Array | None = None, update: bool = True):
         """As a call, but returns the normed (B, T, width) rows that the head would read, in the compute dtype."""
         _check_tokens(tokens, segment_ids)
-        layers, context = _open(state, segment_ids, update)
+        _check_state(tokens, state)
+        state = self.init_state(tokens.shape[0]) if state is None and not update else state
+        layers, context = open_state(state, segment_ids, update)
         x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
         x, layers = self.blocks(x, layers, context)
-        return self.norm(x), _close(state, layers, context, tokens)
+        return self.norm(x), close_state(state, layers, context, tokens, segment_ids)
 
     def head(self, params) -> jax.Array:
         """The (width, V) matrix from hidden rows to logits."""
@@ -111,32 +113,44 @@ class LanguageModel(nn.Module):
 
 
 def _check_tokens(tokens: jax.Array, segment_ids: jax.Array | None) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f'tokens is {tokens.dtype}{tokens.shape}, allowed is an integer array (batch, time)')
-    if segment_ids is not None and segment_ids.shape != tokens.shape:
-        raise ValueError(f'segment_ids has shape {segment_ids.shape}, allowed is that of tokens, {tokens.shape}')
+    if tokens.ndim != 2 or tokens.shape[1] < 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f'tokens is {tokens.dtype}{tokens.shape}, allowed is an integer array (batch, time >= 1)')
+    if segment_ids is not None and (segment_ids.shape != tokens.shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer)):
+        raise ValueError(f'segment_ids is {segment_ids.dtype}{segment_ids.shape}, allowed are integers of shape {tokens.shape}')
 
 
-def _open(state, segment_ids: jax.Array | None, update: bool):
+def _check_state(tokens: jax.Array, state) -> None:
+    if state is not None and state['position'].shape != tokens.shape[:1]:
+        raise ValueError(f'state is of {state["position"].shape[0]} rows, allowed is that of tokens, {tokens.shape[0]}')
+
+
+def open_state(state, segment_ids: jax.Array | None, update: bool):
     """The layers' states, stacked in front, and the call's context; a document that ended before this call is forgotten."""
     if state is None:
-        return None, Context(None, segment_ids, update)
+        return None, Context(None, _documents(segment_ids), update)
     if segment_ids is not None:
-        same = segment_ids[:, 0] == state['segment_id']
+        same = (segment_ids[:, 0] == state['segment_id']) | (segment_ids[:, 0] == 0)
         keep = lambda leaf: jnp.where(jnp.expand_dims(same, range(1, leaf.ndim)), leaf, jnp.zeros_like(leaf))
         state = jax.tree.map(keep, state)
     layers = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), state['layers'])
-    return layers, Context(state['position'], segment_ids, update)
+    return layers, Context(state['position'], _documents(segment_ids), update)
 
 
-def _close(state, layers, context: Context, tokens: jax.Array):
+def _documents(segment_ids: jax.Array | None) -> jax.Array | None:
+    """(B, T) documents begun in this call up to each token: an id that comes back is another document."""
+    if segment_ids is None:
+        return None
+    return jnp.cumsum(jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+
+
+def close_state(state, layers, context: Context, tokens: jax.Array, segment_ids: jax.Array | None):
     """The state after a call."""
     if not context.update and state is not None:
         return state
     batch, length = tokens.shape
     position = jnp.full(batch, length, jnp.int32) if context.position is None else context.position + length
     segment_id = jnp.zeros(batch, jnp.int32) if state is None else state['segment_id']
-    if context.segment_ids is not None:
-        segment_id = context.segment_ids[:, -1].astype(jnp.int32)
+    if segment_ids is not None:
+        segment_id = segment_ids[:, -1].astype(jnp.int32)
     layers = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), layers)
     return {'position': position, 'segment_id': segment_id, 'layers': layers}

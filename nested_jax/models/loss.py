@@ -21,7 +21,11 @@ def next_token_loss(
 
     Returns:
         Scalar float32 sum in nats.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a chunk of no entries.
     """
+    _check(hidden, head, targets, weights, vocab_chunk)
     vocab = head.shape[1]
     chunk = min(vocab_chunk, vocab)
     count = -(-vocab // chunk)
@@ -47,6 +51,16 @@ def next_token_loss(
     (largest, total, picked), _ = jax.lax.scan(add_chunk, start, (jnp.arange(count) * chunk, columns))
     losses = largest + jnp.log(total) - picked
     return losses.sum() if weights is None else (losses * weights).sum()
+
+
+def _check(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array | None, vocab_chunk: int) -> None:
+    if vocab_chunk < 1:
+        raise ValueError(f'vocab_chunk is {vocab_chunk}, allowed is an integer of at least 1')
+    if head.shape[:1] != hidden.shape[1:]:
+        raise ValueError(f'head has shape {head.shape}, allowed is ({hidden.shape[-1]}, vocabulary)')
+    for name, rows in (('targets', targets), ('weights', weights)):
+        if rows is not None and rows.shape != hidden.shape[:1]:
+            raise ValueError(f'{name} has shape {rows.shape}, allowed is {hidden.shape[:1]}')
 
 
 def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids=None, weights=None) -> tuple[jax.Array, jax.Array]:

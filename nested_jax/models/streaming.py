@@ -17,7 +17,7 @@ import numpy as np
 
 from nested_jax.config import ModelConfig
 from nested_jax.memory import continuum
-from nested_jax.models.language_model import Block, LanguageModel, _close, _open
+from nested_jax.models.language_model import Block, LanguageModel, close_state, open_state
 from nested_jax.models.loss import next_token_loss
 
 PyTree = Any
@@ -227,7 +227,7 @@ def _hidden(model: LanguageModel, tokens: jax.Array, state: PyTree, *, fast: tup
     Runs of named blocks and of others are scanned apart: in one scan over all, each block's levels would be copied for every sequence.
     """
     config = model.config
-    layers, context = _open(state, segment_ids, True)
+    layers, context = open_state(state, segment_ids, True)
     x = jnp.take(model.embedding, tokens, axis=0).astype(config.dtype)
     stacked, states, used = model.variables['params']['blocks'], [], 0
 
@@ -245,7 +245,7 @@ def _hidden(model: LanguageModel, tokens: jax.Array, state: PyTree, *, fast: tup
         x, after = jax.lax.scan(block, x, (variables, before), unroll=1 if config.scan_layers else stop - start)
         states.append(after)
     layers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
-    return model.norm(x), _close(state, layers, context, tokens)
+    return model.norm(x), close_state(state, layers, context, tokens, segment_ids)
 
 
 def _runs(num_layers: int, named: tuple[int, ...]) -> list[tuple[int, int, bool]]:

@@ -180,9 +180,9 @@ class _Trainer:
         began = time.monotonic()
         num_bytes = self.count_bytes(batch['targets'], batch['weights'])
         self.state, metrics = self.step_function(self.state, self.place(batch))
+        self.window.seconds += time.monotonic() - began
         self.settle()
         self.pending = lambda: self.window.add(step, metrics, num_bytes)
-        self.window.seconds += time.monotonic() - began
 
     def settle(self) -> None:
         """Looks at the step that was started last."""
