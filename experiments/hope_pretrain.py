@@ -73,7 +73,7 @@ class DataArgs:
     corpus: str = 'embedded'
     """'embedded', a folder, file or glob of text or JSONL, 'tfds:<name>', or a folder written by nested_jax.data.prepare."""
     tokenizer: str | None = None
-    """'bytes', 'bpe:<vocab_size>' (trained on the training text), or the path of a tokenizer.json; None: a prepared folder's, else bytes."""
+    """'bytes', 'bpe:<vocab_size>' (trained on the training text), or a tokenizer.json; None: a prepared folder's own, else bytes."""
     data_dir: str | None = None
     """Where a 'tfds:' data set was prepared."""
     field: str = 'text'

@@ -24,7 +24,7 @@ class Context:
     """What one call of the model tells every token mixer."""
 
     position: jax.Array | None  # (B,) int32 tokens of the document read before this call; None: none
-    segment_ids: jax.Array | None  # (B, T) int32 document of each token; None: all of one document
+    segment_ids: jax.Array | None  # (B, T) int32 documents begun in this call up to each token; None: the call goes on with one
     update: bool  # False: memories are read, and the state comes back as it was given
 
 

@@ -24,7 +24,7 @@ class Titans(nn.Module):
     """Token mixer: plain gradient descent with momentum on |f(k) - v|^2, gradients at the chunk's start, no DGD.
 
     Without erasure the steps of one chunk add up, so eta is at most 1 / chunk_size; (1 - momentum) of it enters the
-    momentum, which then adds it up to eta again.
+    momentum, which then adds it up to eta again. Damping keeps these steps from overshooting at weights of any size.
     """
 
     config: ModelConfig
@@ -41,10 +41,10 @@ class Titans(nn.Module):
         if state is not None:
             start = mlp_initial_state(initial, x.shape[0], momentum=True)
             before = grid.where_rows(context.position == 0, start, state.memory)
+        strength = jax.nn.sigmoid(inputs.gates['eta'])
         y, after = mlp_memory(
-            inputs.query, inputs.key, inputs.value,
-            jax.nn.sigmoid(inputs.gates['eta']) * -jnp.expm1(log_momentum) / options.chunk_size,
-            log_retention(inputs.gates['alpha'], inputs.retention_scale), log_momentum,
+            inputs.query, inputs.key, inputs.value, strength * -jnp.expm1(log_momentum) / options.chunk_size,
+            log_retention(inputs.gates['alpha'], inputs.retention_scale), log_momentum, damping=strength,
             initial=initial, state=before, segment_ids=context.segment_ids,
             valid=None if context.update else jnp.zeros(x.shape[:2], bool),
             chunk_size=options.chunk_size, dgd='none', read=options.read, decay_to=options.decay_to, residual=False,

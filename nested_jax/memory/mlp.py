@@ -68,6 +68,7 @@ class _Inputs(NamedTuple):
     log_alpha: jax.Array
     log_momentum: jax.Array | None
     erase: jax.Array | None
+    damping: jax.Array | None
     initial: MLPWeights
     state: MLPState | None
     segment_ids: jax.Array | None
@@ -81,6 +82,7 @@ class _Gates(NamedTuple):
     log_alpha: jax.Array  # (B, T, H)
     log_momentum: jax.Array | None  # (B, T, H)
     erase: jax.Array | None  # (B, T, H)
+    damping: jax.Array | None  # (B, T, H)
     push: jax.Array  # (B, T, 1) 1 for a token, 0 for a null token
     changed: jax.Array | None  # (B, T) bool: the segment differs from the previous token's; None without segments
 
@@ -125,6 +127,7 @@ def mlp_memory(
     log_momentum: jax.Array | None = None,
     *,
     erase: jax.Array | None = None,
+    damping: jax.Array | None = None,
     initial: MLPWeights,
     state: MLPState | None = None,
     segment_ids: jax.Array | None = None,
@@ -148,6 +151,10 @@ def mlp_memory(
         log_alpha: (B, T, H) log of the retention, at most 0; -inf wipes the memory.
         log_momentum: (B, T, H) log of the momentum beta, or None for S_t = -eta_t grad_t.
         erase: (B, T, H) rate epsilon of DGD's erasure; `eta` when None.
+        damping: (B, T, H) rates d that bound the steps of both layers: eta is divided by 1 + d times the squared norm of what
+            multiplies the layer's output error, the outputs' slope |act'(z) W_out|^2 for W_in and |h|^2 for W_out, W_out's erasure with
+            it. The rate of a token's whole step, times chunk_size where steps are not erased, keeps the memory bounded at weights of any
+            size. None: rates as given, but for 1 + epsilon |h|^2 with 'per_layer'.
         initial: weights (H, D_in, F) and (H, F, D_out) every sequence and every segment starts from.
         state: of an earlier call with the same options; None starts new sequences.
         segment_ids: (B, T) integers. A change at a chunk's first position resets weights and momentum; elsewhere it has no effect,
@@ -168,7 +175,7 @@ def mlp_memory(
         ValueError: for an unknown choice, or shapes that do not fit.
     """
     options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
-    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, initial, state, segment_ids, valid)
+    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid)
     _check(options, inputs)
     # Decoding: a few tokens are not worth the work of a whole chunk.
     run = _run_tokens if 4 * q.shape[1] <= chunk_size else _run_chunks
@@ -185,6 +192,7 @@ def mlp_memory_reference(
     log_momentum: jax.Array | None = None,
     *,
     erase: jax.Array | None = None,
+    damping: jax.Array | None = None,
     initial: MLPWeights,
     state: MLPState | None = None,
     segment_ids: jax.Array | None = None,
@@ -198,7 +206,7 @@ def mlp_memory_reference(
 ) -> tuple[jax.Array, MLPState]:
     """`mlp_memory` as a loop over tokens, gradients by `jax.grad`. Same arguments, results, errors and chunk grid."""
     options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
-    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, initial, state, segment_ids, valid)
+    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid)
     _check(options, inputs)
     y, state = _run_tokens(options, *_prepare(options, inputs))
     return y.astype(v.dtype), state
@@ -215,7 +223,7 @@ def _check(options: _Options, inputs: _Inputs) -> None:
     batch, time, heads, width = q.shape
     _check_shape('k', inputs.k, q.shape)
     _check_shape('v', v, (batch, time, heads, v.shape[-1] if v.ndim == 4 else 'D_out'))
-    for name in ('eta', 'log_alpha', 'log_momentum', 'erase'):
+    for name in ('eta', 'log_alpha', 'log_momentum', 'erase', 'damping'):
         _check_shape(name, getattr(inputs, name), (batch, time, heads))
     for name in ('segment_ids', 'valid'):
         _check_shape(name, getattr(inputs, name), (batch, time))
@@ -267,10 +275,10 @@ def _prepare(options: _Options, inputs: _Inputs):
     def cast(tree):
         return jax.tree.map(lambda x: x.astype(dtype), tree)
 
-    q, k, v, initial, state, segment_ids, valid = inputs[:3] + inputs[7:]
-    gates = cast(inputs[3:7])
+    q, k, v, initial, state, segment_ids, valid = inputs[:3] + inputs[8:]
+    gates = cast(inputs[3:8])
     if options.dgd != 'none' and inputs.erase is None:
-        gates = (*gates[:3], gates[0])
+        gates = (*gates[:3], gates[0], gates[4])
     push = jnp.ones((*q.shape[:2], 1), dtype)
     if valid is not None:
         gates = jax.tree.map(lambda gate: jnp.where(valid[:, :, None], gate, 0.0), gates)
@@ -297,7 +305,7 @@ def _run_tokens(options, q, k, v, gates, initial, state):
     if state is None:
         state = mlp_initial_state(initial, q.shape[0], momentum=gates.log_momentum is not None)
     shared = jax.tree.map(lambda w: w[None], initial)
-    write = jax.vmap(jax.vmap(_write_token, (None, *[0] * 11)), (None, None, *[0] * 10))
+    write = jax.vmap(jax.vmap(_write_token, (None, *[0] * 12)), (None, None, *[0] * 11))
     look = jax.vmap(jax.vmap(lambda weights, x: mlp_read(weights, x, activation=options.activation, residual=options.residual)))
 
     def step(state: MLPState, token):
@@ -308,7 +316,19 @@ def _run_tokens(options, q, k, v, gates, initial, state):
         anchor = _select(first, running, state.anchor)
         push = jnp.broadcast_to(gate.push, gate.eta.shape)
         running, momentum = write(
-            options, initial, anchor, running, momentum, key, value, gate.eta, gate.log_alpha, gate.log_momentum, gate.erase, push
+            options,
+            initial,
+            anchor,
+            running,
+            momentum,
+            key,
+            value,
+            gate.eta,
+            gate.log_alpha,
+            gate.log_momentum,
+            gate.erase,
+            gate.damping,
+            push,
         )
         return MLPState(running, momentum, anchor, state.position + 1), look(anchor if options.read == 'anchor' else running, query)
 
@@ -317,23 +337,44 @@ def _run_tokens(options, q, k, v, gates, initial, state):
     return jnp.moveaxis(y, 0, 1), _close(options, state)
 
 
-def _write_token(options, initial, anchor, running, momentum, key, value, eta, log_alpha, log_momentum, erase, push):
+def _write_token(options, initial, anchor, running, momentum, key, value, eta, log_alpha, log_momentum, erase, damping, push):
     """One token's write to one head's memory, without batch and head axes. Returns the weights and the momentum."""
 
     def objective(weights: MLPWeights) -> jax.Array:
         error = mlp_read(weights, key, activation=options.activation, residual=options.residual) - value
         return 0.5 * jnp.sum(error**2)
 
-    hidden = ACTIVATIONS[options.activation](key @ anchor.w_in)
-    shrink = 1.0 / (1.0 + erase * jnp.sum(hidden**2)) if options.dgd == 'per_layer' else 1.0
+    to_hidden = key @ anchor.w_in
+    hidden, slope = jax.jvp(ACTIVATIONS[options.activation], (to_hidden,), (jnp.ones_like(to_hidden),))
+    shrink_in, shrink_out = (factor[0] for factor in _shrink(options, erase, damping, hidden[None], slope[None], anchor.w_out))
     erased = {'per_layer': (True, True), 'input_only': (True, False), 'none': (False, False)}[options.dgd]
-    parts = zip((key, hidden), jax.grad(objective)(anchor), (1.0, shrink), erased, running, momentum or running, initial, strict=True)
+    parts = zip(
+        (key, hidden),
+        jax.grad(objective)(anchor),
+        (shrink_in, shrink_out),
+        (1.0, shrink_out),
+        erased,
+        running,
+        momentum or running,
+        initial,
+        strict=True,
+    )
     written = [
-        _write_layer(options, x, grad, eta * scale, erase * scale if on else None, log_alpha, log_momentum, push, weight, last, start)
-        for x, grad, scale, on, weight, last, start in parts
+        _write_layer(options, x, grad, eta * factor, erase * shrink if on else None, log_alpha, log_momentum, push, weight, last, start)
+        for x, grad, factor, shrink, on, weight, last, start in parts
     ]
     weights, momenta = (MLPWeights(*pair) for pair in zip(*written, strict=True))
     return weights, None if momentum is None else momenta
+
+
+def _shrink(options, erase, damping, hidden, slope, w_out) -> tuple[jax.Array, jax.Array]:
+    """Factors (..., C) of the rates of W_in and W_out, from rows (..., C, F) of hidden units and the activation's slope."""
+    inputs = jnp.sum(hidden**2, -1)
+    if damping is not None:
+        outputs = jnp.sum(slope**2 * jnp.sum(w_out**2, -1)[..., None, :], -1)
+        return 1.0 / (1.0 + damping * outputs), 1.0 / (1.0 + damping * inputs)
+    one = jnp.ones_like(inputs)
+    return one, 1.0 / (1.0 + erase * inputs) if options.dgd == 'per_layer' else one
 
 
 def _write_layer(options, x, grad, eta, erase, log_alpha, log_momentum, push, weight, momentum, initial):
@@ -364,6 +405,7 @@ class _Chunk(NamedTuple):
     v: jax.Array  # (B, H, C, D_out)
     eta: jax.Array  # (B, H, C)
     erase: jax.Array | None  # (B, H, C)
+    damping: jax.Array | None  # (B, H, C)
     decays: chunks.ChunkDecays
     gram: jax.Array | None  # (B, H, C, C) of the keys, and the inverse of their erasures; None without DGD
     inverse: jax.Array | None
@@ -415,18 +457,28 @@ def _run_chunk(options, item, running, momentum, anchor, rest):
     output = hidden @ start.w_out
     error_out = output - item.v + (item.k if options.residual else 0.0)
     (error_in,) = pull_back(error_out @ start.w_out.mT)
-    rate_out, erase_out = _hidden_rates(options, item, hidden)
+    (slope,) = pull_back(jnp.ones_like(hidden))
+    shrink_in, shrink_out = _shrink(options, item.erase, item.damping, hidden, slope, start.w_out)
+    erase_out = item.erase * shrink_out if options.dgd == 'per_layer' else None
     # Rows that the erasures would compute again, if the weights are those of the anchor.
     known = (to_hidden, output) if anchor is None else (None, None)
 
     layer_in = item.decays, chunks.layer_writes(
-        item.decays, item.k, error_in, item.eta, running.w_in, momentum_in,
+        item.decays, item.k, error_in, item.eta * shrink_in, running.w_in, momentum_in,
         erase=item.erase, inverse=item.inverse, gram=item.gram, outputs=known[0], rest=rest.w_in,
     )  # fmt: skip
     layer_out = (
         item.decays,
         chunks.layer_writes(
-            item.decays, hidden, error_out, rate_out, running.w_out, momentum_out, erase=erase_out, outputs=known[1], rest=rest.w_out
+            item.decays,
+            hidden,
+            error_out,
+            item.eta * shrink_out,
+            running.w_out,
+            momentum_out,
+            erase=erase_out,
+            outputs=known[1],
+            rest=rest.w_out,
         ),
     )
     if options.read == 'anchor':
@@ -438,14 +490,6 @@ def _run_chunk(options, item, running, momentum, anchor, rest):
     new_in, momentum_in = chunks.weight_after(*layer_in, running.w_in, momentum_in, rest=rest.w_in)
     new_out, momentum_out = chunks.weight_after(*layer_out, running.w_out, momentum_out, rest=rest.w_out)
     return y, MLPWeights(new_in, new_out), None if momentum is None else MLPWeights(momentum_in, momentum_out)
-
-
-def _hidden_rates(options: _Options, item: _Chunk, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Rates (B, H, C) of the gradient and of the erasure of W_out, whose inputs are not of unit norm."""
-    if options.dgd != 'per_layer':
-        return item.eta, None
-    shrink = 1.0 / (1.0 + item.erase * jnp.sum(hidden**2, -1))
-    return item.eta * shrink, item.erase * shrink
 
 
 def _reset(flag, initial, running, momentum):
@@ -463,13 +507,13 @@ def _stack_chunks(options, q, k, v, gates: _Gates) -> _Chunk:
         return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
 
     q, k, v = cut(q), cut(k), cut(v)
-    eta, log_alpha, log_momentum, erase, push = (None if x is None else cut(x) for x in gates[:5])
+    eta, log_alpha, log_momentum, erase, damping, push = (None if x is None else cut(x) for x in gates[:6])
     decays = chunks.chunk_decays(log_alpha, log_momentum, push)
     gram = None if erase is None else chunks.overlaps(k, k)
     inverse = None if erase is None else chunks.erasure_inverse(decays, k, erase, gram=gram)
     overlap = None if options.read == 'anchor' else chunks.overlaps(q, k)
     reset = None if gates.changed is None else gates.changed[:, :: options.chunk_size].T
-    return _Chunk(q, k, v, eta, erase, decays, gram, inverse, overlap, reset)
+    return _Chunk(q, k, v, eta, erase, damping, decays, gram, inverse, overlap, reset)
 
 
 def _to_slots(x: jax.Array, phase: jax.Array | None, slots: int) -> jax.Array:

@@ -57,11 +57,25 @@ def test_attention_matches_the_reference(x64, golden, window, name):
     expected = data[name].reshape(2, 48, -1)
     plain, _ = layer(x, None, Context(None, None, True))
     np.testing.assert_allclose(plain, expected, rtol=0, atol=SOFTMAX)
-    masked, state = layer(x[:, :40], None, Context(None, jnp.ones((2, 40), jnp.int32), True))
+    masked, state = layer(x[:, :40], None, Context(None, jnp.zeros((2, 40), jnp.int32), True))
     np.testing.assert_allclose(masked, expected[:, :40], rtol=0, atol=SOFTMAX)
     assert state.key.shape[1] == (window or 64)
-    rest, _ = layer(x[:, 40:], state, Context(jnp.full(2, 40, jnp.int32), jnp.ones((2, 8), jnp.int32), True))
+    rest, _ = layer(x[:, 40:], state, Context(jnp.full(2, 40, jnp.int32), jnp.zeros((2, 8), jnp.int32), True))
     np.testing.assert_allclose(rest, expected[:, 40:], rtol=0, atol=SOFTMAX)
+
+
+@pytest.mark.parametrize('window', [None, 7])
+def test_blocks_of_queries_change_nothing(x64, golden, window):
+    x, _ = _golden_layer(golden('attention_swa'))
+    variables = jax.jit(Attention(_config()).init)(jax.random.key(0), x, None, Context(None, None, True))
+
+    def run(query_block):
+        layer = Attention(_config(window=window, query_block=query_block))
+        read = lambda x: layer.apply(variables, x, None, Context(None, None, True))[0]
+        return fast_jit(lambda x: (read(x), jax.grad(lambda x: jnp.sum(read(x) ** 2))(x)))(x)
+
+    for blocks, whole in zip(run(10), run(None), strict=True):
+        np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-5)
 
 
 def test_documents_do_not_see_one_another(x64, golden):

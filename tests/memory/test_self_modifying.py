@@ -330,14 +330,14 @@ def test_static_matrix_memory_is_delta_gradient_descent(x64, options, oracle, la
 @pytest.mark.parametrize('dgd', ['per_layer', 'none'])
 def test_static_mlp_memory_is_the_deep_memory_and_without_dgd_titans(x64, dgd):
     rule, inputs, scale, initial = _static('mlp', dgd=dgd)
-    largest = (lambda a: 0 * a + 1 / 4) if dgd == 'none' else (lambda a: (1 + a) / 2)
+    largest = (lambda a: 0 * a + 1 / 16) if dgd == 'none' else (lambda a: (1 + a) / 2)
     eta, log_alpha, log_momentum = _gates(inputs, scale, largest)
     weights = mlp.MLPWeights(initial.first[..., :HIDDEN], initial.wide[:, 0])
     hidden = lambda x: jax.nn.silu(jnp.einsum('bthd,hdf->bthf', x, weights.w_in))
     value = _self_generated(inputs.value, lambda x: jnp.einsum('bthf,hfd->bthd', hidden(x), weights.w_out))
     expected, _ = fast_jit(functools.partial(mlp.mlp_memory_reference, chunk_size=4, dgd=dgd, residual=False))(
         inputs.query, inputs.key, value, eta * -jnp.expm1(log_momentum), log_alpha, log_momentum,
-        erase=None if dgd == 'none' else eta, initial=weights,
+        erase=None if dgd == 'none' else eta, damping=16 * eta if dgd == 'none' else eta, initial=weights,
     )  # fmt: skip
     y, _ = fast_jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
     np.testing.assert_allclose(y, expected, rtol=0, atol=5e-5)

@@ -138,8 +138,8 @@ def test_without_learning_it_is_the_models_loss():
 @pytest.mark.parametrize(
     'mixer, variant',
     [
-        ('attention', 'nested'),
-        pytest.param('gated-delta-rule', 'sequential', marks=pytest.mark.slow),
+        ('attention', 'sequential'),
+        pytest.param('gated-delta-rule', 'nested', marks=pytest.mark.slow),
         pytest.param('self-modifying', 'sequential', marks=pytest.mark.slow),
     ],
 )
