@@ -150,7 +150,6 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
         model_config = dataclasses.replace(model_config, vocab_size=data.tokenizer.vocab_size)
     check_model(args.train, model_config, data.tokenizer.vocab_size)
 
-    use_cores(args.train)
     import jax
 
     check_devices(args.train, len(jax.devices()))
@@ -158,16 +157,6 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     settings = {'model': dataclasses.asdict(model_config), 'data': text, 'train': dataclasses.asdict(args.train)}
     claim_folder(args.train.output, settings)
     return model_config, data, settings
-
-
-def use_cores(config: TrainConfig) -> None:
-    """Makes a CPU device for each core, as many as share the rows evenly; no effect on accelerators, or once JAX has started.
-
-    XLA runs most operations of a small model on one thread: devices that take a part of the rows each use the other cores too.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    rows = config.batch_size // config.accumulation
-    os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(max(n for n in range(1, cores + 1) if rows % n == 0)))
 
 
 def report(args: Args, data: 'Dataset', run_config: dict, result: 'Result', wall_s: float) -> None:

@@ -6,6 +6,11 @@ import pathlib
 # Before the first import of jax, which reads it once.
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 
+# Tests run side by side get a core each: XLA's threads would only wait for one another on programs as small as these.
+if os.environ.get('PYTEST_XDIST_WORKER') and hasattr(os, 'sched_setaffinity'):
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(os.environ['PYTEST_XDIST_WORKER'].removeprefix('gw')) % len(_cores)]})
+
 import jax
 import pytest
 

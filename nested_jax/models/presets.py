@@ -47,10 +47,10 @@ _FAMILIES = {
     'hope-attention': dict(mixer='attention'),
     'gated-deltanet': dict(mixer='gated-delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
     'titans': dict(mixer='titans', memory=MemoryConfig(dgd='none')),
-    'hope': dict(mixer='self-modifying', memory=MemoryConfig()),
+    'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'hope-linear': dict(
         mixer='self-modifying',
-        memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32, gradient='token', momentum=False),
+        memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32, gradient='token', momentum=False, decay_to='init'),
     ),
 }
 

@@ -283,7 +283,8 @@ def test_restarts_begin_a_document():
     chunks = jax.tree.map(lambda leaf: leaf[10:].reshape(5, 2, WIDTH), tokens)
     carry = run(initial, jax.tree.map(lambda leaf: leaf[:10], tokens), periods)[1]
     options = dict(initial=initial, schedule=schedule, learning_rates=0.02)
-    alone = continuum.scan_chunks(chunk_loss, continuum.init_state(initial, schedule), carry, chunks, **options)
+    read = jax.jit(functools.partial(continuum.scan_chunks, chunk_loss, **options))
+    alone = read(continuum.init_state(initial, schedule), carry, chunks)
     assert_close((state, losses[5:]), (alone[0], alone[2][0]), 1e-13)
 
 
