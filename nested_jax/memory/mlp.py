@@ -150,19 +150,17 @@ def mlp_memory(
         eta: (B, T, H) inner learning rate.
         log_alpha: (B, T, H) log of the retention, at most 0; -inf wipes the memory.
         log_momentum: (B, T, H) log of the momentum beta, or None for S_t = -eta_t grad_t.
-        erase: (B, T, H) rate epsilon of DGD's erasure; `eta` when None.
-        damping: (B, T, H) rates d that bound the steps of both layers: eta is divided by 1 + d times the squared norm of what
-            multiplies the layer's output error, the outputs' slope |act'(z) W_out|^2 for W_in and |h|^2 for W_out, W_out's erasure with
-            it. The rate of a token's whole step, times chunk_size where steps are not erased, keeps the memory bounded at weights of any
-            size. None: rates as given, but for 1 + epsilon |h|^2 with 'per_layer'.
+        erase: (B, T, H) rate epsilon of DGD's erasure, of W_out over 1 + epsilon |h|^2; `eta` when None.
+        damping: (B, T, H) rates d, or None for rates as given: eta is divided by 1 + d |act'(z) W_out|^2 for W_in, and with W_out's
+            erasure by 1 + d |h|^2 for W_out, so that no step overshoots. Eta, times chunk_size where nothing is erased, is enough.
         initial: weights (H, D_in, F) and (H, F, D_out) every sequence and every segment starts from.
         state: of an earlier call with the same options; None starts new sequences.
-        segment_ids: (B, T) integers. A change at a chunk's first position resets weights and momentum; elsewhere it has no effect,
-            documents have to start on the chunk grid. The first token of a call with a state continues the state's document.
+        segment_ids: (B, T) integers. A change at a chunk's first position resets weights and momentum; documents start on the chunk
+            grid. The first token of a call with a state continues the state's document.
         valid: (B, T) bool, True when None. A token that is not valid changes nothing whatever its gates are, also with momentum,
-            where eta = 0 and alpha = 1 alone would add S once more. It takes a position of the grid and its output is a read.
+            where eta = 0 and alpha = 1 alone would add S once more. It takes a place on the grid.
         chunk_size: positions between two anchors.
-        activation: of the hidden layer; 'gelu' is the tanh approximation.
+        activation: of the hidden layer; 'gelu' by tanh.
         dgd: which layers are erased: 'per_layer' both, W_out with normalised rates; 'input_only' W_in; 'none' (Titans).
         read: 'running' reads q_t from M_t, its own token included; 'anchor' from the chunk's first weights (Eq. 90).
         decay_to: what retention decays to, zero or the initial weights.

@@ -168,7 +168,7 @@ class _Trainer:
                 if last or step % config.log_every == 0:
                     self.write(step)
                 if not last and step % config.eval_every == 0:
-                    self.write_heldout(step, self.evaluate(self.during))
+                    self.write_heldout(step, self.evaluate(self.during), 'heldout_part')
                 if last or step % config.checkpoint_every == 0 or received is not None:
                     self.save(step)
                 if received is not None:
@@ -202,8 +202,8 @@ class _Trainer:
         self.log.write(step, loss=loss, bits_per_byte=bits, grad_norm=window.grad_norm, learning_rate=rate, tokens_per_second=speed)
         self.progress.update(step, loss=loss, bits_per_byte=bits, tokens_per_second=speed)
 
-    def write_heldout(self, step: int, heldout: HeldOut) -> None:
-        self.log.write(step, heldout_bits_per_byte=heldout.bits_per_byte, heldout_perplexity=heldout.perplexity)
+    def write_heldout(self, step: int, heldout: HeldOut, name: str) -> None:
+        self.log.write(step, **{f'{name}_bits_per_byte': heldout.bits_per_byte, f'{name}_perplexity': heldout.perplexity})
         self.progress.say(f'step {step}: {heldout.bits_per_byte:.4f} bits/byte on {heldout.num_bytes:,} held-out bytes')
 
     def evaluate(self, batches: Iterable[dict]) -> HeldOut:
@@ -222,7 +222,7 @@ class _Trainer:
         records = read_metrics(self.folder / 'metrics.jsonl')
         if not any(record['step'] == self.config.steps and 'heldout_bits_per_byte' in record for record in records):
             with MetricLog(self.folder, self.config.steps) as self.log:
-                self.write_heldout(self.config.steps, heldout)
+                self.write_heldout(self.config.steps, heldout, 'heldout')
             records = read_metrics(self.folder / 'metrics.jsonl')
         loss_curve(records, self.folder / 'loss.png')
 

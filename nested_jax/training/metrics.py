@@ -120,13 +120,15 @@ def loss_curve(records: list[dict[str, Any]], path: str | os.PathLike, title: st
     """Draws bits per byte of training and held-out text against the step, as a PNG.
 
     Args:
-        records: of `read_metrics`; those with `bits_per_byte` make the training curve, those with `heldout_bits_per_byte` the other.
+        records: of `read_metrics`. The last evaluation reads all of the held-out text, the ones before it a part, whose figures
+            compare with one another only: they are drawn apart.
         path: of the picture.
         title: above it.
     """
     figure = Figure(figsize=(7, 4.2), layout='constrained')
     axes = figure.add_subplot()
-    for field, label, style in (('bits_per_byte', 'training', '-'), ('heldout_bits_per_byte', 'held out', 'o-')):
+    for name, label, style in (('', 'training', '-'), ('heldout_part_', 'held out, a part', 'o-'), ('heldout_', 'held out', 's')):
+        field = f'{name}bits_per_byte'
         points = [(record['step'], record[field]) for record in records if math.isfinite(record.get(field, math.nan))]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=3.5)

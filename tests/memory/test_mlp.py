@@ -234,7 +234,7 @@ def test_chunked_equals_reference(x64, choice):
     compare_with_reference(*choice, time=11, chunk_size=4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('choice', list(itertools.product(*CHOICES.values())), ids=str)
 @pytest.mark.parametrize(('time', 'chunk_size'), [(12, 4), (5, 1), (7, 16)])
 def test_chunked_equals_reference_everywhere(x64, choice, time, chunk_size):
@@ -295,7 +295,7 @@ def streamed(call: dict, cuts, **options):
     return jnp.concatenate(outputs, 1), state
 
 
-@pytest.mark.parametrize('cut', [cut if cut in (1, 4, 6) else pytest.param(cut, marks=pytest.mark.slow) for cut in range(1, 11)])
+@pytest.mark.parametrize('cut', [cut if cut in (1, 4, 6) else pytest.param(cut, marks=pytest.mark.exhaustive) for cut in range(1, 11)])
 def test_streaming_at_every_cut(x64, cut):
     call = random_call(11)
     assert_trees_close(streamed(call, (0, cut, 11), chunk_size=4), run(call, chunk_size=4), 1e-12)
@@ -386,7 +386,7 @@ def test_a_segment_starts_from_the_initial_state(x64, function):
             assert_trees_close(jax.tree.map(lambda x, row=row: x[row], got), jax.tree.map(lambda x: x[0], expected), 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_segments_stream(x64):
     call = {**random_call(14), 'segment_ids': jnp.array([[1] * 8 + [2] * 6, [1] * 4 + [2] * 10])}
     assert_trees_close(streamed(call, (0, 7, 14), chunk_size=4), run(call, chunk_size=4), 1e-12)

@@ -45,7 +45,7 @@ def _slow_cases():
         options = dict(kind=kind, gradient=gradient or 'chunk', dgd=dgd, read=read, decay_to=decay_to)
         options |= dict(chunk_size=chunk_size, projection_chunk_size=projection_chunk_size)
         options |= dict(adaptive_query=index % 4 < 2, positive_eigenvalues=index % 5 == 0)
-        yield pytest.param(options, options['gradient'] != 'token' and index % 2 == 0, marks=pytest.mark.slow)
+        yield pytest.param(options, options['gradient'] != 'token' and index % 2 == 0, marks=pytest.mark.exhaustive)
 
 
 def _unit(x):
@@ -177,7 +177,7 @@ def _stream(name: str, pieces):
 
 
 @pytest.mark.parametrize(
-    'name', ['matrix-chunk', 'mlp-two-grids', *(pytest.param(name, marks=pytest.mark.slow) for name in ('matrix-token', 'mlp'))]
+    'name', ['matrix-chunk', 'mlp-two-grids', *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('matrix-token', 'mlp'))]
 )
 def test_a_stream_may_be_cut_anywhere(x64, name):
     chunked, *arguments = _chunked(name)

@@ -16,7 +16,7 @@ from tests.models.small_models import FAMILIES, WITH_INITIAL_STATES, fast_jit, i
 
 # Hope-Attention is the Transformer but for its levels, which have a test of their own.
 _SLOW = ('hope-attention',)
-_FAMILIES = [pytest.param(family, marks=pytest.mark.slow) if family in _SLOW else family for family in FAMILIES]
+_FAMILIES = [pytest.param(family, marks=pytest.mark.exhaustive) if family in _SLOW else family for family in FAMILIES]
 LENGTH = 14
 # No token occurs twice, so that the rows of the embedding's gradient tell which token was read.
 TOKENS = np.random.default_rng(1).permutation(28).reshape(2, LENGTH).astype(np.int32)
@@ -210,7 +210,7 @@ def test_reading_without_update_returns_the_state_as_it_was(x64, family):
 
 
 @pytest.mark.parametrize(
-    'family', ['hope-linear', *(pytest.param(name, marks=pytest.mark.slow) for name in ('gated-deltanet', 'hope', 'titans'))]
+    'family', ['hope-linear', *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('gated-deltanet', 'hope', 'titans'))]
 )
 def test_gradients_through_reading_without_update_are_finite(x64, family):
     model, params = _model(family)
@@ -238,7 +238,7 @@ _FORMS = [dict(scan_layers=False), dict(remat='block'), dict(remat='dots'), dict
 
 @pytest.mark.parametrize(
     ('family', 'form'),
-    [('gated-deltanet', _FORMS[3])] + [pytest.param(family, form, marks=pytest.mark.slow) for family in FAMILIES for form in _FORMS],
+    [('gated-deltanet', _FORMS[3])] + [pytest.param(family, form, marks=pytest.mark.exhaustive) for family in FAMILIES for form in _FORMS],
 )
 def test_unrolled_and_rematerialised_layers_compute_the_same(x64, family, form):
     model, params = LanguageModel(small(family, dtype='float64', **form)), _model(family)[1]
@@ -256,7 +256,7 @@ def test_unrolled_and_rematerialised_layers_compute_the_same(x64, family, form):
     [
         'transformer',
         'hope-linear',
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ('hope-attention', 'gated-deltanet', 'titans', 'hope')),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('hope-attention', 'gated-deltanet', 'titans', 'hope')),
     ],
 )
 def test_dtypes_agree(x64, family):

@@ -86,7 +86,7 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=tolerance, atol=tolerance), actual, expected)
 
 
-@pytest.mark.parametrize('mixer, bptt', [('attention', None), pytest.param('gated-delta-rule', 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('mixer, bptt', [('attention', None), pytest.param('gated-delta-rule', 2, marks=pytest.mark.exhaustive)])
 def test_loss_and_gradient_equal_the_loop(mixer, bptt):
     model, params, tokens, targets = make(mixer, bptt=bptt, blocks=(1,))
     tokens, targets = tokens[:1, :9], targets[:1, :9]
@@ -98,7 +98,7 @@ def test_loss_and_gradient_equal_the_loop(mixer, bptt):
     assert count == weights.sum()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('mixer', ['gated-delta-rule', 'self-modifying'])
 def test_gradient_of_every_initial_level_equals_finite_differences(mixer):
     """Over six chunks: six updates of the fast level, three of the slow one; and of the rate of each level."""
@@ -139,8 +139,8 @@ def test_without_learning_it_is_the_models_loss():
     'mixer, variant',
     [
         ('attention', 'sequential'),
-        pytest.param('gated-delta-rule', 'nested', marks=pytest.mark.slow),
-        pytest.param('self-modifying', 'sequential', marks=pytest.mark.slow),
+        pytest.param('gated-delta-rule', 'nested', marks=pytest.mark.exhaustive),
+        pytest.param('self-modifying', 'sequential', marks=pytest.mark.exhaustive),
     ],
 )
 def test_stream_equals_the_loss_at_every_cut(mixer, variant):
