@@ -100,6 +100,9 @@ class ModelConfig:
             blocks = self.in_sequence.blocks
             inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
             _check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
+            periods = [level.period for level in self.levels]
+            on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
+            _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
 
     def _check_memory(self) -> None:
         memory = self.memory
@@ -120,11 +123,11 @@ class ModelConfig:
     @property
     def grid(self) -> int:
         """Tokens between the places where a packed document may start; 1 where it may start anywhere."""
-        if self.mixer == 'titans':
-            return self.memory.chunk_size
-        if self.mixer == 'self-modifying':
-            return math.lcm(self.memory.chunk_size, self.memory.projection_chunk_size)
-        return 1
+        sizes = {
+            'titans': (self.memory.chunk_size,),
+            'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
+        }.get(self.mixer, ())
+        return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)
 
 
 def _check(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -160,11 +160,10 @@ def mlp_memory(
         valid: (B, T) bool, True when None. A token that is not valid changes nothing whatever its gates are, also with momentum,
             where eta = 0 and alpha = 1 alone would add S once more. It takes a place on the grid.
         chunk_size: positions between two anchors.
-        activation: of the hidden layer; 'gelu' by tanh.
         dgd: which layers are erased: 'per_layer' both, W_out with normalised rates; 'input_only' W_in; 'none' (Titans).
         read: 'running' reads q_t from M_t, its own token included; 'anchor' from the chunk's first weights (Eq. 90).
         decay_to: what retention decays to, zero or the initial weights.
-        residual: whether M has the identity term.
+        activation, residual: of the hidden layer ('gelu' by tanh); whether M has the identity term.
 
     Returns:
         y (B, T, H, D_out) in v's dtype, and the `MLPState` after the last token.
@@ -175,8 +174,7 @@ def mlp_memory(
     options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
     inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid)
     _check(options, inputs)
-    # Decoding: a few tokens are not worth the work of a whole chunk.
-    run = _run_tokens if 4 * q.shape[1] <= chunk_size else _run_chunks
+    run = _run_tokens if 4 * q.shape[1] <= chunk_size else _run_chunks  # a few tokens are not worth a whole chunk
     y, state = run(options, *_prepare(options, inputs))
     return y.astype(v.dtype), state
 
