@@ -62,6 +62,8 @@ class ModelArgs:
     """What the backward pass computes again instead of keeping."""
     scan_layers: bool | None = None
     """Whether blocks are scanned (compiles once for all) or unrolled."""
+    decay_to: Literal['zero', 'init'] | None = None
+    """What retention lets memories decay to: zero, or their learned initial states; None: the preset's."""
     in_sequence_blocks: tuple[int, ...] = ()
     """Blocks whose CMS levels learn within each sequence, by the next-token loss; none: levels are updated across steps."""
 
@@ -142,6 +144,8 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     if args.model.in_sequence_blocks:
         overrides['in_sequence'] = InSequenceConfig(blocks=args.model.in_sequence_blocks)
     model_config = preset(args.model.preset, **overrides)
+    if args.model.decay_to is not None:
+        model_config = dataclasses.replace(model_config, memory=dataclasses.replace(model_config.memory, decay_to=args.model.decay_to))
 
     from nested_jax.data import open_dataset
 

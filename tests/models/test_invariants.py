@@ -379,8 +379,7 @@ def test_states_stay_bounded_over_two_thousand_tokens(family):
 
     largest, logits = norms(params, model.init_state(3), jnp.asarray(tokens.reshape(3, 4, 500).swapaxes(0, 1)))
     assert np.isfinite(largest).all() and np.isfinite(logits).all()
-    # Single pieces fluctuate; the second thousand tokens may not outgrow the first.
-    assert largest.max() < 300 and (largest[2:].max(0) < 3 * largest[:2].max(0) + 1).all(), np.asarray(largest).round(2)
+    assert largest.max() < 300 and (largest[-1] < 3 * largest[0] + 1).all(), np.asarray(largest).round(2)
 
 
 # Arguments
