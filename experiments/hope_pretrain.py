@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from nested_jax.config import InSequenceConfig, ModelConfig
-from nested_jax.models.presets import preset
+from nested_jax.models.presets import preset, without
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
 
 if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
@@ -64,8 +64,15 @@ class ModelArgs:
     """Whether blocks are scanned (compiles once for all) or unrolled."""
     decay_to: Literal['zero', 'init'] | None = None
     """What retention lets memories decay to: zero, or their learned initial states; None: the preset's."""
+    without: tuple[Literal['dgd', 'momentum', 'retention', 'cms', 'key', 'value', 'target', 'eta', 'alpha'], ...] = ()
+    """Parts of Hope to leave out, for ablations; key to alpha: what static projections give instead of a memory."""
     in_sequence_blocks: tuple[int, ...] = ()
     """Blocks whose CMS levels learn within each sequence, by the next-token loss; none: levels are updated across steps."""
+
+    @property
+    def name(self) -> str:
+        """As rows call it."""
+        return self.preset + ''.join(f' without {part}' for part in self.without)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +153,8 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     model_config = preset(args.model.preset, **overrides)
     if args.model.decay_to is not None:
         model_config = dataclasses.replace(model_config, memory=dataclasses.replace(model_config.memory, decay_to=args.model.decay_to))
+    for part in args.model.without:
+        model_config = without(model_config, part)
 
     from nested_jax.data import open_dataset
 
@@ -168,7 +177,7 @@ def report(args: Args, data: 'Dataset', run_config: dict, result: 'Result', wall
     heldout, folder = result.heldout, pathlib.Path(args.train.output)
     store_row(folder / 'results.jsonl', args, run_config, result, wall_s)
     print(f'\nbits per byte of the held-out text ({heldout.num_bytes:,} bytes; lower is better)')
-    print(f'  {args.model.preset:<26}{heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
+    print(f'  {args.model.name:<26}{heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
     if not args.model.preset.startswith('transformer-'):
         print('  ' + stored_transformer(args, data.digest))
     for name, value in ({} if args.smoke else _yardsticks(data)).items():
@@ -194,10 +203,10 @@ def store_row(path: pathlib.Path, args: Args, run_config: dict, result: 'Result'
         parameters=sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
         resumed_from=result.resumed_from,
     )
-    model, hardware = args.model.preset, hardware_name(jax.devices())
     row = make_row(
-        experiment=EXPERIMENT, model=model, seed=args.train.seed, config=run_config, metrics=metrics, hardware=hardware, wall_s=wall_s
-    )
+        experiment=EXPERIMENT, model=args.model.name, seed=args.train.seed, config=run_config, metrics=metrics,
+        hardware=hardware_name(jax.devices()), wall_s=wall_s,
+    )  # fmt: skip
     append_row(path, row)
 
 

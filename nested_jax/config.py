@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
 Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
 
 
@@ -30,9 +31,11 @@ class MemoryConfig:
     gradient: Literal['token', 'chunk'] = 'chunk'  # matrix memories may take it token by token at no cost
     read: Literal['running', 'anchor'] = 'running'
     momentum: bool = True
+    retention: bool = True  # False: alpha = 1, nothing decays
     decay_to: Literal['zero', 'init'] = 'zero'
     adaptive_query: bool = False
     positive_eigenvalues: bool = False  # keep eta below alpha, so that no eigenvalue turns negative
+    self_modified: tuple[SelfModified, ...] = get_args(SelfModified)  # what memories generate; the rest are static projections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,8 @@ class ModelConfig:
 
     def _check_memory(self) -> None:
         memory = self.memory
+        known = set(memory.self_modified) <= set(get_args(SelfModified))
+        _check(known, 'memory.self_modified', memory.self_modified, f'some of {get_args(SelfModified)}')
         sizes = memory.chunk_size, memory.projection_chunk_size
         names = 'memory.chunk_size and memory.projection_chunk_size'
         _check(max(sizes) % min(sizes) == 0, names, sizes, 'sizes of which one divides the other')

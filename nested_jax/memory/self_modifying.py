@@ -39,9 +39,11 @@ class Rule:
     dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer'
     gradient: Literal['token', 'chunk'] = 'chunk'
     read: Literal['running', 'anchor'] = 'running'
+    retention: bool = True
     decay_to: Literal['zero', 'init'] = 'zero'
     adaptive_query: bool = False
     positive_eigenvalues: bool = False
+    self_modified: tuple[str, ...] = ('key', 'value', 'target', 'eta', 'alpha')
 
     @property
     def base(self) -> int:
@@ -232,13 +234,17 @@ def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: Inputs) ->
     """Keys, values, rates and targets of a chunk, all read from `source` (Eq. 86-87)."""
     dtype = source.first.dtype
     static_query, static_key, static_value = (x.astype(dtype) for x in tokens[:3])
+    part = lambda name, x: x if name in rule.self_modified else jnp.zeros_like(x)
     wide, gates = _outputs(rule, source, static_key)
-    key = _normalize(static_key + wide[..., 1, :, :])
-    value = _normalize(_normalize(static_value) + wide[..., 2, :, :])
+    key = _normalize(static_key + part('key', wide[..., 1, :, :]))
+    value = _normalize(_normalize(static_value) + part('value', wide[..., 2, :, :]))
     query = _normalize(static_query + wide[..., 3, :, :]) if rule.adaptive_query else static_query
     wide_hat, gate_hat = _outputs(rule, source, value)
-    log_alpha = -scale[None, :, None] * jax.nn.softplus(tokens.alpha.astype(dtype) + gates[..., 1])
-    eta = jax.nn.sigmoid(tokens.eta.astype(dtype) + gates[..., 0]) * _largest_rate(rule, jnp.exp(log_alpha))
+    wide_hat = part('target', wide_hat)
+    log_alpha = -scale[None, :, None] * jax.nn.softplus(tokens.alpha.astype(dtype) + part('alpha', gates[..., 1]))
+    if not rule.retention:
+        log_alpha = jnp.zeros_like(log_alpha)
+    eta = jax.nn.sigmoid(tokens.eta.astype(dtype) + part('eta', gates[..., 0])) * _largest_rate(rule, jnp.exp(log_alpha))
     log_momentum = None if tokens.momentum is None else jax.nn.log_sigmoid(tokens.momentum.astype(dtype))
     return _Generated(query, key, _normalize(value[..., None, :, :] + wide_hat), jnp.tanh(gate_hat), eta, log_alpha, log_momentum)
 

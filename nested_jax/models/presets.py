@@ -6,9 +6,9 @@ embedding and the head agree within 3 %.
 
 import dataclasses
 import difflib
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, SelfModified
 
 
 class _Size(NamedTuple):
@@ -80,6 +80,35 @@ def preset(name: str, **overrides) -> ModelConfig:
         vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny', **_FAMILIES[family],
     )  # fmt: skip
     return dataclasses.replace(config, **overrides)
+
+
+def without(config: ModelConfig, part: str) -> ModelConfig:
+    """The configuration with one part left out, for ablations (Table 6, arXiv:2512.24695v1).
+
+    Args:
+        config: of a model with self-modifying memories.
+        part: 'dgd', 'momentum', 'retention', 'cms' (one level of as many hidden units, updated as often as the fastest), or what
+            static projections shall give instead of a memory: 'key', 'value', 'target', 'eta' or 'alpha'.
+
+    Raises:
+        ValueError: if there is no such part, or the model does without it already.
+    """
+    memory, fastest = config.memory, config.levels[0]
+    one_level = (LevelConfig(sum(level.hidden_dim for level in config.levels), fastest.period),)
+    remaining = tuple(name for name in memory.self_modified if name != part)
+    changes = {
+        'dgd': dict(memory=dataclasses.replace(memory, dgd='none')),
+        'momentum': dict(memory=dataclasses.replace(memory, momentum=False)),
+        'retention': dict(memory=dataclasses.replace(memory, retention=False)),
+        'cms': dict(levels=one_level),
+        **{name: dict(memory=dataclasses.replace(memory, self_modified=remaining)) for name in get_args(SelfModified)},
+    }
+    if part not in changes:
+        raise ValueError(f'part is {part!r}, allowed is one of {", ".join(changes)}')
+    changed = dataclasses.replace(config, **changes[part])
+    if config.mixer != 'self-modifying' or changed == config:
+        raise ValueError(f'part is {part!r}, allowed is a part that the model has')
+    return changed
 
 
 def preset_names() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 
 from nested_jax.config import AttentionConfig, InSequenceConfig, LevelConfig, MemoryConfig
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.models.presets import preset, preset_names
+from nested_jax.models.presets import preset, preset_names, without
 from tests.models.small_models import FAMILIES
 
 SIZES = ('tiny', '124m', '340m', '760m', '1.3b')
@@ -44,6 +44,20 @@ def test_overrides_replace_fields_and_are_checked():
     assert preset('hope-tiny', vocab_size=11).vocab_size == 11
     with pytest.raises(ValueError, match='num_layers'):
         preset('hope-tiny', num_layers=0)
+
+
+def test_parts_can_be_left_out_of_hope():
+    hope = preset('hope-tiny')
+    assert without(hope, 'dgd').memory.dgd == 'none'
+    assert without(hope, 'cms').levels == (LevelConfig(312, 512),)
+    assert without(without(hope, 'key'), 'eta').memory.self_modified == ('value', 'target', 'alpha')
+    with pytest.raises(ValueError, match="part is 'keys'.*'?momentum"):
+        without(hope, 'keys')
+    for config, part in ((preset('hope-linear-tiny'), 'momentum'), (without(hope, 'key'), 'key'), (preset('titans-tiny'), 'momentum')):
+        with pytest.raises(ValueError, match=f"part is '{part}'.* the model has"):
+            without(config, part)
+    with pytest.raises(ValueError, match='self_modified'):
+        dataclasses.replace(hope, memory=MemoryConfig(self_modified=('keys',)))
 
 
 @pytest.mark.parametrize('size', ['tiny', '1.3b', *(pytest.param(size, marks=pytest.mark.slow) for size in ('124m', '340m', '760m'))])
