@@ -50,7 +50,7 @@ _FAMILIES = {
     'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'hope-linear': dict(
         mixer='self-modifying',
-        memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32, gradient='token', momentum=False, decay_to='init'),
+        memory=MemoryConfig(kind='matrix', gradient='token', momentum=False, decay_to='init'),
     ),
 }
 
