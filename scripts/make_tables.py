@@ -1,0 +1,98 @@
+"""Writes the README's tables from the rows in experiments/results: `python scripts/make_tables.py`.
+
+Runs of one model, number of tokens, learning rate and text are one line: the mean over seeds, and the sample standard deviation.
+Only runs evaluated on the whole held-out text count, and of each model and number of tokens the learning rate with the best mean.
+"""
+
+import argparse
+import collections
+import pathlib
+import statistics
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nested_jax.evaluation.rows import read_rows
+
+README, RESULTS = ROOT / 'README.md', ROOT / 'experiments' / 'results'
+BEGIN, END = '<!-- made by scripts/make_tables.py -->\n', '<!-- end -->'
+
+
+def tables(results: pathlib.Path = RESULTS) -> str:
+    """All tables as Markdown."""
+    pretraining = pretraining_groups(read_rows(results / 'hope_pretrain.jsonl'))
+    return '\n'.join([*pretraining_table(pretraining), '', *parity_table(read_rows(results / 'parity.jsonl'))]) + '\n'
+
+
+def pretraining_groups(rows: list[dict]) -> dict[tuple[int, str], list[dict]]:
+    """(tokens, model) -> the runs of its best learning rate, one for each seed, the latest."""
+    whole = max((row['metrics']['heldout_bytes'] for row in rows), default=0)
+    by_rate = collections.defaultdict(dict)
+    for row in rows:
+        if row['metrics']['heldout_bytes'] == whole:
+            key = row['metrics']['tokens'], row['model'], row['config']['train']['learning_rate']
+            by_rate[key][row['seed']] = row
+    best = {}
+    for (tokens, model, _), runs in by_rate.items():
+        runs = list(runs.values())
+        if (tokens, model) not in best or _mean(runs) < _mean(best[tokens, model]):
+            best[tokens, model] = runs
+    return best
+
+
+def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:
+    """Lines of the table of bits per byte, best model first for each number of tokens."""
+    lines = ['| model | tokens | parameters | learning rate | held-out bits per byte |', '| --- | --- | --- | --- | --- |']
+    for (tokens, model), runs in sorted(groups.items(), key=lambda item: (-item[0][0], _mean(item[1]))):
+        rate, size = runs[0]['config']['train']['learning_rate'], runs[0]['metrics']['parameters']
+        lines.append(f'| {model} | {tokens / 1e6:.2f}M | {size / 1e6:.2f}M | {rate:g} | {_spread(runs)} |')
+    return lines
+
+
+def parity_table(rows: list[dict]) -> list[str]:
+    """Lines of the table of parity at the lengths 51 to 100, of every arm, chunk and learning rate that has three seeds."""
+    groups = collections.defaultdict(dict)
+    for row in rows:
+        memory = row['config']['model']['memory']
+        key = row['model'], memory['projection_chunk_size'], memory['decay_to'], row['config']['train']['learning_rate']
+        groups[key][row['seed']] = row['metrics']['bin1']['every']
+    lines = ['| parity arm | chunk | decays to | strings of 51 to 100 bits right at every position, by seed |', '| --- | --- | --- | --- |']
+    for (arm, size, decay_to, _), shares in groups.items():
+        if len(shares) >= 3:
+            lines.append(f'| {arm} | {size} | {decay_to} | {", ".join(f"{100 * share:.4g}" for _, share in sorted(shares.items()))} % |')
+    return lines
+
+
+def _mean(runs: list[dict]) -> float:
+    return statistics.mean(run['metrics']['heldout_bits_per_byte'] for run in runs)
+
+
+def _spread(runs: list[dict]) -> str:
+    values = [run['metrics']['heldout_bits_per_byte'] for run in runs]
+    if len(values) == 1:
+        return f'{values[0]:.3f} (one seed)'
+    return f'{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)} seeds)'
+
+
+def insert(text: str, made: str) -> str:
+    """The text with what stands between the marks replaced."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + made + END + rest.split(END, 1)[1]
+
+
+def main() -> int:
+    """Rewrites the README, or with --check says whether it is up to date by the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='change nothing; exit code 1 when the README is out of date')
+    arguments = parser.parse_args()
+    text = README.read_text()
+    made = insert(text, tables())
+    if arguments.check:
+        return int(made != text)
+    README.write_text(made)
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
