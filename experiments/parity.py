@@ -5,11 +5,13 @@ trained on (bin 0) and at 51 to 100 (bin 1). Lengths 101 to 200 (bin 2) are not 
 parallel models without delta gradient descent, Linear at 78.1 / 0 and DeltaNet at 98.2 / 10.1.
 
 One layer of width 32 with 2 heads of 16 reads random bits and says after each whether the ones so far are odd. Its mixer is the
-self-modifying memory: matrix memories, token-wise gradients. The arms differ in how memories are written and in nothing else:
+self-modifying memory: matrix memories, token-wise gradients. The first arms differ in how memories are written and in nothing else:
 
     dgd             delta gradient descent: the eigenvalue along the key, alpha - 2 eta, is in (-1, 1)
     plain-positive  gradient descent with eta below alpha: alpha - eta is in (0, 1)
     plain           gradient descent with eta up to 1 + alpha: alpha - eta is in (-1, 1)
+    dgd-static      dgd whose keys, values, targets and rates are static projections
+    gated-deltanet, transformer    the same layer with another mixer
 
 A bit that flips the state needs an eigenvalue of -1. That holds where the memory is linear in its state: between two refreshes of its
 projections, every 16 tokens here. A refresh is not linear, and refreshed at every token (`--projection-chunk-size 1`) even plain-positive
@@ -49,10 +51,13 @@ from nested_jax.training.step import make_train_step
 
 EXPERIMENT = 'parity'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
-ARMS = {
-    'dgd': dict(dgd='per_layer'),
-    'plain-positive': dict(dgd='none', positive_eigenvalues=True),
-    'plain': dict(dgd='none'),
+ARMS = {  # token mixer, and how its memory differs from the first
+    'dgd': ('self-modifying', dict(dgd='per_layer')),
+    'plain-positive': ('self-modifying', dict(dgd='none', positive_eigenvalues=True)),
+    'plain': ('self-modifying', dict(dgd='none')),
+    'dgd-static': ('self-modifying', dict(self_modified=())),
+    'gated-deltanet': ('gated-delta-rule', {}),
+    'transformer': ('attention', {}),
 }
 BINS = ((2, 50), (51, 100), (101, 200))  # shortest and longest strings; the first is trained on
 _STEPS_A_CALL = 50
@@ -62,8 +67,8 @@ _STEPS_A_CALL = 50
 class Args:
     """Train a one-layer self-modifying model on parity and test it on longer strings."""
 
-    arms: tuple[Literal['dgd', 'plain-positive', 'plain'], ...] = tuple(ARMS)
-    """How memories are written."""
+    arms: tuple[Literal['dgd', 'plain-positive', 'plain', 'dgd-static', 'gated-deltanet', 'transformer'], ...] = tuple(ARMS)
+    """How memories are written, or what stands in their place."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each."""
     projection_chunk_size: int = 16
@@ -133,12 +138,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def model_config(arm: str, projection_chunk_size: int = 16, decay_to: Literal['init', 'zero'] = 'init') -> ModelConfig:
     """The model of an arm; its vocabulary is bits on the way in and parities on the way out."""
+    mixer, changes = ARMS[arm]
     memory = MemoryConfig(
         kind='matrix', gradient='token', momentum=False, decay_to=decay_to,
-        chunk_size=projection_chunk_size, projection_chunk_size=projection_chunk_size, **ARMS[arm],
+        chunk_size=projection_chunk_size, projection_chunk_size=projection_chunk_size, **changes,
     )  # fmt: skip
     return ModelConfig(
-        mixer='self-modifying', num_layers=1, width=32, num_heads=2, head_dim=16, levels=(LevelConfig(64, 1),),
+        mixer=mixer, num_layers=1, width=32, num_heads=2, head_dim=16, levels=(LevelConfig(64, 1),),
         vocab_size=2, memory=memory, scan_layers=False,
     )  # fmt: skip
 

@@ -120,6 +120,18 @@ class ModelConfig:
                 not memory.momentum, 'memory.momentum', True, "False with memory.gradient='token', whose erasure is part of the gradient"
             )
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
+        """The configuration that `dataclasses.asdict` took apart, also when it went through JSON."""
+        memory, inside = fields['memory'], fields['in_sequence']
+        parts = dict(
+            levels=tuple(LevelConfig(**level) for level in fields['levels']),
+            attention=AttentionConfig(**fields['attention']),
+            memory=MemoryConfig(**memory | dict(self_modified=tuple(memory['self_modified']))),
+            in_sequence=None if inside is None else InSequenceConfig(**inside | dict(blocks=tuple(inside['blocks']))),
+        )
+        return cls(**fields | parts)
+
     @property
     def num_kv_heads(self) -> int:
         """Key and value heads of softmax attention."""
