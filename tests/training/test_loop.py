@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 import rich.console
 from jax.experimental.compilation_cache import compilation_cache
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig
 from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.checkpoints import DamagedCheckpointsError
@@ -103,6 +104,24 @@ def unbroken(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('unbroken')
     result, said = train(folder, data)
     return result, said, folder
+
+
+@pytest.mark.slow
+def test_levels_that_learn_within_sequences_train_and_resume(data, tmp_path, monkeypatch):
+    levels = LevelConfig(8, 4), LevelConfig(8, 8)
+    model = dataclasses.replace(MODEL, levels=levels, in_sequence=InSequenceConfig(blocks=(0,), learning_rate=0.05))
+    config = dataclasses.replace(TRAIN, learning_rate=3e-2)
+    whole, said = train(tmp_path / 'whole', data, config, model)
+    assert re.search(r'levels updated within each sequence: [\d.]+ MiB', said)
+    losses = [line['heldout_part_bits_per_byte'] for line in records(tmp_path / 'whole') if 'heldout_part_bits_per_byte' in line]
+    assert whole.heldout.bits_per_byte < losses[0] < 8
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert train(tmp_path / 'cut', data, config, model)[0].step == 4
+    assert_same_state(train(tmp_path / 'cut', data, config, model)[0].state, whole.state)
+    static = dataclasses.replace(model, in_sequence=None)
+    other = train(tmp_path / 'static', data, config, static)[0]
+    assert abs(other.heldout.bits_per_byte - whole.heldout.bits_per_byte) > 1e-4
 
 
 def test_a_run_learns_and_leaves_everything_behind(unbroken, data):
