@@ -11,6 +11,7 @@ Exit code 2 says that the input was wrong, 1 that the run failed.
     python -m experiments.hope_pretrain --data.corpus ~/texts --data.tokenizer bpe:8192 --train.steps 5000
 """
 
+import collections
 import contextlib
 import dataclasses
 import io
@@ -18,6 +19,7 @@ import os
 import pathlib
 import shlex
 import signal
+import statistics
 import sys
 import time
 from typing import TYPE_CHECKING, Literal
@@ -224,9 +226,12 @@ def stored_transformer(args: Args, digest: str, folder: pathlib.Path = RESULTS) 
     tokens = args.train.steps * args.train.tokens_per_step
     nearest = min(abs(row['metrics']['tokens'] - tokens) for row in same)
     same = [row for row in same if abs(row['metrics']['tokens'] - tokens) == nearest]
-    mean = sum(row['metrics']['heldout_bits_per_byte'] for row in same) / len(same)
+    by_rate = collections.defaultdict(list)
+    for row in same:
+        by_rate[row['config']['train']['learning_rate']].append(row['metrics']['heldout_bits_per_byte'])
+    best = min(by_rate.values(), key=statistics.mean)
     trained = 'as many' if nearest == 0 else f'{same[0]["metrics"]["tokens"]:,} instead of {tokens:,}'
-    return f'{name:<26}{mean:.4f}   Transformer++ of equal size, mean of {len(same)} stored runs on {trained} tokens'
+    return f'{name:<26}{statistics.mean(best):.4f}   Transformer++ of equal size, mean of {len(best)} stored runs on {trained} tokens'
 
 
 def sample(data: 'Dataset', result: 'Result', prompt_tokens: int = 64, new_tokens: int = 256) -> str:
