@@ -2,9 +2,10 @@
 
 A chunk's closed form needs all of its tokens, so a stream keeps the inputs of its open chunk beside the memory at that
 chunk's start, and every call lays them out again in front of the new tokens. Outputs are causal, so what is computed for
-the empty places behind the last token is never seen.
+the empty places behind the last token is never seen. Memories that are written by inert null tokens (zeros) keep no inputs: theirs
+are moved along the grid (`align`) instead.
 
-Letters: B batch, T tokens of the call, n chunks, c tokens of a chunk.
+Letters: B batch, T tokens of the call, H heads, n chunks, c tokens of a chunk.
 """
 
 from typing import NamedTuple
@@ -73,6 +74,28 @@ def open_chunk(grid: Grid, length: int):
         return _rows(rows, jnp.minimum(first, count * size - 1))
 
     return jax.tree.map(take, grid.chunks)
+
+
+def align(x: jax.Array, phase: jax.Array | None, length: int, *, edge: bool = False) -> jax.Array:
+    """Pad (B, T, ...) to `length` tokens, row b after phase[b] of padding; zeros, or the nearest token's with `edge`."""
+    time = x.shape[1]
+    if phase is None:
+        widths = [(0, length - time if axis == 1 else 0) for axis in range(x.ndim)]
+        return jnp.pad(x, widths, mode='edge' if edge else 'constant')
+    source = jnp.arange(length)[None] - phase[:, None]
+    shifted = _rows(x, jnp.clip(source, 0, time - 1))
+    inside = jnp.expand_dims((source >= 0) & (source < time), range(2, x.ndim))
+    return shifted if edge else jnp.where(inside, shifted, jnp.zeros((), x.dtype))
+
+
+def to_chunks(x: jax.Array, size: int) -> jax.Array:
+    """(B, n c, H, ...) -> (n, B, H, c, ...)."""
+    return jnp.moveaxis(_cut(x, x.shape[1] // size), 3, 2)
+
+
+def from_chunks(y: jax.Array, phase: jax.Array | None, length: int) -> jax.Array:
+    """(n, B, H, c, D) -> (B, T, H, D), without the padding of `align`."""
+    return gather_outputs(Grid(None, None, phase), jnp.moveaxis(y, 2, 3), length)
 
 
 def where_rows(flags: jax.Array, new, old):

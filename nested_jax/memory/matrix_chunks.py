@@ -21,8 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_jax.memory import grid
 from nested_jax.memory.chunk import chunk_decays, invert_unit_lower
-from nested_jax.memory.grid import where_rows
 
 # On CPU, chunks go in groups of about this many key elements, rematerialised one by one: the working set stays in the
 # cache, so that the cost of a token does not grow with the length.
@@ -99,7 +99,7 @@ def run_rule(
         (B, T, H, D_v) y in q's dtype, the last memory and, where a chunk is open after the last token, its anchor (B, H, D_k, D_v).
     """
     phase = None if opened is None else opened[1]
-    anchor = None if opened is None else where_rows(phase == 0, running, opened[0])
+    anchor = None if opened is None else grid.where_rows(phase == 0, running, opened[0])
     tokens, groups = _tokens(rule, q, k, v, count, phase, chunk_size, running.dtype)
 
     def group(carry, tokens):
@@ -115,7 +115,7 @@ def run_rule(
         y, starts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
     starts = starts if anchor is None else starts.at[0].set(anchor)
     end = q.shape[1] + (jnp.zeros(q.shape[0], jnp.int32) if phase is None else phase)
-    return _from_chunks(y, phase, q.shape[1]), last, _open_anchor(starts, fresh, tokens, end // chunk_size)
+    return grid.from_chunks(y, phase, q.shape[1]), last, _open_anchor(starts, fresh, tokens, end // chunk_size)
 
 
 def _tokens(rule: Rule, q, k, v, count, phase, chunk_size: int, dtype) -> tuple[_Tokens, int]:
@@ -130,14 +130,14 @@ def _tokens(rule: Rule, q, k, v, count, phase, chunk_size: int, dtype) -> tuple[
     if jax.default_backend() == 'cpu':
         groups = -(-chunks // max(1, _GROUP_ELEMENTS // (batch * size * heads * max(dim, v.shape[3]))))
     length = groups * -(-chunks // groups) * size
-    split = lambda x: _to_chunks(_align(x, phase, length), size)
+    split = lambda x: grid.to_chunks(grid.align(x, phase, length), size)
     widen = lambda x: None if x is None else split(x.astype(dtype))
     # Sums of a clipped -inf stay finite, so that masked ones contribute 0 and not NaN.
     log_decay = None if rule.log_decay is None else jnp.maximum(widen(rule.log_decay), _LOG_ZERO)
     tokens = _Tokens(split(q), split(k), split(v), log_decay, widen(rule.rate), widen(rule.erase), None, None)
     if count is None:
         return tokens, groups
-    begun = _to_chunks(_align(count, phase, length, edge=True)[..., None], size)
+    begun = grid.to_chunks(grid.align(count, phase, length, edge=True)[..., None], size)
     entering = jnp.concatenate([jnp.zeros_like(begun[:1, ..., -1:]), begun[:-1, ..., -1:]])
     return tokens._replace(count=begun, entering=entering), groups
 
@@ -166,34 +166,6 @@ def _run_chunks(rule: Rule, tokens: _Tokens, running, anchor, fresh, dtype):
     last, starts = _scan_states(chunks, u, w, running, fresh)
     read = starts.at[0].set(anchor) if rule.read == 'anchor' and anchor is not None else starts
     return last, starts, _read(chunks, u, w, read, fresh, dtype)
-
-
-def _align(x: jax.Array, phase: jax.Array | None, length: int, *, edge: bool = False) -> jax.Array:
-    """Pad (B, T, ...) to `length` tokens, row b after phase[b] of padding; zeros, or the nearest token's with `edge`."""
-    time = x.shape[1]
-    if phase is None:
-        widths = [(0, length - time if axis == 1 else 0) for axis in range(x.ndim)]
-        return jnp.pad(x, widths, mode='edge' if edge else 'constant')
-    source = jnp.arange(length)[None] - phase[:, None]
-    shape = source.shape + (1,) * (x.ndim - 2)
-    shifted = jnp.take_along_axis(x, jnp.clip(source, 0, time - 1).reshape(shape), axis=1)
-    inside = ((source >= 0) & (source < time)).reshape(shape)
-    return shifted if edge else jnp.where(inside, shifted, jnp.zeros((), x.dtype))
-
-
-def _to_chunks(x: jax.Array, size: int) -> jax.Array:
-    """(B, N C, H, ...) to (N, B, H, C, ...)."""
-    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-    return jnp.transpose(x, (1, 0, 3, 2, *range(4, x.ndim)))
-
-
-def _from_chunks(y: jax.Array, phase: jax.Array | None, time: int) -> jax.Array:
-    """(N, B, H, C, D) to (B, T, H, D), without the padding of `_align`."""
-    y = jnp.transpose(y, (1, 0, 3, 2, 4))
-    y = y.reshape(y.shape[0], -1, *y.shape[3:])
-    if phase is None:
-        return y[:, :time]
-    return jnp.take_along_axis(y, (jnp.arange(time)[None] + phase[:, None])[..., None, None], axis=1)
 
 
 def _products(log_decay: jax.Array | None, segments: _Segments | None, shape: tuple[int, ...], dtype):
@@ -347,4 +319,4 @@ def _open_anchor(starts, fresh, tokens: _Tokens, chunk) -> jax.Array:
     if tokens.count is None:
         return anchor
     carried = tokens.count[chunk, row, 0, -1] == tokens.entering[chunk, row, 0, -1]
-    return where_rows(carried, anchor, fresh)
+    return grid.where_rows(carried, anchor, fresh)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory import chunk as chunks
+from nested_jax.memory import grid
 
 ACTIVATIONS = {
     'silu': jax.nn.silu,
@@ -414,7 +415,7 @@ def _run_chunks(options, q, k, v, gates, initial, state):
     batch, time, size = *q.shape[:2], options.chunk_size
     phase = None if state is None else state.position % size
     slots = -(-(time if state is None else time + size - 1) // size) * size
-    q, k, v, gates = jax.tree.map(lambda x: _to_slots(x, phase, slots), (q, k, v, gates))
+    q, k, v, gates = jax.tree.map(lambda x: grid.align(x, phase, slots), (q, k, v, gates))
     stacked = _stack_chunks(options, q, k, v, gates)
     shared = jax.tree.map(lambda w: w[None], initial)
     end = time if state is None else phase + time
@@ -433,13 +434,13 @@ def _run_chunks(options, q, k, v, gates, initial, state):
     if state is None:
         carry = mlp_initial_state(initial, batch, momentum=gates.log_momentum is not None)
         carry, y = jax.lax.scan(step, carry, stacked)
-        return _from_slots(y, None, time), _close(options, carry._replace(position=jnp.full_like(carry.position, time)))
+        return grid.from_chunks(y, None, time), _close(options, carry._replace(position=jnp.full_like(carry.position, time)))
     # The first chunk is the only one whose anchor is not the weights it starts with.
     anchor = _select(phase == 0, state.running, state.anchor)
     y_first, running, momentum = run_chunk(jax.tree.map(lambda x: x[0], stacked), state.running, state.momentum, anchor)
     carry = MLPState(running, momentum, anchor, jnp.full_like(state.position, size))
     carry, y = jax.lax.scan(step, carry, jax.tree.map(lambda x: x[1:], stacked))
-    y = _from_slots(jnp.concatenate([y_first[None], y]), phase, time)
+    y = grid.from_chunks(jnp.concatenate([y_first[None], y]), phase, time)
     return y, _close(options, carry._replace(position=state.position + time))
 
 
@@ -498,10 +499,7 @@ def _reset(flag, initial, running, momentum):
 def _stack_chunks(options, q, k, v, gates: _Gates) -> _Chunk:
     """Cut (B, slots, H, ...) into chunks, and compute for all at once what needs no weights."""
 
-    def cut(x):
-        x = x.reshape(x.shape[0], -1, options.chunk_size, *x.shape[2:])
-        return x.transpose(1, 0, 3, 2, *range(4, x.ndim))
-
+    cut = lambda x: grid.to_chunks(x, options.chunk_size)
     q, k, v = cut(q), cut(k), cut(v)
     eta, log_alpha, log_momentum, erase, damping, push = (None if x is None else cut(x) for x in gates[:6])
     decays = chunks.chunk_decays(log_alpha, log_momentum, push)
@@ -510,23 +508,3 @@ def _stack_chunks(options, q, k, v, gates: _Gates) -> _Chunk:
     overlap = None if options.read == 'anchor' else chunks.overlaps(q, k)
     reset = None if gates.changed is None else gates.changed[:, :: options.chunk_size].T
     return _Chunk(q, k, v, eta, erase, damping, decays, gram, inverse, overlap, reset)
-
-
-def _to_slots(x: jax.Array, phase: jax.Array | None, slots: int) -> jax.Array:
-    """Place tokens (B, T, ...) at `phase` (B,) and after, in `slots` positions; the others are zero, as null tokens are."""
-    time = x.shape[1]
-    x = jnp.pad(x, [(0, 0), (0, slots - time if phase is None else 1)] + [(0, 0)] * (x.ndim - 2))
-    if phase is None:
-        return x
-    token = jnp.arange(slots)[None] - phase[:, None]
-    token = jnp.where((token >= 0) & (token < time), token, time)
-    return jnp.take_along_axis(x, token.reshape(*token.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
-def _from_slots(y: jax.Array, phase: jax.Array | None, time: int) -> jax.Array:
-    """Outputs (n, B, H, C, D) of the chunks as (B, T, H, D): the inverse of `_to_slots`."""
-    y = y.transpose(1, 0, 3, 2, 4)
-    y = y.reshape(y.shape[0], -1, *y.shape[3:])
-    if phase is None:
-        return y[:, :time]
-    return jnp.take_along_axis(y, (phase[:, None] + jnp.arange(time)[None])[:, :, None, None], axis=1)
