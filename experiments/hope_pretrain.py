@@ -2,7 +2,7 @@
 
 The default trains hope-linear-tiny on the embedded corpus (the text of the running Python's standard library; no network) and ends
 with its held-out bits per byte beside those of an n-gram, of xz and of a Transformer of equal size, a sample, a loss curve and a
-checkpoint. It takes hope with matrix memories, since MLP memories learn from about 0.4 times as many tokens in the same minutes.
+checkpoint. It takes hope with matrix memories, since MLP memories read about 0.4 times as many tokens in the same minutes.
 
 Ctrl-C saves and stops with exit code 130 (SIGTERM: 143); the same command goes on from there and ends with the same numbers.
 Exit code 2 says that the input was wrong, 1 that the run failed.

@@ -21,7 +21,7 @@ class TrainConfig:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    steps: int = 2400  # optimizer steps
+    steps: int = 3000  # optimizer steps
     batch_size: int = 2  # sequences a step, over all devices and microbatches
     sequence_length: int = 256  # tokens a sequence
     learning_rate: float = 3e-3  # at the end of the warm-up; the cosine ends at a tenth of it
