@@ -33,21 +33,18 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.fitting import make_fit
 from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.models.loss import model_loss
 from nested_jax.training.config import TrainConfig
-from nested_jax.training.optimizer import make_optimizer
-from nested_jax.training.state import TrainState, step_key
-from nested_jax.training.step import make_train_step
 
 EXPERIMENT = 'parity'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
@@ -60,7 +57,6 @@ ARMS = {  # token mixer, and how its memory differs from the first
     'transformer': ('attention', {}),
 }
 BINS = ((2, 50), (51, 100), (101, 200))  # shortest and longest strings; the first is trained on
-_STEPS_A_CALL = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for arm in args.arms:
         model = LanguageModel(model_config(arm, args.projection_chunk_size, args.decay_to))
-        fit = make_fit(model, args.train)
+        fit = make_fit(model, args.train, lambda key: draw_strings(key, args.batch_size, *BINS[0]))
         predict = jax.jit(lambda params, tokens, model=model: model.apply({'params': params}, tokens)[0].argmax(-1))
         for seed in args.seeds:
             began = time.monotonic()
@@ -166,34 +162,6 @@ def draw_strings(key: jax.Array, count: int, shortest: int, longest: int) -> dic
     lengths = jax.random.randint(length_key, (count, 1), shortest, longest + 1)
     weights = (jnp.arange(longest)[None] < lengths).astype(jnp.float32)
     return dict(tokens=bits, targets=jnp.cumsum(bits, 1) % 2, weights=weights)
-
-
-def make_fit(model: LanguageModel, config: TrainConfig) -> Callable[[int], tuple[Any, float]]:
-    """Builds seed -> (parameters, loss in nats a position over the last steps); compiles once for all seeds."""
-    optimizer = make_optimizer(config)
-    loss = lambda params, batch: model_loss(model, params, batch['tokens'], batch['targets'], weights=batch['weights'])
-    train_step = make_train_step(loss, optimizer)
-
-    @jax.jit
-    def start(key: jax.Array) -> TrainState:
-        params = model.init(jax.random.fold_in(key, config.steps), jnp.zeros((1, 1), jnp.int32))['params']
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def advance(state: TrainState, steps: int) -> tuple[TrainState, jax.Array]:
-        one = lambda state, _: train_step(state, draw_strings(step_key(state), config.batch_size, *BINS[0]))
-        state, metrics = jax.lax.scan(one, state, None, length=steps)
-        return state, metrics['loss'].mean()
-
-    def fit(seed: int) -> tuple[Any, float]:
-        state, done = start(jax.random.key(seed)), 0
-        while done < config.steps:
-            steps = min(_STEPS_A_CALL, config.steps - done)
-            state, mean = advance(state, steps)
-            done += steps
-        return state.params, float(mean)
-
-    return fit
 
 
 def evaluate(predict: Callable[[np.ndarray], jax.Array], seed: int, count: int, index: int) -> dict[str, float]:
