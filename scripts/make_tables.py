@@ -22,7 +22,8 @@ BEGIN, END = '<!-- made by scripts/make_tables.py -->\n', '<!-- end -->'
 def tables(results: pathlib.Path = RESULTS) -> str:
     """All tables as Markdown."""
     pretraining = pretraining_groups(read_rows(results / 'hope_pretrain.jsonl'))
-    return '\n'.join([*pretraining_table(pretraining), '', *parity_table(read_rows(results / 'parity.jsonl'))]) + '\n'
+    speeds = speed_table(read_rows(results / 'bench_cpu.jsonl'))
+    return '\n'.join([*pretraining_table(pretraining), '', *speeds, '', *parity_table(read_rows(results / 'parity.jsonl'))]) + '\n'
 
 
 def pretraining_groups(rows: list[dict]) -> dict[tuple[int, str], list[dict]]:
@@ -47,6 +48,21 @@ def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:
     for (tokens, model), runs in sorted(groups.items(), key=lambda item: (-item[0][0], _mean(item[1]))):
         rate, size = runs[0]['config']['train']['learning_rate'], runs[0]['metrics']['parameters']
         lines.append(f'| {model} | {tokens / 1e6:.2f}M | {size / 1e6:.2f}M | {rate:g} | {_spread(runs)} |')
+    return lines
+
+
+def speed_table(rows: list[dict]) -> list[str]:
+    """Lines of the table of training tokens a second, by model and length; of a model's rows at one length the latest."""
+    speeds = collections.defaultdict(dict)
+    for row in rows:
+        metrics = row['metrics']
+        if metrics['what'] == 'training':
+            speeds[metrics['model']][metrics['length']] = metrics['tokens_per_second']
+    lengths = sorted({length for by_length in speeds.values() for length in by_length})
+    names = ' | '.join(f'{length:,}' for length in lengths)
+    lines = [f'| training tokens a second at length | {names} |', '| --- ' * (len(lengths) + 1) + '|']
+    for model, by_length in speeds.items():
+        lines.append(f'| {model} | ' + ' | '.join(f'{by_length[length]:,.0f}' if length in by_length else '' for length in lengths) + ' |')
     return lines
 
 

@@ -39,5 +39,12 @@ def test_numbers_of_tokens_are_not_mixed(make_tables):
     assert [line.split(' | ')[1] for line in make_tables.pretraining_table(groups)[2:]] == ['2.00M', '1.00M']
 
 
+def test_speeds_are_the_latest_of_each_length(make_tables):
+    speed = lambda model, length, value, what='training': dict(metrics=dict(what=what, model=model, length=length, tokens_per_second=value))
+    rows = [speed('a', 1024, 10.0), speed('a', 8192, 2000.4), speed('b', 1024, 5.0), speed('a', 1024, 30.0), speed('c', 64, 1.0, 'other')]
+    assert make_tables.speed_table(rows)[0].endswith('| 1,024 | 8,192 |')
+    assert make_tables.speed_table(rows)[2:] == ['| a | 30 | 2,000 |', '| b | 5 |  |']
+
+
 def test_the_readme_is_up_to_date():
     assert subprocess.run([sys.executable, 'scripts/make_tables.py', '--check'], cwd=ROOT).returncode == 0
