@@ -55,7 +55,7 @@ class Args:
     """One run of every arm for each."""
     learning_rate: float = 3e-3
     """At the end of the warm-up; a cosine takes it to a tenth."""
-    steps: int = 600
+    steps: int = 2000
     """Optimizer steps."""
     warmup_steps: int = 50
     """Steps of linear warm-up."""
