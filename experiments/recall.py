@@ -8,6 +8,18 @@ say its value there. The slots between hold a filler. Two layers of width 64 wit
     dgd-static      the same memory; keys, values, targets and rates are static projections
     hope            self-modifying MLP memories
     gated-deltanet, transformer, transformer-conv (with the memories' short convolutions)
+
+Measured, seed 0 and one untuned learning rate, in % of values right (rows in results/recall.jsonl):
+
+    length:pairs      64:16    128:32   256:32   256:64
+    gated-deltanet    99.9     94.2     94.5     63.5
+    transformer       99.9     94.2     78.1     31.9
+    transformer-conv  100      96.6     89.6     73.9
+    hope-linear       95.0     73.1     73.2     31.8
+    dgd-static        7.5      4.1      4.5      2.4
+
+Self-modification is what lets the DGD memory learn this task here, and the gated delta rule still learns it better. One to three minutes a
+run on one CPU core.
 """
 
 import dataclasses
