@@ -11,7 +11,6 @@ Exit code 2 says that the input was wrong, 1 that the run failed.
     python -m experiments.hope_pretrain --data.corpus ~/texts --data.tokenizer bpe:8192 --train.steps 5000
 """
 
-import collections
 import contextlib
 import dataclasses
 import io
@@ -19,7 +18,6 @@ import os
 import pathlib
 import shlex
 import signal
-import statistics
 import sys
 import time
 from typing import TYPE_CHECKING, Literal
@@ -214,7 +212,7 @@ def store_row(path: pathlib.Path, args: Args, run_config: dict, result: 'Result'
 
 def stored_transformer(args: Args, digest: str, folder: pathlib.Path = RESULTS) -> str:
     """A line about the stored Transformer++ of equal size on the same text, or about why there is none."""
-    from nested_jax.evaluation.rows import read_rows
+    from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
     name = 'transformer-' + args.model.preset.rsplit('-', 1)[-1]
     rows = [row for path in sorted(folder.glob('*.jsonl')) for row in read_rows(path) if row['model'] == name]
@@ -224,14 +222,10 @@ def stored_transformer(args: Args, digest: str, folder: pathlib.Path = RESULTS) 
         other = ', only one for another text (another Python version has another library)' if rows else ''
         return f'{name}: no stored row for this text{other}; run --model.preset {name}'
     tokens = args.train.steps * args.train.tokens_per_step
-    nearest = min(abs(row['metrics']['tokens'] - tokens) for row in same)
-    same = [row for row in same if abs(row['metrics']['tokens'] - tokens) == nearest]
-    by_rate = collections.defaultdict(list)
-    for row in same:
-        by_rate[row['config']['train']['learning_rate']].append(row['metrics']['heldout_bits_per_byte'])
-    best = min(by_rate.values(), key=statistics.mean)
-    trained = 'as many' if nearest == 0 else f'{same[0]["metrics"]["tokens"]:,} instead of {tokens:,}'
-    return f'{name:<26}{statistics.mean(best):.4f}   Transformer++ of equal size, mean of {len(best)} stored runs on {trained} tokens'
+    (nearest, _), runs = min(best_runs(same).items(), key=lambda item: abs(item[0][0] - tokens))
+    trained = 'as many' if nearest == tokens else f'{nearest:,} instead of {tokens:,}'
+    mean = mean_bits_per_byte(runs)
+    return f'{name:<26}{mean:.4f}   Transformer++ of equal size, mean of {len(runs)} stored runs on {trained} tokens'
 
 
 def sample(data: 'Dataset', result: 'Result', prompt_tokens: int = 64, new_tokens: int = 256) -> str:

@@ -27,7 +27,7 @@ Expected, seeds 0, 1, 2, in % of 500 strings (rows in results/parity.jsonl):
     gated-deltanet  19.4 / 39.2 / 29.2     0 / 0 / 0           0 / 0 / 0
     transformer     5.6 / 3.8 / 5.0        0 / 0 / 0           0 / 0 / 0
 
-So what solves parity is the negative eigenvalue, not self-modification. About six minutes on 2 CPU cores.
+So what solves parity is the negative eigenvalue, not self-modification. Six to seven minutes on 2 CPU cores.
 """
 
 import dataclasses

@@ -89,7 +89,7 @@ def time_training(name: str, config: ModelConfig, batch: int, length: int, repea
 
 
 def attention_forms(config: ModelConfig) -> dict[str, ModelConfig]:
-    """The Transformer with blocks of queries, and where it is not far slower, up to 2,048 tokens, with all queries at once."""
+    """The Transformer with blocks of queries and, up to 2,048 tokens, with all at once, which is slower there already."""
     blocks = dataclasses.replace(config, attention=AttentionConfig(query_block=256))
     whole = {'transformer-tiny': config} if config.max_length <= 2048 else {}
     return whole | {'transformer-tiny (blocks)': blocks}

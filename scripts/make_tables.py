@@ -13,7 +13,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nested_jax.evaluation.rows import read_rows
+from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
 README, RESULTS = ROOT / 'README.md', ROOT / 'experiments' / 'results'
 BEGIN, END = '<!-- made by scripts/make_tables.py -->\n', '<!-- end -->'
@@ -21,31 +21,15 @@ BEGIN, END = '<!-- made by scripts/make_tables.py -->\n', '<!-- end -->'
 
 def tables(results: pathlib.Path = RESULTS) -> str:
     """All tables as Markdown."""
-    pretraining = pretraining_groups(read_rows(results / 'hope_pretrain.jsonl'))
+    pretraining = best_runs(read_rows(results / 'hope_pretrain.jsonl'))
     speeds = speed_table(read_rows(results / 'bench_cpu.jsonl'))
     return '\n'.join([*pretraining_table(pretraining), '', *speeds, '', *parity_table(read_rows(results / 'parity.jsonl'))]) + '\n'
-
-
-def pretraining_groups(rows: list[dict]) -> dict[tuple[int, str], list[dict]]:
-    """(tokens, model) -> the runs of its best learning rate, one for each seed, the latest."""
-    whole = max((row['metrics']['heldout_bytes'] for row in rows), default=0)
-    by_rate = collections.defaultdict(dict)
-    for row in rows:
-        if row['metrics']['heldout_bytes'] == whole:
-            key = row['metrics']['tokens'], row['model'], row['config']['train']['learning_rate']
-            by_rate[key][row['seed']] = row
-    best = {}
-    for (tokens, model, _), runs in by_rate.items():
-        runs = list(runs.values())
-        if (tokens, model) not in best or _mean(runs) < _mean(best[tokens, model]):
-            best[tokens, model] = runs
-    return best
 
 
 def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:
     """Lines of the table of bits per byte, best model first for each number of tokens."""
     lines = ['| model | tokens | parameters | learning rate | held-out bits per byte |', '| --- | --- | --- | --- | --- |']
-    for (tokens, model), runs in sorted(groups.items(), key=lambda item: (-item[0][0], _mean(item[1]))):
+    for (tokens, model), runs in sorted(groups.items(), key=lambda item: (-item[0][0], mean_bits_per_byte(item[1]))):
         rate, size = runs[0]['config']['train']['learning_rate'], runs[0]['metrics']['parameters']
         lines.append(f'| {model} | {tokens / 1e6:.2f}M | {size / 1e6:.2f}M | {rate:g} | {_spread(runs)} |')
     return lines
@@ -80,15 +64,11 @@ def parity_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def _mean(runs: list[dict]) -> float:
-    return statistics.mean(run['metrics']['heldout_bits_per_byte'] for run in runs)
-
-
 def _spread(runs: list[dict]) -> str:
     values = [run['metrics']['heldout_bits_per_byte'] for run in runs]
     if len(values) == 1:
         return f'{values[0]:.3f} (one seed)'
-    return f'{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)} seeds)'
+    return f'{mean_bits_per_byte(runs):.3f} ± {statistics.stdev(values):.3f} ({len(values)} seeds)'
 
 
 def insert(text: str, made: str) -> str:

@@ -25,17 +25,17 @@ def row(model: str, seed: int, bits: float, *, rate: float = 1e-3, tokens: int =
 
 def test_a_line_is_the_best_learning_rate_over_seeds(make_tables):
     rows = [row('a', 0, 2.0), row('a', 1, 2.2), row('a', 0, 2.05, rate=2e-3), row('b', 0, 1.9), row('b', 1, 1.0, heldout_bytes=100)]
-    lines = make_tables.pretraining_table(make_tables.pretraining_groups(rows))[2:]
+    lines = make_tables.pretraining_table(make_tables.best_runs(rows))[2:]
     assert lines == [
         '| b | 1.00M | 1.00M | 0.001 | 1.900 (one seed) |',
         '| a | 1.00M | 1.00M | 0.002 | 2.050 (one seed) |',
     ]
-    lines = make_tables.pretraining_table(make_tables.pretraining_groups(rows[:2] + [row('a', 1, 2.4)]))[2:]
+    lines = make_tables.pretraining_table(make_tables.best_runs(rows[:2] + [row('a', 1, 2.4)]))[2:]
     assert lines == ['| a | 1.00M | 1.00M | 0.001 | 2.200 ± 0.283 (2 seeds) |']  # the later run of a seed
 
 
 def test_numbers_of_tokens_are_not_mixed(make_tables):
-    groups = make_tables.pretraining_groups([row('a', 0, 2.0), row('a', 1, 1.5, tokens=2_000_000)])
+    groups = make_tables.best_runs([row('a', 0, 2.0), row('a', 1, 1.5, tokens=2_000_000)])
     assert [line.split(' | ')[1] for line in make_tables.pretraining_table(groups)[2:]] == ['2.00M', '1.00M']
 
 

@@ -1,5 +1,6 @@
 """Measured results as rows of a JSON-lines file: tables and pictures are made from rows and from nothing else."""
 
+import collections
 import datetime
 import hashlib
 import json
@@ -7,6 +8,7 @@ import os
 import pathlib
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -62,6 +64,34 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     """The rows of a file, oldest first; none when it is absent."""
     path = pathlib.Path(path)
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def best_runs(rows: list[dict]) -> dict[tuple[int, str], list[dict]]:
+    """Pre-training runs that compare with one another: those evaluated on the whole held-out text, at the best learning rate.
+
+    Args:
+        rows: of runs on one text; those of a part of the held-out text are passed over.
+
+    Returns:
+        (tokens, model) -> the latest run of each seed, at the learning rate with the best mean.
+    """
+    whole = max((row['metrics']['heldout_bytes'] for row in rows), default=0)
+    by_rate = collections.defaultdict(dict)
+    for row in rows:
+        if row['metrics']['heldout_bytes'] == whole:
+            key = row['metrics']['tokens'], row['model'], row['config']['train']['learning_rate']
+            by_rate[key][row['seed']] = row
+    best = {}
+    for (tokens, model, _), by_seed in by_rate.items():
+        runs = list(by_seed.values())
+        if (tokens, model) not in best or mean_bits_per_byte(runs) < mean_bits_per_byte(best[tokens, model]):
+            best[tokens, model] = runs
+    return best
+
+
+def mean_bits_per_byte(runs: list[dict]) -> float:
+    """Mean over runs of what they reached on held-out text."""
+    return statistics.mean(run['metrics']['heldout_bits_per_byte'] for run in runs)
 
 
 def config_digest(config: dict) -> str:

@@ -170,9 +170,10 @@ def test_stored_transformer_is_found_by_digest_and_nearest_budget(tmp_path):
     line = lambda: hope_pretrain.stored_transformer(args, 'same', tmp_path)
     assert 'no stored row for this text;' in line()
 
-    def store(digest, trained, bits, model='transformer-tiny', rate=1e-3):
+    def store(digest, trained, bits, model='transformer-tiny', rate=1e-3, seed=0, heldout_bytes=900):
         config = {'data': {'digest': digest}, 'train': {'learning_rate': rate}}
-        row = dict(model=model, config=config, metrics={'tokens': trained, 'heldout_bits_per_byte': bits})
+        metrics = {'tokens': trained, 'heldout_bits_per_byte': bits, 'heldout_bytes': heldout_bytes}
+        row = dict(model=model, seed=seed, config=config, metrics=metrics)
         with open(tmp_path / 'rows.jsonl', 'a') as file:
             file.write(json.dumps(row) + '\n')
 
@@ -182,6 +183,7 @@ def test_stored_transformer_is_found_by_digest_and_nearest_budget(tmp_path):
     store('same', tokens // 2, 3.0)
     assert '3.0000' in line() and f'{tokens // 2:,} instead of {tokens:,}' in line()
     store('same', tokens, 2.0)
-    store('same', tokens, 2.2)
+    store('same', tokens, 2.2, seed=1)
+    store('same', tokens, 1.5, seed=2, heldout_bytes=300)  # on a part of the held-out text
     store('same', tokens, 2.15, rate=2e-3)  # a learning rate that is worse in the mean
     assert '2.1000' in line() and 'mean of 2 stored runs on as many tokens' in line()
