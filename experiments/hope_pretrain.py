@@ -177,7 +177,7 @@ def report(args: Args, data: 'Dataset', run_config: dict, result: 'Result', wall
     heldout, folder = result.heldout, pathlib.Path(args.train.output)
     store_row(folder / 'results.jsonl', args, run_config, result, wall_s)
     print(f'\nbits per byte of the held-out text ({heldout.num_bytes:,} bytes; lower is better)')
-    print(f'  {args.model.name:<26}{heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
+    print(f'  {args.model.name:<25} {heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
     if not args.model.preset.startswith('transformer-'):
         print('  ' + stored_transformer(args, data.digest))
     for name, value in ({} if args.smoke else _yardsticks(data)).items():

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from nested_jax.memory.rows import normalize, scale_rows, square_norms
+
 CONVOLUTION_WIDTH = 4
 
 
@@ -55,8 +57,8 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        inverse = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
-        return (wide * inverse * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+        rows = scale_rows(wide, jax.lax.rsqrt(square_norms(wide) / x.shape[-1] + self.epsilon))
+        return (rows * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
 class ShortConvolution(nn.Module):
@@ -77,7 +79,7 @@ class ShortConvolution(nn.Module):
             shifted = window[:, tap : tap + x.shape[1]]
             if segment_ids is not None:
                 shifted = jnp.where((ids[:, tap : tap + x.shape[1]] == segment_ids)[..., None], shifted, 0)
-            y += shifted * kernel[tap][None, None]
+            y += shifted * jnp.broadcast_to(kernel[tap], x.shape)
         new_state = window[:, x.shape[1] :]
         if segment_ids is not None:
             new_state = jnp.where((ids[:, x.shape[1] :] == segment_ids[:, -1:])[..., None], new_state, 0)
@@ -86,8 +88,7 @@ class ShortConvolution(nn.Module):
 
 def l2_normalize(x: jax.Array) -> jax.Array:
     """x / |x| over the last axis, in float32 or wider; zero stays zero, with finite derivatives."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
+    return normalize(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

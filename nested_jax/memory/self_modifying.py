@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory import chunk, grid
+from nested_jax.memory.rows import normalize, square_norms
 
 _GATES = 2  # eta, alpha: memories with one output
 
@@ -226,19 +227,15 @@ def _split(rule: Rule, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.moveaxis(wide, -2, -3), rows[..., -_GATES:]
 
 
-def _normalize(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)
-
-
 def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: Inputs) -> _Generated:
     """Keys, values, rates and targets of a chunk, all read from `source` (Eq. 86-87)."""
     dtype = source.first.dtype
     static_query, static_key, static_value = (x.astype(dtype) for x in tokens[:3])
     part = lambda name, x: x if name in rule.self_modified else jnp.zeros_like(x)
     wide, gates = _outputs(rule, source, static_key)
-    key = _normalize(static_key + part('key', wide[..., 1, :, :]))
-    value = _normalize(_normalize(static_value) + part('value', wide[..., 2, :, :]))
-    query = _normalize(static_query + wide[..., 3, :, :]) if rule.adaptive_query else static_query
+    key = normalize(static_key + part('key', wide[..., 1, :, :]))
+    value = normalize(normalize(static_value) + part('value', wide[..., 2, :, :]))
+    query = normalize(static_query + wide[..., 3, :, :]) if rule.adaptive_query else static_query
     wide_hat, gate_hat = _outputs(rule, source, value)
     wide_hat = part('target', wide_hat)
     log_alpha = -scale[None, :, None] * jax.nn.softplus(tokens.alpha.astype(dtype) + part('alpha', gates[..., 1]))
@@ -246,7 +243,7 @@ def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: Inputs) ->
         log_alpha = jnp.zeros_like(log_alpha)
     eta = jax.nn.sigmoid(tokens.eta.astype(dtype) + part('eta', gates[..., 0])) * _largest_rate(rule, jnp.exp(log_alpha))
     log_momentum = None if tokens.momentum is None else jax.nn.log_sigmoid(tokens.momentum.astype(dtype))
-    return _Generated(query, key, _normalize(value[..., None, :, :] + wide_hat), jnp.tanh(gate_hat), eta, log_alpha, log_momentum)
+    return _Generated(query, key, normalize(value[..., None, :, :] + wide_hat), jnp.tanh(gate_hat), eta, log_alpha, log_momentum)
 
 
 def _largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
@@ -314,7 +311,7 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     writes = []
     for part, error, weights in ((slice(None, rule.wide), wide_error, second[0]), (slice(rule.wide, None), gate_error, second[1])):
         rows = hidden[..., part, :, :]
-        shrink = _damping(rule, eta[..., None, :], jnp.sum(rows * rows, -1), erased=rule.dgd == 'per_layer')
+        shrink = _damping(rule, eta[..., None, :], square_norms(rows), erased=rule.dgd == 'per_layer')
         erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
         writes.append(chunk.layer_writes(inner, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, rest=weights[2]))
         after.append(chunk.weight_after(inner, writes[-1], *weights[:2], rest=weights[2]))
@@ -324,8 +321,8 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
 
 def _steepness(anchor: Memories, slope: jax.Array) -> jax.Array:
     """Squared norm of the outputs' derivative with respect to z, (..., m + 2, c, F) -> (..., m + 2, c)."""
-    rows = jnp.concatenate([jnp.sum(anchor.wide**2, -1), jnp.sum(anchor.gate**2, -1)], -2)
-    return jnp.sum(rows[..., None, :] * slope**2, -1)
+    rows = jnp.concatenate([square_norms(anchor.wide), square_norms(anchor.gate)], -2)
+    return jnp.einsum('...f,...cf->...c', rows, slope**2, precision=jax.lax.Precision.HIGHEST)
 
 
 def _damping(rule: Rule, eta: jax.Array, curvature: jax.Array, *, erased: bool) -> jax.Array:
