@@ -31,7 +31,8 @@ def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:
     lines = ['| model | tokens | parameters | learning rate | held-out bits per byte |', '| --- | --- | --- | --- | --- |']
     for (tokens, model), runs in sorted(groups.items(), key=lambda item: (-item[0][0], mean_bits_per_byte(item[1]))):
         rate, size = runs[0]['config']['train']['learning_rate'], runs[0]['metrics']['parameters']
-        lines.append(f'| {model} | {tokens / 1e6:.2f}M | {size / 1e6:.2f}M | {rate:g} | {_spread(runs)} |')
+        name = model.replace(' without ', ' without: ', 1).replace(' without ', ', ')
+        lines.append(f'| {name} | {tokens / 1e6:.2f}M | {size / 1e6:.2f}M | {rate:g} | {_spread(runs)} |')
     return lines
 
 
