@@ -72,7 +72,12 @@ class ModelArgs:
     @property
     def name(self) -> str:
         """As rows call it."""
-        return self.preset + ''.join(f' without {part}' for part in self.without)
+        changes = [f' without {part}' for part in self.without]
+        if self.decay_to is not None:
+            changes.append(f' decaying to {self.decay_to}')
+        if self.in_sequence_blocks:
+            changes.append(' learning in sequence in blocks ' + ' '.join(map(str, self.in_sequence_blocks)))
+        return self.preset + ''.join(changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,15 @@ def texts(tmp_path_factory):
     return folder
 
 
+def test_rows_of_a_changed_model_have_a_name_of_their_own():
+    from experiments.hope_pretrain import parse
+
+    changes = [], ['--model.without', 'dgd', 'cms'], ['--model.decay-to', 'zero'], ['--model.in-sequence-blocks', '0', '2']
+    assert [parse(arguments).model.name.removeprefix('hope-linear-tiny') for arguments in changes] == [
+        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2',
+    ]  # fmt: skip
+
+
 WRONG = {
     'misspelt flag': (['--model.presett', 'hope-tiny'], r'Unrecognized.*--model\.presett.*--model\.preset'),
     'unknown preset': (['--model.preset', 'hope-tny'], r"preset is 'hope-tny'.*hope-tiny"),
