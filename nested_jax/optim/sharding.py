@@ -1,0 +1,80 @@
+"""Where the axes of a mesh lie on an array, and how they are moved without gathering it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+Names = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mesh axes each axis of an array is split over."""
+
+    mesh: Mesh | AbstractMesh
+    names: tuple[Names, ...]
+
+    def transposed(self, order: Sequence[int]) -> 'Layout':
+        """The layout after `jnp.transpose(x, order)`."""
+        return dataclasses.replace(self, names=tuple(self.names[axis] for axis in order))
+
+    def stacked(self) -> 'Layout':
+        """The layout after `jnp.stack`, whose new axis is not split."""
+        return dataclasses.replace(self, names=((), *self.names))
+
+
+def layout_of(x: jax.Array, sharding: NamedSharding | None = None) -> Layout | None:
+    """The layout of `x`: from its type on Explicit mesh axes, else from `sharding`; None where nothing is split."""
+    typed = jax.typeof(x).sharding
+    sharding = typed if any(typed.spec) else sharding
+    if sharding is None or not any(sharding.spec):
+        return None
+    entries = [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+    return Layout(sharding.mesh, (*map(tuple, entries), *[()] * (x.ndim - len(entries))))
+
+
+def run_in_auto_mode(function: Callable[[list[jax.Array]], list[jax.Array]], arrays: list[jax.Array]) -> list[jax.Array]:
+    """`function(arrays)` with the mesh axes that are Explicit made Auto inside; results are laid out as the arrays."""
+    typed = [jax.typeof(x).sharding for x in arrays]
+    mesh = next((sharding.mesh for sharding in typed if any(sharding.spec) and AxisType.Explicit in sharding.mesh.axis_types), None)
+    if mesh is None:
+        return function(arrays)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, out_sharding=[sharding.spec for sharding in typed])(arrays)
+
+
+def constrain(x: jax.Array, layout: Layout) -> jax.Array:
+    """`x` laid out as told; inside of Auto mode."""
+    mesh = layout.mesh if isinstance(layout.mesh, Mesh) else jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*layout.names)))
+
+
+def moves_to_batch(layout: Layout, shape: tuple[int, ...]) -> list[Layout]:
+    """Layouts that lead, one mesh axis at a time, from `layout` to one whose matrices are whole on a device.
+
+    A mesh axis goes from a matrix axis to the first batch axis it divides, else to the last axis, along which products of the form
+    x x^T sum up partial products, else it stays. One at a time, because each such move is an all-to-all; two at once make XLA gather.
+
+    Args:
+        layout: of an array of shape (..., m, n), m <= n.
+        shape: of the array.
+
+    Returns:
+        The layouts in order, the first being `layout` without what does not divide its axis.
+    """
+    sizes = dict(layout.mesh.shape)
+    fits = lambda axis, names: shape[axis] % math.prod(sizes[name] for name in names) == 0
+    names = [entry if fits(axis, entry) else () for axis, entry in enumerate(layout.names)]
+    steps = [tuple(names)]
+    last = len(shape) - 1
+    for source in (last, last - 1):
+        for name in reversed(names[source]):
+            target = next((axis for axis in (*range(last - 1), last) if axis != source and fits(axis, (*names[axis], name))), None)
+            if target is not None:
+                names[source] = tuple(other for other in names[source] if other != name)
+                names[target] = (*names[target], name)
+                steps.append(tuple(names))
+    return [dataclasses.replace(layout, names=step) for step in steps]
