@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nested_jax.optim.sharding import Layout, constrain, layout_of, moves_to_batch, run_in_auto_mode
+from nested_jax.optim.sharding import Layout, constrain, layouts_of, moves_to_batch, run_in_auto_mode
 
 PyTree = Any
 
@@ -86,7 +86,7 @@ def orthogonalize_tree(tree: PyTree, *, method: str = 'quintic', steps: int = 5,
         tree: leaves (..., m, n). A leaf and another's transpose are of equal shape.
         method: as for `orthogonalize`.
         steps: as for `orthogonalize`.
-        shardings: None, or a pytree like `tree` with a NamedSharding or None for each leaf.
+        shardings: of the leaves on Auto meshes, a pytree of NamedSharding that is a prefix of `tree`; see `orthogonalize`.
 
     Returns:
         The same pytree, orthogonalised.
@@ -95,9 +95,9 @@ def orthogonalize_tree(tree: PyTree, *, method: str = 'quintic', steps: int = 5,
         ValueError: as `orthogonalize`.
 
     Examples:
-        >>> import jax.numpy as jnp
+        >>> import jax.numpy as jnp, numpy as np
         >>> tree = orthogonalize_tree({'up': jnp.ones((2, 3)), 'down': jnp.zeros((3, 2))}, method='svd')
-        >>> print(jnp.round(tree['up'], 3), float(tree['down'].sum()))
+        >>> print(np.round(np.asarray(tree['up']), 3), float(tree['down'].sum()))
         [[0.408 0.408 0.408]
          [0.408 0.408 0.408]] 0.0
     """
@@ -105,9 +105,7 @@ def orthogonalize_tree(tree: PyTree, *, method: str = 'quintic', steps: int = 5,
     leaves, structure = jax.tree.flatten(tree)
     for leaf in leaves:
         _check_matrices(leaf)
-    given = [None] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
-    layouts = list(map(layout_of, leaves, given))
-    run = functools.partial(orthogonalize_all, layouts=layouts, method=method, steps=steps)
+    run = functools.partial(orthogonalize_all, layouts=layouts_of(tree, shardings), method=method, steps=steps)
     return structure.unflatten(run_in_auto_mode(run, leaves))
 
 
@@ -128,12 +126,12 @@ def orthogonalize_all(matrices: list[jax.Array], layouts: list[Layout | None], m
     return [results[index] for index in range(len(matrices))]
 
 
-def check_method(method: str, steps: int) -> None:
+def check_method(method: str, steps: int, steps_name: str = 'steps') -> None:
     """Raises ValueError if `method` or `steps` is not what `orthogonalize` takes."""
     if method not in METHODS:
         raise ValueError(f'method is {method!r}, allowed are {", ".join(map(repr, METHODS))}')
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f'steps is {steps!r}, allowed is an integer of at least 1')
+        raise ValueError(f'{steps_name} is {steps!r}, allowed is an integer of at least 1')
 
 
 def _check_matrices(x: jax.Array) -> None:
@@ -176,10 +174,10 @@ def _newton_schulz(x: jax.Array, coefficients: tuple[tuple[float, ...], ...]) ->
             polynomial += row[2] * product('...mk,...kn->...mn', gram, gram)
         return (row[0] * x + product('...mk,...kn->...mn', polynomial, x)).astype(dtype), None
 
-    return jax.lax.scan(step, _normalized(x), jnp.asarray(coefficients, wide))[0]
+    return jax.lax.scan(step, normalized(x), jnp.asarray(coefficients, wide))[0]
 
 
-def _normalized(x: jax.Array) -> jax.Array:
+def normalized(x: jax.Array) -> jax.Array:
     """Matrices of Frobenius norm 1, or zero.
 
     The division by the largest entry keeps squares in range. The result does not depend on it, so it takes no part in derivatives.

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
+PyTree = Any
 Names = tuple[str, ...]
 
 
@@ -34,6 +36,14 @@ def layout_of(x: jax.Array, sharding: NamedSharding | None = None) -> Layout | N
         return None
     entries = [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
     return Layout(sharding.mesh, (*map(tuple, entries), *[()] * (x.ndim - len(entries))))
+
+
+def layouts_of(tree: PyTree, shardings: PyTree | None) -> list[Layout | None]:
+    """The layout of each leaf; `shardings` is None or a pytree of NamedSharding that is a prefix of `tree`."""
+    if shardings is None:
+        return list(map(layout_of, jax.tree.leaves(tree)))
+    laid = jax.tree.map(lambda sharding, part: jax.tree.map(lambda x: (layout_of(x, sharding),), part), shardings, tree)
+    return [layout for (layout,) in jax.tree.structure(tree).flatten_up_to(laid)]
 
 
 def run_in_auto_mode(function: Callable[[list[jax.Array]], list[jax.Array]], arrays: list[jax.Array]) -> list[jax.Array]:
