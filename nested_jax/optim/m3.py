@@ -241,7 +241,7 @@ class _Algorithm:
 
     def __post_init__(self):
         for name, values in (('b1', (self.b1,)), ('b2', (self.b2,)), ('b3', self.b3)):
-            _check(name, values, lambda value: 0 <= value < 1 or (self.literal and value == 1), 'decays of at least 0 and below 1')
+            check_decays(name, values)
         _check('alpha', self.alpha, lambda value: value >= 0, 'numbers of at least 0')
         _check('eps', (self.eps,), lambda value: value >= 0, 'numbers of at least 0')
         _check('periods', self.periods, lambda value: isinstance(value, int) and value >= 1, 'integers of at least 1')
@@ -326,6 +326,11 @@ def _scales(periods, b3, alpha) -> tuple[tuple, tuple, tuple]:
         if len(values) != len(periods):
             raise ValueError(f'{name} is {values}, allowed is one number, or one for each of the {len(periods)} periods')
     return periods, *columns
+
+
+def check_decays(name: str, values: tuple) -> None:
+    """Raises ValueError unless all values are decays, None or arrays."""
+    _check(name, values, lambda value: 0 <= value < 1, 'decays of at least 0 and below 1')
 
 
 def _check(name: str, values: tuple, is_allowed: Callable[[Any], bool], allowed: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.m3 import by_label, decayed, scale_by_m3
+from nested_jax.optim.m3 import by_label, check_decays, decayed, scale_by_m3
 from nested_jax.optim.matrices import Labels
 
 PyTree = Any
@@ -58,6 +58,7 @@ def scale_by_muon(
 
     .. seealso:: :func:`muon`
     """
+    check_decays('beta', (beta,))
     return scale_by_m3(
         beta, None, mu_dtype=mu_dtype,
         periods=(), labels=labels, method=method, ns_steps=ns_steps, nesterov=nesterov, bias_correction=bias_correction,
