@@ -183,9 +183,9 @@ def m3(
         >>> loss = lambda params: jnp.sum((params['kernel'] - 1.0) ** 2) + jnp.sum(params['bias'] ** 2)
         >>> params = {'kernel': jnp.zeros((2, 3)), 'bias': jnp.ones(3)}
         >>> optimizer = m3(0.1, periods=(4,), scaling='rms')
-        >>> state = optimizer.init(params)
+        >>> state, update = optimizer.init(params), jax.jit(optimizer.update)
         >>> for _ in range(50):
-        ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        ...     updates, state = update(jax.grad(loss)(params), state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> print(f'{loss(params):.1f}')
         0.0
@@ -356,7 +356,7 @@ def _safe_sqrt(x: jax.Array) -> jax.Array:
 def _rescaled(x: jax.Array, scaling: str) -> jax.Array:
     inputs, outputs = x.shape[-2:]
     if scaling == 'jordan':
-        return x * math.sqrt(max(1.0, outputs / inputs))
+        return x * math.sqrt(max(1.0, outputs / max(1, inputs)))
     if scaling == 'moonshot':
         return x * (0.2 * math.sqrt(max(inputs, outputs)))
     return normalized(x) * (0.2 * math.sqrt(inputs * outputs))

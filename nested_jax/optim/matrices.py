@@ -64,7 +64,7 @@ _NOT_A_MATRIX = re.compile(
 def default_label(path: str, leaf: Any) -> str:
     """The rule for parameters nobody labelled.
 
-    'adam' for leaves of fewer than two axes, for those with 1 as one of the last two sizes, and where a name on the path, in lower
+    'adam' for leaves of fewer than two axes, for those with a size of 1 or 0 among the last two, and where a name on the path, in lower
     case,
 
     - contains 'embed', 'norm', 'bias', 'conv' or 'router',
@@ -85,7 +85,7 @@ def default_label(path: str, leaf: Any) -> str:
         >>> default_label('blocks/mlp/up/kernel', np.zeros((12, 64, 256))), default_label('token_embedding', np.zeros((256, 64)))
         ('matrix', 'adam')
     """
-    if len(leaf.shape) < 2 or 1 in leaf.shape[-2:] or any(_NOT_A_MATRIX.search(name) for name in path.lower().split('/')):
+    if len(leaf.shape) < 2 or min(leaf.shape[-2:]) <= 1 or any(_NOT_A_MATRIX.search(name) for name in path.lower().split('/')):
         return 'adam'
     return 'matrix'
 
