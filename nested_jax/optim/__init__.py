@@ -5,5 +5,6 @@ from nested_jax.optim.m3 import m3, scale_by_m3
 from nested_jax.optim.matrices import BlockSpec, MatrixSpec
 from nested_jax.optim.muon import muon, scale_by_muon
 from nested_jax.optim.orthogonalize import orthogonalize
+from nested_jax.optim.sharding import state_shardings
 
-__all__ = ['BlockSpec', 'MatrixSpec', 'by_level', 'm3', 'muon', 'orthogonalize', 'scale_by_m3', 'scale_by_muon']
+__all__ = ['BlockSpec', 'MatrixSpec', 'by_level', 'm3', 'muon', 'orthogonalize', 'scale_by_m3', 'scale_by_muon', 'state_shardings']
