@@ -71,8 +71,9 @@ def scale_by_m3(
     As printed, the paper's sums have no decay; that is `literal=True`: :math:`M \leftarrow M + \beta g` for all three. Its slow sum runs
     over f + 1 gradients, one of them counted in two periods; here it takes each gradient once, `literal` or not.
 
-    The numerator does not depend on the scale of the gradients and the denominator does: where gradients shrink, updates grow. A schedule,
-    a larger `eps`, `scaling='rms'` or `b2=None` avoid that.
+    The numerator does not depend on the scale of the gradients and the denominator does: where gradients shrink, updates grow, in single
+    entries too. A schedule, a larger `eps`, `scaling='rms'` or `b2=None` mend that. Entries that never had a gradient are left alone, where
+    the printed algorithm (and `literal=True`) divides by :math:`\epsilon`.
 
     Args:
         b1: decay of the fast momentum.
@@ -275,7 +276,7 @@ class _Algorithm:
         nu = None
         if self.b2 is not None:
             nu = self._accumulate(state.nu, jax.tree.map(jnp.square, gradients), self.b2)
-            total = jax.tree.map(lambda t, v: t / (_safe_sqrt(v) + self.eps), total, self._corrected(nu, self.b2, count))
+            total = jax.tree.map(self._divided, total, self._corrected(nu, self.b2, count))
         if self.scaling:
             total = self._map(lambda matrices, _: [_rescaled(x, self.scaling) for x in matrices], total)
         total = optax.tree.cast_like(total, updates if params is None else params)
@@ -299,6 +300,11 @@ class _Algorithm:
     def _accumulate(self, old: PyTree, new: PyTree, decay: ArrayLike) -> PyTree:
         retain, weight = (1, decay) if self.literal else (decay, 1 - decay)
         return jax.tree.map(lambda o, n: (retain * o + weight * n).astype(o.dtype), old, new)
+
+    def _divided(self, total: jax.Array, nu: jax.Array) -> jax.Array:
+        """Orthogonalised momenta are not zero where all gradients were; divided by eps alone they would be huge."""
+        quotient = total / (_safe_sqrt(nu) + self.eps)
+        return quotient if self.literal else jnp.where(nu > 0, quotient, 0.0)
 
     def _corrected(self, moment: PyTree, decay: ArrayLike, count: jax.Array) -> PyTree:
         return optax.tree.bias_correction(moment, decay, count) if self.bias_correction and not self.literal else moment

@@ -175,6 +175,14 @@ def test_mu_dtype_is_that_of_momentum_and_slow_direction_alone():
     assert {leaf.dtype.name for leaf in jax.tree.leaves((state.nu, state.slow[0].mu))} == {'float32'}
 
 
+def test_entries_without_gradient_stay_but_for_the_printed_algorithm():
+    """Orthogonalising fills them in."""
+    gradients = jnp.asarray(draw(2, 3, 5), jnp.float32).at[:, 1, 2].set(0.0)
+    first = lambda literal: run(scale_by_m3(literal=literal), gradients)[0][0]
+    assert first(False)[1, 2] == 0.0 and jnp.abs(first(False)).max() < 1e3
+    assert jnp.abs(first(True)[1, 2]) > 1e5
+
+
 def test_small_gradients_of_16_bits_are_averaged_in_float32():
     """0.999 + 0.001 would be lost in bfloat16."""
     gradients = jnp.full((STEPS, 3, 5), 1.0, jnp.bfloat16)
