@@ -38,23 +38,12 @@ class M3State(NamedTuple):
 
 
 def scale_by_m3(
-    b1: ArrayLike = 0.95,
-    b2: ArrayLike | None = 0.999,
-    b3: ArrayLike | tuple[ArrayLike, ...] = 0.9,
-    alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1,
-    eps: ArrayLike = 1e-8,
-    mu_dtype: DTypeLike | None = None,
-    *,
-    periods: int | tuple[int, ...] = (100,),
-    labels: Labels = 'matrix',
-    method: str = 'quintic',
-    ns_steps: int = 5,
-    nesterov: bool = False,
-    bias_correction: bool = True,
-    literal: bool = False,
-    scaling: str | None = None,
+    b1: ArrayLike = 0.95, b2: ArrayLike | None = 0.999, b3: ArrayLike | tuple[ArrayLike, ...] = 0.9,
+    alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1, eps: ArrayLike = 1e-8, mu_dtype: DTypeLike | None = None, *,
+    periods: int | tuple[int, ...] = (100,), labels: Labels = 'matrix', method: str = 'quintic', ns_steps: int = 5,
+    nesterov: bool = False, bias_correction: bool = True, literal: bool = False, scaling: str | None = None,
     shardings: PyTree | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Rescale updates according to Algorithm 1 of Nested Learning, M3.
 
     With :math:`g_t` the gradient of step t = 0, 1, ... and one slow scale of period f,
@@ -102,8 +91,6 @@ def scale_by_m3(
 
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 7.2, Algorithm 1
-
-    .. seealso:: :func:`m3`
     """
     periods, b3, alpha = _scales(periods, b3, alpha)
     algorithm = _Algorithm(
@@ -113,30 +100,15 @@ def scale_by_m3(
 
 
 def m3(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.95,
-    b2: ArrayLike | None = 0.999,
-    b3: ArrayLike | tuple[ArrayLike, ...] = 0.9,
-    alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1,
-    eps: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
-    mu_dtype: DTypeLike | None = None,
-    *,
-    periods: int | tuple[int, ...] = (100,),
-    labels: Labels | None = None,
-    method: str = 'quintic',
-    ns_steps: int = 5,
-    bias_correction: bool = True,
-    literal: bool = False,
-    scaling: str | None = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: ArrayLike = 0.9,
-    adam_b2: ArrayLike = 0.999,
-    adam_eps: ArrayLike = 1e-8,
-    adam_weight_decay: ArrayLike = 0.0,
-    shardings: PyTree | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.95, b2: ArrayLike | None = 0.999,
+    b3: ArrayLike | tuple[ArrayLike, ...] = 0.9, alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1, eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0, weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
+    mu_dtype: DTypeLike | None = None, *,
+    periods: int | tuple[int, ...] = (100,), labels: Labels | None = None, method: str = 'quintic', ns_steps: int = 5,
+    bias_correction: bool = True, literal: bool = False, scaling: str | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None, adam_b1: ArrayLike = 0.9, adam_b2: ArrayLike = 0.999,
+    adam_eps: ArrayLike = 1e-8, adam_weight_decay: ArrayLike = 0.0, shardings: PyTree | None = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Multi-scale Momentum Muon: M3 for matrices, AdamW for everything else.
 
     Two momenta see the gradients at different frequencies. The fast one follows each gradient, the slow one the sum of every f of them,
@@ -144,34 +116,17 @@ def m3(
     moment; see :func:`scale_by_m3` for the equations. The paper gives no values of the hyper-parameters: these defaults are this
     project's, and need tuning.
 
-    State of a matrix: 4 numbers an entry, and 2 more for each slow scale beyond the first; Adam has 2.
+    State: 4 numbers an entry of a matrix, and 2 more for each slow scale beyond the first.
 
     Args:
         learning_rate: a number, or a schedule of the step.
-        b1: decay of the fast momentum.
-        b2: decay of the second moment; None leaves the second moment out.
-        b3: decay of the slow momentum, one for all slow scales or one for each.
-        alpha: weight of the slow direction, one for all slow scales or one for each.
-        eps: added to the root of the second moment.
-        weight_decay: of matrices, decoupled and times the learning rate.
-        weight_decay_mask: which parameters decay, matrices or not: a pytree that is a prefix of theirs, or a function of them.
-        mu_dtype: of momenta and slow directions; float32, or the parameters' if that is wider, when None.
-        periods: steps between two updates of a slow scale, one for each; () for none.
-        labels: which parameters are matrices: a pytree that is a prefix of theirs, or a function of a path such as
-            'blocks/channel/up/kernel' and a leaf, of 'matrix' (the last two axes, the others batch), 'adam', a `MatrixSpec` or a
-            `BlockSpec`. None for :func:`nested_jax.optim.matrices.default_label`, which leaves embeddings, heads, norms, biases and
-            gates to Adam.
-        method: of `orthogonalize`.
-        ns_steps: iterations of `orthogonalize`; 0 takes momenta as they are.
-        bias_correction: of the fast momentum and the second moment.
-        literal: sums without decay, Algorithm 1 as printed.
-        scaling: of each matrix' update: 'jordan', 'moonshot', 'rms' or None.
+        b1, b2, b3, alpha, eps, mu_dtype, periods, method, ns_steps, bias_correction, literal, scaling, shardings: see `scale_by_m3`.
+        weight_decay: of matrices, decoupled; weight_decay_mask: which of all parameters decay, a pytree or a function of them.
+        labels: which parameters are matrices: a pytree that is a prefix of theirs, or a function of a path such as 'blocks/up/kernel' and
+            a leaf, of 'matrix' (the last two axes, the others batch), 'adam', a `MatrixSpec` or a `BlockSpec`. None for
+            :func:`nested_jax.optim.matrices.default_label`, which leaves embeddings, heads, norms, biases and gates to Adam.
         adam_learning_rate: of everything that is not a matrix; `learning_rate` when None.
-        adam_b1: decay of Adam's first moment.
-        adam_b2: decay of Adam's second moment.
-        adam_eps: added to the root of Adam's second moment.
-        adam_weight_decay: of everything that is not a matrix.
-        shardings: of the parameters, a NamedSharding for each, on Auto meshes; see `orthogonalize`.
+        adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW, for everything that is not a matrix.
 
     Returns:
         The transformation. Its state is optax's for `partition`, under the keys 'matrix' and 'adam', with an `M3State` in each.
@@ -202,22 +157,16 @@ def m3(
         scaling=scaling, shardings=shardings,
     )  # fmt: skip
     adam = scale_by_m3(adam_b1, adam_b2, eps=adam_eps, mu_dtype=mu_dtype, periods=(), ns_steps=0)
-    matrix_rule = decayed(scale, learning_rate, weight_decay, weight_decay_mask)
-    adam_rule = decayed(adam, learning_rate if adam_learning_rate is None else adam_learning_rate, adam_weight_decay, weight_decay_mask)
-    return by_label(matrix_rule, adam_rule, labels)
+    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return by_label(labels, weight_decay_mask, (scale, weight_decay, learning_rate), (adam, adam_weight_decay, adam_rate))
 
 
-def decayed(scale: optax.GradientTransformation, learning_rate, weight_decay, mask) -> optax.GradientTransformationExtraArgs:
-    """`scale` with decoupled weight decay and a learning rate."""
-    return optax.chain(scale, optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
-
-
-def by_label(
-    matrix_rule: optax.GradientTransformation, adam_rule: optax.GradientTransformation, labels: Labels | None
-) -> optax.GradientTransformationExtraArgs:
-    """One transformation for the parameters that are matrices, another for the rest."""
+def by_label(labels: Labels | None, decay_mask: PyTree, matrix_rule: tuple, adam_rule: tuple) -> optax.GradientTransformationExtraArgs:
+    """One rule for matrices, another for the rest; a rule is a transformation, a weight decay and a learning rate."""
+    rule = lambda scale, decay, rate: optax.chain(scale, optax.add_decayed_weights(decay, decay_mask), optax.scale_by_learning_rate(rate))
     kind = lambda label: label if label == 'adam' else 'matrix'
-    return optax.partition({'matrix': matrix_rule, 'adam': adam_rule}, lambda params: jax.tree.map(kind, label_tree(params, labels)))
+    kinds = lambda params: jax.tree.map(kind, label_tree(params, labels))
+    return optax.partition({'matrix': rule(*matrix_rule), 'adam': rule(*adam_rule)}, kinds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.m3 import by_label, check_decays, decayed, scale_by_m3
+from nested_jax.optim.m3 import by_label, check_decays, scale_by_m3
 from nested_jax.optim.matrices import Labels
 
 PyTree = Any
@@ -67,25 +67,14 @@ def scale_by_muon(
 
 
 def muon(
-    learning_rate: optax.ScalarOrSchedule,
-    beta: ArrayLike = 0.95,
-    weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
-    mu_dtype: DTypeLike | None = None,
-    *,
-    labels: Labels | None = None,
-    method: str = 'quintic',
-    ns_steps: int = 5,
-    nesterov: bool = True,
-    bias_correction: bool = True,
+    learning_rate: optax.ScalarOrSchedule, beta: ArrayLike = 0.95,
+    weight_decay: ArrayLike = 0.0, weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
+    mu_dtype: DTypeLike | None = None, *,
+    labels: Labels | None = None, method: str = 'quintic', ns_steps: int = 5, nesterov: bool = True, bias_correction: bool = True,
     scaling: str | None = 'jordan',
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: ArrayLike = 0.9,
-    adam_b2: ArrayLike = 0.999,
-    adam_eps: ArrayLike = 1e-8,
-    adam_weight_decay: ArrayLike = 0.0,
-    shardings: PyTree | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    adam_learning_rate: optax.ScalarOrSchedule | None = None, adam_b1: ArrayLike = 0.9, adam_b2: ArrayLike = 0.999,
+    adam_eps: ArrayLike = 1e-8, adam_weight_decay: ArrayLike = 0.0, shardings: PyTree | None = None,
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Muon for matrices, AdamW for everything else.
 
     Differs from `optax.contrib.muon` in what it takes for a matrix (stacks of layers are, embeddings and heads are not), in fused axes
@@ -94,25 +83,14 @@ def muon(
 
     Args:
         learning_rate: a number, or a schedule of the step.
-        beta: decay of the momentum.
+        beta, mu_dtype, method, ns_steps, nesterov, bias_correction, scaling, shardings: see `scale_by_muon`.
         weight_decay: of matrices, decoupled and times the learning rate.
         weight_decay_mask: which parameters decay, matrices or not: a pytree that is a prefix of theirs, or a function of them.
-        mu_dtype: of the momenta; float32, or the parameters' if that is wider, when None.
-        labels: which parameters are matrices: a pytree that is a prefix of theirs, or a function of a path such as
-            'blocks/channel/up/kernel' and a leaf, of 'matrix' (the last two axes, the others batch), 'adam', a `MatrixSpec` or a
-            `BlockSpec`. None for :func:`nested_jax.optim.matrices.default_label`, which leaves embeddings, heads, norms, biases and
-            gates to Adam.
-        method: of `orthogonalize`.
-        ns_steps: iterations of `orthogonalize`.
-        nesterov: look ahead by one step.
-        bias_correction: as for :func:`scale_by_muon`; Adam's is always on.
-        scaling: of each matrix' update: 'jordan', 'moonshot' (with which Adam's learning rates and decays fit), 'rms' or None.
+        labels: which parameters are matrices: a pytree that is a prefix of theirs, or a function of a path such as 'blocks/up/kernel' and
+            a leaf, of 'matrix' (the last two axes, the others batch), 'adam', a `MatrixSpec` or a `BlockSpec`. None for
+            :func:`nested_jax.optim.matrices.default_label`, which leaves embeddings, heads, norms, biases and gates to Adam.
         adam_learning_rate: of everything that is not a matrix; `learning_rate` when None.
-        adam_b1: decay of Adam's first moment.
-        adam_b2: decay of Adam's second moment.
-        adam_eps: added to the root of Adam's second moment.
-        adam_weight_decay: of everything that is not a matrix.
-        shardings: of the parameters, a NamedSharding for each, on Auto meshes; see `orthogonalize`.
+        adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW, for everything that is not a matrix.
 
     Returns:
         The transformation. Its state is optax's for `partition`, under the keys 'matrix' and 'adam', with an `M3State` in each.
@@ -140,6 +118,5 @@ def muon(
         shardings=shardings,
     )  # fmt: skip
     adam = scale_by_m3(adam_b1, adam_b2, eps=adam_eps, mu_dtype=mu_dtype, periods=(), ns_steps=0)
-    matrix_rule = decayed(scale, learning_rate, weight_decay, weight_decay_mask)
-    adam_rule = decayed(adam, learning_rate if adam_learning_rate is None else adam_learning_rate, adam_weight_decay, weight_decay_mask)
-    return by_label(matrix_rule, adam_rule, labels)
+    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return by_label(labels, weight_decay_mask, (scale, weight_decay, learning_rate), (adam, adam_weight_decay, adam_rate))
