@@ -2,7 +2,7 @@
 
 from nested_jax.optim.levels import by_level
 from nested_jax.optim.m3 import m3, scale_by_m3
-from nested_jax.optim.matrices import BlockSpec, MatrixSpec
+from nested_jax.optim.matrix_specs import BlockSpec, MatrixSpec
 from nested_jax.optim.muon import muon, scale_by_muon
 from nested_jax.optim.orthogonalize import orthogonalize
 from nested_jax.optim.sharding import state_shardings

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.matrices import Labels, label_tree, map_matrices
+from nested_jax.optim.matrix_specs import Labels, label_tree, map_matrices
 from nested_jax.optim.orthogonalize import check_method, normalized, orthogonalize_all
 
 PyTree = Any
@@ -124,7 +124,7 @@ def m3(
         weight_decay: of matrices, decoupled; weight_decay_mask: which of all parameters decay, a pytree or a function of them.
         labels: which parameters are matrices: a pytree that is a prefix of theirs, or a function of a path such as 'blocks/up/kernel' and
             a leaf, of 'matrix' (the last two axes, the others batch), 'adam', a `MatrixSpec` or a `BlockSpec`. None for
-            :func:`nested_jax.optim.matrices.default_label`, which leaves embeddings, heads, norms, biases and gates to Adam.
+            :func:`nested_jax.optim.matrix_specs.default_label`, which leaves embeddings, heads, norms, biases and gates to Adam.
         adam_learning_rate: of everything that is not a matrix; `learning_rate` when None.
         adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW, for everything that is not a matrix.
 

@@ -7,7 +7,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from nested_jax.optim.m3 import by_label, check_decays, scale_by_m3
-from nested_jax.optim.matrices import Labels
+from nested_jax.optim.matrix_specs import Labels
 
 PyTree = Any
 
@@ -88,7 +88,7 @@ def muon(
         weight_decay_mask: which parameters decay, matrices or not: a pytree that is a prefix of theirs, or a function of them.
         labels: which parameters are matrices: a pytree that is a prefix of theirs, or a function of a path such as 'blocks/up/kernel' and
             a leaf, of 'matrix' (the last two axes, the others batch), 'adam', a `MatrixSpec` or a `BlockSpec`. None for
-            :func:`nested_jax.optim.matrices.default_label`, which leaves embeddings, heads, norms, biases and gates to Adam.
+            :func:`nested_jax.optim.matrix_specs.default_label`, which leaves embeddings, heads, norms, biases and gates to Adam.
         adam_learning_rate: of everything that is not a matrix; `learning_rate` when None.
         adam_b1, adam_b2, adam_eps, adam_weight_decay: of AdamW, for everything that is not a matrix.
 
@@ -100,7 +100,7 @@ def muon(
 
     Examples:
         >>> import jax.numpy as jnp, numpy as np
-        >>> from nested_jax.optim.matrices import BlockSpec, default_label
+        >>> from nested_jax.optim.matrix_specs import BlockSpec, default_label
         >>> params = {'qkv': {'kernel': jnp.tile(jnp.eye(2), 3)}, 'norm': {'scale': jnp.ones(2)}}
         >>> fused = lambda path, leaf: BlockSpec(axis=-1, sizes=(2, 2, 2)) if path == 'qkv/kernel' else default_label(path, leaf)
         >>> optimizer = muon(0.1, labels=fused, method='svd')

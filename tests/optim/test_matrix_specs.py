@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.optim.matrices import BlockSpec, MatrixSpec, default_label, label_tree, map_matrices
+from nested_jax.optim.matrix_specs import BlockSpec, MatrixSpec, default_label, label_tree, map_matrices
 
 
 def collect(x, spec):
