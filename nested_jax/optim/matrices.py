@@ -85,12 +85,11 @@ def on_any_mesh(function: Callable[..., tuple], results: int = 2) -> Callable[..
     """Let the compiler place a leaf's products where the mesh is Explicit; a result is sharded like the argument of its position."""
 
     @functools.wraps(function)
-    def placed(*leaves):
-        explicit = jax.sharding.AxisType.Explicit
-        if explicit not in jax.typeof(leaves[0]).sharding.mesh.axis_types:
-            return function(*leaves)
-        specs = tuple(jax.typeof(leaf).sharding.spec for leaf in leaves[:results])
-        return jax.sharding.auto_axes(function, out_sharding=specs)(*leaves)
+    def placed(*arguments):
+        if jax.sharding.AxisType.Explicit not in jax.typeof(arguments[0]).sharding.mesh.axis_types:
+            return function(*arguments)
+        specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, arguments[:results])
+        return jax.sharding.auto_axes(function, out_sharding=specs)(*arguments)
 
     return placed
 
