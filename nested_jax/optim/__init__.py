@@ -1,5 +1,35 @@
 """Memories written between steps: optax gradient transformations."""
 
+from nested_jax.optim.as_memory import adagrad_as_memory, adam_as_memory, scale_by_adagrad_as_memory, scale_by_adam_as_memory
+from nested_jax.optim.deep_momentum import deep_momentum, scale_by_deep_momentum
+from nested_jax.optim.delta_descent import delta_gradient_descent, scale_by_delta_gradient_descent, with_delta
 from nested_jax.optim.levels import by_level
+from nested_jax.optim.momentum import (
+    delta_momentum,
+    feature_momentum,
+    preconditioned_momentum,
+    scale_by_delta_momentum,
+    scale_by_feature_momentum,
+    scale_by_learned_preconditioner,
+    scale_by_preconditioned_momentum,
+)
 
-__all__ = ['by_level']
+__all__ = [
+    'adagrad_as_memory',
+    'adam_as_memory',
+    'by_level',
+    'deep_momentum',
+    'delta_gradient_descent',
+    'delta_momentum',
+    'feature_momentum',
+    'preconditioned_momentum',
+    'scale_by_adagrad_as_memory',
+    'scale_by_adam_as_memory',
+    'scale_by_deep_momentum',
+    'scale_by_delta_gradient_descent',
+    'scale_by_delta_momentum',
+    'scale_by_feature_momentum',
+    'scale_by_learned_preconditioner',
+    'scale_by_preconditioned_momentum',
+    'with_delta',
+]

@@ -23,6 +23,7 @@ from nested_jax.optim.matrices import (
 PyTree = Any
 Objective = Callable[[jax.Array, jax.Array], jax.Array]
 
+HIDDEN_SIZE = 64
 OBJECTIVES: dict[str, Objective] = {
     'dot': lambda prediction, gradient: -jnp.sum(prediction * gradient),
     'l2': lambda prediction, gradient: 0.5 * jnp.sum(jnp.square(prediction - gradient)),
@@ -45,7 +46,7 @@ class DeepMomentumState(NamedTuple):
 
 
 def scale_by_deep_momentum(
-    hidden_size: int = 64,
+    hidden_size: int | None = None,
     decay: jax.typing.ArrayLike = 0.9,
     write_rate: jax.typing.ArrayLike = 1.0,
     objective: str | Objective = 'dot',
@@ -82,7 +83,7 @@ def scale_by_deep_momentum(
     memory's long axis is sharded as the leaf's last. Time: about 10 * in * out * h operations a step.
 
     Args:
-        hidden_size: h at most; 0 leaves the linear part alone.
+        hidden_size: h at most, by default 64; 0 leaves the linear part alone.
         decay: alpha, from 0 to 1.
         write_rate: eta, the inner learning rate. With 'l2' the linear part is stable up to 1 + decay, and averages for a rate well
             below 1, such as 0.1.
@@ -110,6 +111,7 @@ def scale_by_deep_momentum(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (50), (52)
     """
+    hidden_size = HIDDEN_SIZE if hidden_size is None else hidden_size
     _check(hidden_size, decay, write_rate, objective, linear)
     loss = OBJECTIVES[objective] if isinstance(objective, str) else objective
 
@@ -140,7 +142,7 @@ def scale_by_deep_momentum(
 
 def deep_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    hidden_size: int = 64,
+    hidden_size: int | None = None,
     decay: jax.typing.ArrayLike = 0.9,
     write_rate: jax.typing.ArrayLike = 1.0,
     objective: str | Objective = 'dot',
@@ -156,7 +158,7 @@ def deep_momentum(
 
     Args:
         learning_rate: a constant or a schedule.
-        hidden_size: of the memory's hidden layer, at most; 0 for heavy ball.
+        hidden_size: of the memory's hidden layer, at most, by default 64; 0 for heavy ball.
         decay: alpha, from 0 to 1.
         write_rate: the inner learning rate.
         objective: 'dot', 'l2', or a function of (prediction, gradient) to a scalar.
@@ -168,7 +170,7 @@ def deep_momentum(
         seed: of the memory's initial values.
 
     Returns:
-        The optimizer. Under `optax.inject_hyperparams`, name hidden_size, objective, linear and seed in `static_args`.
+        The optimizer. `optax.inject_hyperparams` takes numbers for hyper-parameters that vary: name a given `hidden_size` in its `static_args`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
