@@ -170,7 +170,8 @@ def deep_momentum(
         seed: of the memory's initial values.
 
     Returns:
-        The optimizer. `optax.inject_hyperparams` takes numbers for hyper-parameters that vary: name a given `hidden_size` in its `static_args`.
+        The optimizer. `optax.inject_hyperparams` takes every number for one that may vary: name `hidden_size` in its `static_args`
+        where it is given.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
