@@ -3,7 +3,7 @@
 from nested_jax.optim.as_memory import adagrad_as_memory, adam_as_memory, scale_by_adagrad_as_memory, scale_by_adam_as_memory
 from nested_jax.optim.deep_momentum import deep_momentum, scale_by_deep_momentum
 from nested_jax.optim.delta_descent import delta_gradient_descent, scale_by_delta_gradient_descent, with_delta
-from nested_jax.optim.levels import by_level
+from nested_jax.optim.levels import Level, by_level, steps_of
 from nested_jax.optim.momentum import (
     delta_momentum,
     feature_momentum,
@@ -15,6 +15,7 @@ from nested_jax.optim.momentum import (
 )
 
 __all__ = [
+    'Level',
     'adagrad_as_memory',
     'adam_as_memory',
     'by_level',
@@ -31,5 +32,6 @@ __all__ = [
     'scale_by_feature_momentum',
     'scale_by_learned_preconditioner',
     'scale_by_preconditioned_momentum',
+    'steps_of',
     'with_delta',
 ]

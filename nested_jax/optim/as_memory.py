@@ -10,9 +10,14 @@ and the parameters move by :math:`-\eta m^*`. What P and the weights are decides
 is gradient descent with momentum. Here g is the gradient; with the paper's g, its negative, the sign of Eq. (103) is a plus.
 
 The paper's weights do not decay (M <- M + beta_1 g), so the literal sums are AdaGrad's; Adam takes exponential averages, and two
-different ones, so its objective weighs the square of m g_i and its product with P apart: see `memory_loss`.
+different ones, so its objective weighs the square of m g_i and its product with P apart: see `memory_loss`. With bias correction, P the
+root of :math:`H + \epsilon_{root}`, and both epsilons in the penalty, :math:`\lambda = \epsilon_{root} + \epsilon P`, it is optax's Adam:
+
+.. math::
+  m^* = \frac{M P}{H + \lambda} = \frac{M P}{P^2 + \epsilon P} = \frac{M}{\sqrt{H + \epsilon_{root}} + \epsilon}
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,13 +120,7 @@ def scale_by_adam_as_memory(
     *,
     target: str | Target = 'root',
 ) -> optax.GradientTransformation:
-    r"""Adam as the optimal memory of its gradients: equal to `optax.scale_by_adam`.
-
-    M and H are the averages with bias correction, P the root of :math:`H + \epsilon_{root}`, and both epsilons are the penalty,
-    :math:`\lambda = \epsilon_{root} + \epsilon \sqrt{H + \epsilon_{root}}`, which makes
-
-    .. math::
-      m^* = \frac{M P}{H + \lambda} = \frac{M P}{P^2 + \epsilon P} = \frac{M}{\sqrt{H + \epsilon_{root}} + \epsilon}
+    """Adam as the optimal memory of its gradients: equal to `optax.scale_by_adam`, by the derivation in the module's docstring.
 
     Gradients through it are finite where the gradients are zero, unlike those of `optax.adam`.
 
@@ -131,8 +130,7 @@ def scale_by_adam_as_memory(
         eps: outside of the root.
         eps_root: inside of the root.
         mu_dtype: of M; by default the parameters', and float32 at least.
-        target: P as a function of H + eps_root, or one of 'root', Eq. (105), and 'square', H itself: gradient descent with momentum,
-            Eq. (104).
+        target: P as a function of H + eps_root, or 'root', Eq. (105), or 'square', H itself: momentum, Eq. (104).
 
     Returns:
         The transformation.
@@ -150,11 +148,8 @@ def scale_by_adam_as_memory(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, appendix B
     """
-    for name, value, high in (('b1', b1, 1), ('b2', b2, 1), ('eps', eps, float('inf')), ('eps_root', eps_root, float('inf'))):
-        check_range(name, value, 0, high)
-    if not callable(target):
-        check_choice('target', target, tuple(TARGETS))
-    make_target = TARGETS[target] if isinstance(target, str) else target
+    _check_adam(b1, b2, eps, eps_root, target)
+    read = functools.partial(_read, target=TARGETS.get(target, target), eps=eps, eps_root=eps_root)
 
     def init_fn(params):
         check_real(params)
@@ -166,11 +161,6 @@ def scale_by_adam_as_memory(
         gradients = jax.tree.map(lambda leaf: leaf.astype(working_dtype(leaf)), updates)
         mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2)
-
-        def read(gradient, first, second):
-            penalty = eps_root + eps * root(second + eps_root)
-            return optimal_memory(first, second, make_target(second + eps_root), penalty).astype(gradient.dtype)
-
         corrected = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
         new_updates = jax.tree.map(read, updates, *corrected)
         return new_updates, AdamMemoryState(count, optax.tree.cast_like(mu, state.mu), optax.tree.cast_like(nu, state.nu))
@@ -309,3 +299,17 @@ def adagrad_as_memory(
     """
     direction = scale_by_adagrad_as_memory(initial_accumulator_value, eps)
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
+
+
+def _check_adam(b1: Any, b2: Any, eps: Any, eps_root: Any, target: str | Target) -> None:
+    check_range('b1', b1, 0, 1)
+    check_range('b2', b2, 0, 1)
+    check_range('eps', eps, 0)
+    check_range('eps_root', eps_root, 0)
+    if not callable(target):
+        check_choice('target', target, tuple(TARGETS))
+
+
+def _read(gradient: jax.Array, first: jax.Array, second: jax.Array, *, target: Target, eps: Any, eps_root: Any) -> jax.Array:
+    penalty = eps_root + eps * root(second + eps_root)
+    return optimal_memory(first, second, target(second + eps_root), penalty).astype(gradient.dtype)

@@ -1,5 +1,32 @@
-"""Deep momentum gradient descent (DMGD): momentum as a network that is trained on the gradients (Eq. 50, 52, arXiv:2512.24695v1)."""
+r"""Deep momentum gradient descent (DMGD): momentum as a network that is trained on the gradients (Eq. 50, 52, arXiv:2512.24695v1).
 
+With u the current gradient, each of whose rows is a key,
+
+.. math::
+  m \leftarrow \alpha m - \eta \nabla_m \tilde L(m; u), \qquad \text{update} = \sigma(m(u)), \qquad
+  m(u) = T + s \, W_2^\top \tanh(W_1^\top \bar u) / \sqrt h, \qquad \bar u = u / s,
+
+where s is the root mean square norm of the rows, so that the step keeps the gradient's scale. The objective is 'dot',
+:math:`-\langle m(u), u \rangle`, or 'l2', :math:`\frac12 \lVert m(u) - u \rVert^2`.
+
+The linear part T takes no key (it is "value-less": its read is itself). With the dot product it is written as
+:math:`T \leftarrow \alpha T + \eta u`: alone it is heavy ball, and with a Newton-Schulz iteration as sigma Muon without Nesterov. The two
+layers add a function of the current gradient, learned from the past ones; a multiple of u there would be Nesterov's step.
+
+Readings of the paper: Eq. (50) prints a value of ones, Eq. (52) the identity. Under the latter a linear memory collects the sum of the
+gradients, which is the read that fits the weights; a network's read has the weights' shape if the value is the gradient, as here. The
+sign follows optax: the memory holds the step before its negative learning rate.
+
+What keeps it bounded: keys of unit size, errors of at most unit size, tanh, and for each layer a rate :math:`\eta / (1 + \eta \kappa)` with
+its curvature :math:`\kappa`, the mean squared norm of the hidden layer or the squared norm of W_2 over h. The first layer decays towards
+its initial value and not to zero, where two layers would stay for ever.
+
+State: one memory for each matrix, 2 * out * h numbers with h = min(hidden_size, in / 2) and at least 1. That is 512 * out bytes at
+h = 64 in float32, and no more than the matrix has from two rows on. The linear part adds in * out. Under an Explicit mesh the memory's
+long axis is sharded as the leaf's last. Time: about 10 * in * out * h operations a step.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,41 +83,16 @@ def scale_by_deep_momentum(
     linear: bool = True,
     seed: int = 0,
 ) -> optax.GradientTransformation:
-    r"""Momentum kept in a memory m that each step is written by gradient descent and then read at the current gradient u.
-
-    .. math::
-      m \leftarrow \alpha m - \eta \nabla_m \tilde L(m; u), \qquad \text{update} = \sigma(m(u)), \qquad
-      m(u) = T + s \, W_2^\top \tanh(W_1^\top \bar u) / \sqrt h, \qquad \bar u = u / s
-
-    for every row of u, with s the root mean square norm of the rows, so that the step keeps the gradient's scale. The objective is
-    'dot', :math:`-\langle m(u), u \rangle`, or 'l2', :math:`\frac12 \lVert m(u) - u \rVert^2`.
-
-    The linear part T takes no key (it is "value-less": its read is itself). With the dot product it is written as
-    :math:`T \leftarrow \alpha T + \eta u`: with hidden_size=0 this is heavy ball, and with a Newton-Schulz iteration as sigma, Muon
-    without Nesterov. The two layers add a function of the current gradient, learned from the past ones; a scalar multiple of u there
-    would be Nesterov's step.
-
-    Readings of the paper: Eq. (50) prints a value of ones, Eq. (52) the identity. Under the latter a linear memory collects the sum of
-    the gradients, which is the read that fits the weights; a network's read has the weights' shape if the value is the gradient, as
-    here. The sign follows optax: the memory holds the step before its negative learning rate.
-
-    What keeps it bounded: keys of unit size, errors of at most unit size, tanh, and a rate :math:`\eta / (1 + \eta \kappa)` for each
-    layer with its curvature :math:`\kappa`: the mean squared norm of the hidden layer, or of W_2 over h. The first layer decays towards
-    its initial value and not to zero, which two layers together would not leave again.
-
-    State: one memory for each matrix, 2 * out * h numbers with h = min(hidden_size, in / 2) and at least 1. That is 512 * out bytes at
-    h = 64 in float32, and no more than the matrix has from two rows on. The linear part adds in * out. Under an Explicit mesh the
-    memory's long axis is sharded as the leaf's last. Time: about 10 * in * out * h operations a step.
+    """Momentum kept in a memory that each step is written by gradient descent and then read: see the module's docstring.
 
     Args:
         hidden_size: h at most, by default 64; 0 leaves the linear part alone.
         decay: alpha, from 0 to 1.
-        write_rate: eta, the inner learning rate. With 'l2' the linear part is stable up to 1 + decay, and averages for a rate well
-            below 1, such as 0.1.
+        write_rate: eta. With 'l2' the linear part is stable up to 1 + decay, and averages only for a small rate, such as 0.1.
         objective: 'dot', 'l2', or a function of (prediction, gradient) to a scalar, summed over both arrays' elements.
         sigma: applied to what is read, arrays (..., in, out); by default nothing.
         mu_dtype: of the memory; by default the parameters', and float32 at least.
-        linear: keep the linear part. Without it the state is no longer proportional to the parameters, and nothing is averaged.
+        linear: keep the linear part, which is what averages over steps.
         seed: of the first layers' initial values.
 
     Returns:
@@ -102,38 +104,25 @@ def scale_by_deep_momentum(
     Examples:
         >>> import jax.numpy as jnp
         >>> optimizer = scale_by_deep_momentum(hidden_size=0, decay=0.5)
-        >>> gradient = jnp.ones((2, 2))
-        >>> _, state = optimizer.update(gradient, optimizer.init(gradient))
-        >>> print(optimizer.update(gradient, state)[0])
-        [[1.5 1.5]
-         [1.5 1.5]]
+        >>> _, state = optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)))
+        >>> print(optimizer.update(jnp.ones(2), state)[0])
+        [1.5 1.5]
 
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (50), (52)
     """
-    hidden_size = HIDDEN_SIZE if hidden_size is None else hidden_size
-    _check(hidden_size, decay, write_rate, objective, linear)
-    loss = OBJECTIVES[objective] if isinstance(objective, str) else objective
+    hidden = HIDDEN_SIZE if hidden_size is None else hidden_size
+    _check(hidden, decay, write_rate, objective, linear)
+    write = functools.partial(_write, loss=OBJECTIVES.get(objective, objective), decay=decay, rate=write_rate)
 
     def init_fn(params):
         check_real(params)
-        start = lambda leaf: _initial_memory(leaf, hidden_size, mu_dtype or working_dtype(leaf), linear, seed)
-        return DeepMomentumState(jnp.asarray(seed, jnp.uint32), jax.tree.map(start, params))
+        memory = jax.tree.map(lambda leaf: _initial_memory(leaf, hidden, mu_dtype or working_dtype(leaf), linear, seed), params)
+        return DeepMomentumState(jnp.asarray(seed, jnp.uint32), memory)
 
     def update_fn(updates, state, params=None):
         del params
-
-        @on_any_mesh
-        def step(gradient, memory, seed):
-            keys = as_matrix(gradient.astype(working_dtype(gradient)))
-            dtypes = jax.tree.map(lambda leaf: leaf.dtype, memory)
-            memory = jax.tree.map(lambda leaf: as_matrix(leaf.astype(keys.dtype)), memory)
-            memory = _write(memory, keys, loss, decay, write_rate, seed)
-            update = _read(memory, *_unit_keys(keys)) if sigma is None else sigma(_read(memory, *_unit_keys(keys)))
-            if linear:
-                memory = memory._replace(trace=memory.trace.reshape(gradient.shape))
-            return update.reshape(gradient.shape).astype(gradient.dtype), jax.tree.map(lambda leaf, d: leaf.astype(d), memory, dtypes)
-
+        step = on_any_mesh(functools.partial(_step, write=write, sigma=sigma))
         updates, memory = map_columns(lambda gradient, memory: step(gradient, memory, state.seed), updates, state.memory)
         return updates, DeepMomentumState(state.seed, memory)
 
@@ -154,7 +143,7 @@ def deep_momentum(
     linear: bool = True,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Deep momentum gradient descent (DMGD): see `scale_by_deep_momentum` for the equations, the state's size and its cost.
+    """Deep momentum gradient descent (DMGD): the module's docstring has the equations, the state's size and the cost.
 
     Args:
         learning_rate: a constant or a schedule.
@@ -225,6 +214,15 @@ def _placed_like(leaf: jax.Array, first: jax.Array, second: jax.Array) -> tuple[
     return place(first, width, None), place(second, None, width)
 
 
+def _step(gradient: jax.Array, memory: DeepMemory, seed: jax.Array, *, write: Callable, sigma: Callable | None) -> tuple:
+    keys = as_matrix(gradient.astype(working_dtype(gradient)))
+    new = write(jax.tree.map(lambda leaf: as_matrix(leaf.astype(keys.dtype)), memory), keys, seed)
+    update = _read(new, *_unit_keys(keys))
+    update = update if sigma is None else sigma(update)
+    kept = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype), new, memory)
+    return update.reshape(gradient.shape).astype(gradient.dtype), kept
+
+
 def _unit_keys(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows scaled to a root mean square norm of 1, and the scale."""
     scale = _row_norm(keys)
@@ -246,7 +244,7 @@ def _read(memory: DeepMemory, keys: jax.Array, scale: jax.Array) -> jax.Array:
     return linear if memory.first is None else linear + scale * _network(memory.first, memory.second, keys)[0]
 
 
-def _write(memory: DeepMemory, gradient: jax.Array, loss: Objective, decay: Any, rate: Any, seed: jax.Array) -> DeepMemory:
+def _write(memory: DeepMemory, gradient: jax.Array, seed: jax.Array, *, loss: Objective, decay: Any, rate: Any) -> DeepMemory:
     keys, scale = _unit_keys(gradient)
     error = jax.grad(loss)(_read(memory, keys, scale), gradient)
     trace = None if memory.trace is None else decay * memory.trace - rate * error

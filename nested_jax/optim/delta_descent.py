@@ -63,9 +63,8 @@ def scale_by_delta_gradient_descent(
         reduction: how the loss adds up samples: 'mean' or 'sum'.
 
     Returns:
-        A transformation whose `update` takes `inputs`, a pytree like the parameters with an array (..., in) for each kernel, of any number
-        of samples, and None for leaves that take their gradient as it is. A kernel (layers, in, out) takes (layers, ..., in). Without
-        `inputs` every gradient is taken as it is, as those of layers under `with_delta` should be.
+        A transformation whose `update` takes `inputs`, a pytree like the parameters: (..., in) for a kernel (in, out), (layers, ..., in)
+        for (layers, in, out), None where the gradient is taken as it is, as all are without `inputs`: those under `with_delta`.
 
     Raises:
         ValueError: if an argument is not allowed; at `init` on complex parameters; at `update` if inputs do not fit, or come without
@@ -141,11 +140,9 @@ def with_delta(dense: Dense, learning_rate: jax.typing.ArrayLike, reduction: str
       \bar W = \frac{X^\top (g + c y)}{1 + \eta c \lVert X \rVert_F^2} = \frac{G + A W}{1 + \eta \, \mathrm{tr} A}, \qquad A = c X^\top X
 
     with c = 1 / n for a loss that is a mean over the n samples, 1 for a sum. The trace bounds the largest eigenvalue of A, so eta times
-    it stays below 1 and a step never overshoots; where the inputs fill many dimensions the bound is loose, and steps shorter than the
-    exact form's.
+    it stays below 1 and a step never overshoots; where inputs fill many dimensions it is loose, and steps shorter than the exact form's.
 
-    Cost: no product beside those of the backward pass; one addition over the output, one sum of squares over the input, and the
-    output kept until the backward pass. Reverse mode only.
+    Cost: no product; one addition over the output, which is kept for it, and one sum of squares over the input. Reverse mode only.
 
     Args:
         dense: a function of the input (..., in) and a weight to the output, linear in the weight: a product, a convolution. No bias.

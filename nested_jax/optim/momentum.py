@@ -1,10 +1,28 @@
-"""Momentum as an associative memory: preconditioned, delta-rule and feature-map momentum (Eq. 38-51, arXiv:2512.24695v1).
+r"""Momentum as an associative memory: preconditioned, delta-rule and feature-map momentum (Eq. 38-51, arXiv:2512.24695v1).
 
 The paper's memory m holds the negative step, learning rate included: W <- W + m. Here, as everywhere in optax, the trace is -m / eta, and
 the learning rate multiplies what is read: the same for a constant rate. G is a gradient laid out as a flax kernel, (..., in, out), the
 transpose of the paper's, so the paper's m g' g is G G' M here and its P g is G P'. See `matrices` for leaves of other ranks.
+
+Delta momentum, with erase rate :math:`\eta` and decay :math:`\alpha`, has three forms:
+
+.. math::
+  \text{printed} \quad & M \leftarrow (\alpha I - \eta G G^\top) M + G P^\top \\
+  \text{normalised} \quad & M \leftarrow (\alpha I - \eta G G^\top / \lVert G \rVert_F^2) M + G P^\top \\
+  \text{proximal} \quad & M \leftarrow (I + \eta G G^\top)^{-1} (\alpha M + G P^\top)
+
+- The first is Eq. (49) with the rate on the erased part too, which the printed equation lacks: the gradient step on
+  :math:`\frac12 \lVert m g^\top + P \rVert^2` with decay. It is stable while :math:`\eta \lVert G \rVert_2^2 \le 1 + \alpha`, and
+  diverges on larger gradients.
+- The second is stable for :math:`\eta \le 1 + \alpha`, whatever the gradient.
+- The third minimises :math:`\frac12 \lVert m g^\top + P \rVert^2 + \frac1{2\eta} \lVert m - \alpha m_t \rVert^2`, and is stable for every
+  rate; on a gradient of rank one its rate is :math:`\eta / (1 + \eta \lVert G \rVert^2)`.
+
+A step costs, beside heavy ball, two products of 2 * in * out * min(in, out) operations for an (in, out) matrix; the proximal form adds
+the QR decomposition of an (in + out, min(in, out)) matrix.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -62,23 +80,10 @@ def scale_by_delta_momentum(
     *,
     form: str = 'printed',
 ) -> optax.GradientTransformation:
-    r"""Momentum written by the delta rule: it forgets along the current gradient before it adds it.
+    """Momentum written by the delta rule: it forgets along the current gradient before it adds it.
 
-    In the layout of this module, with erase rate :math:`\eta` and decay :math:`\alpha`, the forms are
-
-    .. math::
-      \text{printed} \quad & M \leftarrow (\alpha I - \eta G G^\top) M + G P^\top \\
-      \text{normalised} \quad & M \leftarrow (\alpha I - \eta G G^\top / \lVert G \rVert_F^2) M + G P^\top \\
-      \text{proximal} \quad & M \leftarrow (I + \eta G G^\top)^{-1} (\alpha M + G P^\top)
-
-    The first is Eq. (49) with the rate :math:`\eta` on the erased part too, which the printed equation lacks: the gradient step on
-    :math:`\frac12 \lVert m g^\top + P \rVert^2` with decay. It is stable while :math:`\eta \lVert G \rVert_2^2 \le 1 + \alpha` and
-    diverges on larger gradients. The second is stable for :math:`\eta \le 1 + \alpha`, whatever the gradient. The third minimises
-    :math:`\frac12 \lVert m g^\top + P \rVert^2 + \frac1{2\eta} \lVert m - \alpha m_t \rVert^2` and is stable for every rate; on a
-    gradient of rank one its rate is :math:`\eta / (1 + \eta \lVert G \rVert^2)`. Rate 0 is heavy ball in each form.
-
-    Cost of a step beside heavy ball, for an (in, out) matrix: two products of 2 * in * out * min(in, out) operations; the proximal form
-    adds a QR decomposition of an (in + out, min(in, out)) matrix.
+    The module's docstring has the forms, their stability and their cost. Rate 0 is heavy ball in each. A vector is one row, so what it
+    erases is the scalar rate times its squared norm.
 
     Args:
         erase_rate: eta, a constant or a schedule. The paper's is the learning rate.
@@ -88,7 +93,7 @@ def scale_by_delta_momentum(
         form: 'printed', 'normalised' or 'proximal'.
 
     Returns:
-        The transformation. Rows of a vector are one row, so its erased part is the scalar rate times its squared norm.
+        The transformation.
 
     Raises:
         ValueError: if a rate, the form or the preconditioner's shape is not allowed, or, at `init`, on complex parameters.
@@ -116,17 +121,8 @@ def scale_by_delta_momentum(
 
     def update_fn(updates, state, params=None):
         del params
-        rate = at_step(erase_rate, state.count)
-
-        @on_any_mesh
-        def step(gradient, trace, written):
-            dtype = working_dtype(gradient)
-            matrices = [as_matrix(leaf.astype(dtype)) for leaf in (trace, gradient, written)]
-            moved = _delta_step(*matrices, jnp.asarray(rate, dtype), jnp.asarray(decay, dtype), form).reshape(gradient.shape)
-            return moved.astype(gradient.dtype), moved.astype(trace.dtype)
-
-        written = _precondition(preconditioner, updates)
-        updates, trace = map_columns(step, updates, state.trace, written)
+        step = on_any_mesh(functools.partial(_delta_step, rate=at_step(erase_rate, state.count), decay=decay, form=form))
+        updates, trace = map_columns(step, updates, state.trace, _precondition(preconditioner, updates))
         return updates, DeltaMomentumState(optax.safe_increment(state.count), trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -144,7 +140,7 @@ def delta_momentum(
     form: str = 'printed',
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent with delta-rule momentum: see `scale_by_delta_momentum` for the equations and their stability.
+    """Gradient descent with delta-rule momentum: the module's docstring has the equations and their stability.
 
     Args:
         learning_rate: a constant or a schedule. It scales what is read from the momentum, a schedule also what was written long ago.
@@ -326,15 +322,7 @@ def scale_by_learned_preconditioner(
 
     def update_fn(updates, state, params=None):
         del params
-
-        @on_any_mesh
-        def step(gradient, preconditioner):
-            key, memory = as_matrix(gradient.astype(working_dtype(gradient))), preconditioner.astype(working_dtype(gradient))
-            error = key @ memory.mT - target(key)
-            squared_norm = jnp.sum(jnp.square(key), (-2, -1), keepdims=True)
-            memory = memory - jnp.asarray(rate, key.dtype) * divide(error.mT @ key, squared_norm)
-            return (key @ memory.mT).reshape(gradient.shape).astype(gradient.dtype), memory.astype(preconditioner.dtype)
-
+        step = on_any_mesh(functools.partial(_learn, rate=rate, target=target))
         updates, preconditioner = map_columns(step, updates, state.preconditioner)
         return updates, LearnedPreconditionerState(preconditioner)
 
@@ -426,14 +414,19 @@ def feature_momentum(
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def _delta_step(trace: jax.Array, gradient: jax.Array, written: jax.Array, rate: jax.Array, decay: jax.Array, form: str) -> jax.Array:
-    if form == 'proximal':
-        return resolvent(gradient.mT, decay * trace + written, rate)
-    wide = gradient.shape[-1] > gradient.shape[-2]
-    erased = (gradient @ gradient.mT) @ trace if wide else gradient @ (gradient.mT @ trace)
-    if form == 'normalised':
-        erased = divide(erased, jnp.sum(jnp.square(gradient), (-2, -1), keepdims=True))
-    return decay * trace + written - rate * erased
+def _delta_step(gradient: jax.Array, trace: jax.Array, written: jax.Array, *, rate: Any, decay: Any, form: str) -> tuple:
+    dtype = working_dtype(gradient)
+    key, memory, value = (as_matrix(leaf.astype(dtype)) for leaf in (gradient, trace, written))
+    rate, kept = jnp.asarray(rate, dtype), jnp.asarray(decay, dtype) * memory + value
+    moved = resolvent(key.mT, kept, rate) if form == 'proximal' else kept - rate * _erased(key, memory, form)
+    moved = moved.reshape(gradient.shape)
+    return moved.astype(gradient.dtype), moved.astype(trace.dtype)
+
+
+def _erased(key: jax.Array, memory: jax.Array, form: str) -> jax.Array:
+    wide = key.shape[-1] > key.shape[-2]
+    erased = (key @ key.mT) @ memory if wide else key @ (key.mT @ memory)
+    return divide(erased, jnp.sum(jnp.square(key), (-2, -1), keepdims=True)) if form == 'normalised' else erased
 
 
 def _precondition(preconditioner: Preconditioner, gradients: PyTree) -> PyTree:
@@ -443,6 +436,15 @@ def _precondition(preconditioner: Preconditioner, gradients: PyTree) -> PyTree:
         return jax.tree.map(preconditioner, gradients)
     apply = lambda matrix, part: part if matrix is None else jax.tree.map(lambda leaf: _apply_matrix(matrix, leaf), part)
     return jax.tree.map(apply, preconditioner, gradients, is_leaf=lambda leaf: leaf is None)
+
+
+def _learn(gradient: jax.Array, preconditioner: jax.Array, *, rate: Any, target: Callable[[jax.Array], jax.Array]) -> tuple:
+    dtype = working_dtype(gradient)
+    key, memory = as_matrix(gradient.astype(dtype)), preconditioner.astype(dtype)
+    error = key @ memory.mT - target(key)
+    squared_norm = jnp.sum(jnp.square(key), (-2, -1), keepdims=True)
+    memory = memory - jnp.asarray(rate, dtype) * divide(error.mT @ key, squared_norm)
+    return (key @ memory.mT).reshape(gradient.shape).astype(gradient.dtype), memory.astype(preconditioner.dtype)
 
 
 def _apply_matrix(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
