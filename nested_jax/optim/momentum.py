@@ -270,31 +270,34 @@ def preconditioned_momentum(
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def unit_rms(gradient: jax.Array) -> jax.Array:
-    """The gradient, shape (..., in, out), over its root mean square; zero where it is zero."""
-    return divide(gradient, root_mean_square(gradient))
+def equalised(gradient: jax.Array) -> jax.Array:
+    """The signs of a gradient (..., in, out) times its root mean square: every entry alike, the norm no larger."""
+    return jnp.sign(gradient) * root_mean_square(gradient)
 
 
 def scale_by_learned_preconditioner(
     rate: jax.typing.ArrayLike = 0.1,
-    target: Callable[[jax.Array], jax.Array] = unit_rms,
+    decay: jax.typing.ArrayLike = 0.9,
+    target: Callable[[jax.Array], jax.Array] = equalised,
     mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""A preconditioner that is itself a memory, written by gradient descent: Eq. (41).
 
-    The paper leaves the inner objective open. Here the memory P maps the gradient to what the step should be, a target :math:`\hat g`:
+    The paper leaves the inner objective open. Here the memory P maps the gradient to what the step should be, a target :math:`\hat g`,
+    and decays towards the identity, from which it starts:
 
     .. math::
       \tilde L(P; g, \hat g) = \tfrac12 \lVert P g - \hat g \rVert_F^2, \qquad
-      P \leftarrow P - \frac{\zeta}{\lVert g \rVert_F^2} (P g - \hat g) g^\top,
+      P \leftarrow I + \beta (P - I) - \frac{\zeta}{\lVert g \rVert_F^2} (P g - \hat g) g^\top
 
-    which cannot diverge for :math:`0 \le \zeta \le 2`. It starts at the identity, and is read after it is written. The default target
-    makes the step's size independent of the gradient's; a Newton-Schulz iteration as target learns a whitening.
+    It is read after it is written. For a target no longer than g and :math:`\zeta \le 2 \beta` it stays within
+    :math:`2 \zeta / (1 - \beta)` of the identity. Scale a target of fixed size, such as Newton-Schulz's, to g's, or P grows as g vanishes.
 
-    It holds out * out numbers for a leaf (..., in, out), per matrix: mask leaves with a wide output, such as a language model's head.
+    It holds out * out numbers for each matrix (in, out): mask leaves with a wide output, such as a language model's head.
 
     Args:
         rate: zeta, from 0 to 2.
+        decay: beta, from 0 to 1.
         target: a function from a leaf's gradient, (..., in, out) in float32 at least, to an array of the same shape.
         mu_dtype: of P; by default the parameters', and float32 at least.
 
@@ -302,19 +305,19 @@ def scale_by_learned_preconditioner(
         The transformation.
 
     Raises:
-        ValueError: if the rate is not allowed, or, at `init`, on complex parameters.
+        ValueError: if a number is not allowed, or, at `init`, on complex parameters.
 
     Examples:
         >>> import jax.numpy as jnp
-        >>> optimizer = scale_by_learned_preconditioner(rate=1.0)
-        >>> gradient = jnp.array([[4.0]])
-        >>> print(optimizer.update(gradient, optimizer.init(gradient))[0])
-        [[1.]]
+        >>> optimizer, gradient = scale_by_learned_preconditioner(rate=1.0), jnp.array([[7.0, -1.0]])
+        >>> print(optimizer.update(gradient, optimizer.init(gradient))[0].round(4))
+        [[ 5. -5.]]
 
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (40)-(41)
     """
     check_range('rate', rate, 0, 2)
+    check_range('decay', decay, 0, 1)
 
     def init_fn(params):
         check_real(params)
@@ -322,7 +325,7 @@ def scale_by_learned_preconditioner(
 
     def update_fn(updates, state, params=None):
         del params
-        step = on_any_mesh(functools.partial(_learn, rate=rate, target=target))
+        step = on_any_mesh(functools.partial(_learn, rate=rate, decay=decay, target=target))
         updates, preconditioner = map_columns(step, updates, state.preconditioner)
         return updates, LearnedPreconditionerState(preconditioner)
 
@@ -438,12 +441,12 @@ def _precondition(preconditioner: Preconditioner, gradients: PyTree) -> PyTree:
     return jax.tree.map(apply, preconditioner, gradients, is_leaf=lambda leaf: leaf is None)
 
 
-def _learn(gradient: jax.Array, preconditioner: jax.Array, *, rate: Any, target: Callable[[jax.Array], jax.Array]) -> tuple:
+def _learn(gradient: jax.Array, preconditioner: jax.Array, *, rate: Any, decay: Any, target: Callable[[jax.Array], jax.Array]) -> tuple:
     dtype = working_dtype(gradient)
-    key, memory = as_matrix(gradient.astype(dtype)), preconditioner.astype(dtype)
+    key, memory, identity = as_matrix(gradient.astype(dtype)), preconditioner.astype(dtype), _identity(gradient, dtype)
     error = key @ memory.mT - target(key)
-    squared_norm = jnp.sum(jnp.square(key), (-2, -1), keepdims=True)
-    memory = memory - jnp.asarray(rate, dtype) * divide(error.mT @ key, squared_norm)
+    gradient_step = divide(error.mT @ key, jnp.sum(jnp.square(key), (-2, -1), keepdims=True))
+    memory = identity + jnp.asarray(decay, dtype) * (memory - identity) - jnp.asarray(rate, dtype) * gradient_step
     return (key @ memory.mT).reshape(gradient.shape).astype(gradient.dtype), memory.astype(preconditioner.dtype)
 
 

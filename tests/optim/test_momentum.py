@@ -158,14 +158,25 @@ def test_printed_form_is_stable_up_to_its_condition_and_not_beyond():
 
 def test_learned_preconditioner_against_numpy(x64):
     gradients = make_gradients()
-    updates = run(scale_by_learned_preconditioner(0.3), gradients)
+    updates = run(scale_by_learned_preconditioner(0.3, 0.8), gradients)
     for name, leaf in gradients.items():
         p = np.eye(in_paper_layout(leaf[0]).shape[-2])
         for step, gradient in enumerate(leaf):
             g = in_paper_layout(gradient)
-            target = g / np.sqrt((g**2).mean((-2, -1), keepdims=True))
-            p = p - 0.3 * (p @ g - target) @ np.swapaxes(g, -1, -2) / (g**2).sum((-2, -1), keepdims=True)
+            target = np.sign(g) * np.sqrt((g**2).mean((-2, -1), keepdims=True))
+            error = (p @ g - target) @ np.swapaxes(g, -1, -2) / (g**2).sum((-2, -1), keepdims=True)
+            p = np.eye(p.shape[-1]) + 0.8 * (p - np.eye(p.shape[-1])) - 0.3 * error
             np.testing.assert_allclose(updates[name][step], np.swapaxes(p @ g, -1, -2).reshape(gradient.shape), rtol=1e-10, atol=1e-12)
+
+
+def test_learned_preconditioner_stays_near_the_identity():
+    """Within 2 rate / (1 - decay), though gradients vanish in some directions for a long time and then return."""
+    draw, length = np.random.default_rng(0).normal, 400
+    sizes = np.where(np.arange(length)[:, None, None] < 300, np.array([1.0, 1e-6, 1e-12]), 1.0)
+    gradients = {'w': jnp.asarray(draw(size=(length, 5, 3)) * sizes * 1e3, jnp.float32)}
+    updates = run(scale_by_learned_preconditioner(0.1, 0.9), gradients)['w']
+    ratio = jnp.linalg.norm(updates, axis=(1, 2)) / jnp.linalg.norm(gradients['w'], axis=(1, 2))
+    assert float(ratio.max()) <= 1 + 2 * 0.1 / (1 - 0.9)
 
 
 def test_preconditioned_momentum_against_numpy(x64):
@@ -315,6 +326,7 @@ def test_sharded_matrices(name, axis_type):
         (lambda: delta_momentum(0.1, form='exact'), "form is 'exact', allowed is one of 'printed', 'normalised', 'proximal'"),
         (lambda: preconditioned_momentum(0.1, -1), 'decay is -1'),
         (lambda: scale_by_learned_preconditioner(2.1), 'rate is 2.1, allowed is a number from 0 to 2'),
+        (lambda: scale_by_learned_preconditioner(decay=-1), 'decay is -1'),
         (lambda: feature_momentum(0.1, 2.0), 'feature is 2.0, allowed is a number from 0 to 1'),
         (lambda: feature_momentum(0.1, lambda g: g[:1]).init(jnp.zeros(3)), 'feature maps shape'),
         (lambda: delta_momentum(0.1, preconditioner=jnp.eye(3)).init(jnp.zeros((3, 2))), r'preconditioner has shape \(3, 3\)'),
