@@ -66,7 +66,8 @@ def numpy_reference(gradients, first, decay, rate, objective, linear):
     ('objective', 'linear', 'hidden_size'), [('dot', True, 8), ('l2', True, 2), ('dot', False, 8), ('l2', False, 3), ('huber', True, 8)]
 )
 def test_against_numpy(x64, objective, linear, hidden_size):
-    gradients = make_gradients()
+    every = (objective, linear) == ('dot', True)
+    gradients = make_gradients(shapes=SHAPES if every else {'w': SHAPES['w']})
     loss = (lambda prediction, gradient: jnp.sum(jnp.log(jnp.cosh(prediction - gradient)))) if objective == 'huber' else objective
     optimizer = scale_by_deep_momentum(hidden_size, 0.8, 0.3, loss, linear=linear, seed=3)
     start = optimizer.init(jax.tree.map(lambda leaf: leaf[0], gradients)).memory
@@ -125,11 +126,11 @@ def test_memory_follows_the_gradient_it_has_seen():
 
 
 @pytest.mark.parametrize('objective', ['dot', 'l2'])
-@pytest.mark.parametrize('scale', [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize('scale', [1e-8, 1e8])
 def test_bounded_and_equivariant_to_scale(objective, scale):
     optimizer = scale_by_deep_momentum(8, 0.9, objective=objective)
-    unit, _ = run(optimizer, make_gradients(300, dtype=jnp.float32))
-    scaled, state = run(optimizer, make_gradients(300, dtype=jnp.float32, scale=scale))
+    unit, _ = run(optimizer, make_gradients(300, {'w': (6, 3)}, jnp.float32))
+    scaled, state = run(optimizer, make_gradients(300, {'w': (6, 3)}, jnp.float32, scale))
     for name, leaf in unit.items():
         assert float(jnp.abs(leaf).max()) < 100
         np.testing.assert_allclose(scaled[name][:5] / scale, leaf[:5], rtol=1e-3, atol=1e-4)
