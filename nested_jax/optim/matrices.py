@@ -1,0 +1,145 @@
+"""Parameters seen as matrices, and what the optimizers of this folder share: checks, dtypes, meshes, one stable solve.
+
+A matrix is laid out as a kernel of flax, (..., in, out), the transpose of the paper's W; leading axes are a batch of matrices. A vector
+is one row (1, out), the weight of a constant input, and a scalar is (1, 1).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+def as_matrix(leaf: jax.Array) -> jax.Array:
+    """The leaf as (..., in, out)."""
+    return leaf if leaf.ndim >= 2 else leaf.reshape(1, -1)
+
+
+def matrix_shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """The shape of `as_matrix(leaf)`."""
+    return leaf.shape if len(leaf.shape) >= 2 else (1, math.prod(leaf.shape))
+
+
+def working_dtype(leaf: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
+    """The dtype an optimizer computes in: the leaf's, and float32 at least."""
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def zeros_for(params: PyTree, mu_dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+    """Zeros shaped and sharded like the parameters, in `mu_dtype` or the working dtype."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=mu_dtype or working_dtype(leaf)), params)
+
+
+def map_columns(function: Callable[..., tuple], updates: PyTree, *trees: PyTree) -> tuple[PyTree, ...]:
+    """`function` over the leaves of several trees, each of its two results as a tree of its own."""
+    pairs = jax.tree.map(function, updates, *trees)
+    return tuple(jax.tree.map(lambda _, pair, column=column: pair[column], updates, pairs) for column in (0, 1))
+
+
+def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raise a `ValueError` unless low <= value <= high. Arrays and schedules pass: their values may not be known yet."""
+    if isinstance(value, int | float) and not low <= value <= high:
+        allowed = f'a number of at least {low}' if high == math.inf else f'a number from {low} to {high}'
+        raise ValueError(f'{name} is {value}, allowed is {allowed}')
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a `ValueError` unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} is {value!r}, allowed is one of {", ".join(map(repr, choices))}')
+
+
+def check_real(params: PyTree) -> None:
+    """Raise a `ValueError` on complex parameters."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            where = jax.tree_util.keystr(path, simple=True, separator='/')
+            raise ValueError(
+                f'params at {where!r} has dtype {leaf.dtype}, allowed is a real dtype: see optax.contrib.split_real_and_imaginary'
+            )
+
+
+def at_step(rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
+    """The value of a constant or a schedule at this step."""
+    return rate(count) if callable(rate) else rate
+
+
+def with_learning_rate(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: jax.typing.ArrayLike,
+    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction with decoupled weight decay, times the negative learning rate."""
+    decayed = optax.add_decayed_weights(weight_decay, weight_decay_mask)
+    return optax.chain(direction, decayed, optax.scale_by_learning_rate(learning_rate))
+
+
+def on_any_mesh(function: Callable[..., tuple], results: int = 2) -> Callable[..., tuple]:
+    """Let the compiler place a leaf's products where the mesh is Explicit; a result is sharded like the argument of its position."""
+
+    @functools.wraps(function)
+    def placed(*arguments):
+        if jax.sharding.AxisType.Explicit not in jax.typeof(arguments[0]).sharding.mesh.axis_types:
+            return function(*arguments)
+        specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, arguments[:results])
+        return jax.sharding.auto_axes(function, out_sharding=specs)(*arguments)
+
+    return placed
+
+
+def root_mean_square(x: jax.Array) -> jax.Array:
+    """Over the last two axes, which are kept; its derivative at zero is zero."""
+    mean = jnp.mean(jnp.square(x), (-2, -1), keepdims=True)
+    return jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
+
+
+def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """The quotient, and zero where the denominator is zero, derivatives too."""
+    safe = jnp.where(denominator > 0, denominator, 1)
+    return jnp.where(denominator > 0, numerator / safe, 0)
+
+
+@jax.custom_jvp
+def resolvent(keys: jax.Array, values: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
+    r"""The implicit delta rule :math:`(I + \eta K^\top K)^{-1} V`.
+
+    One QR decomposition of the identity stacked on :math:`\sqrt\eta K`, on the smaller side of K, and no matrix squared: its orthonormal
+    columns are the factors of the result, so the map is a contraction for keys of any size, in any precision.
+
+    Args:
+        keys: K, shape (..., n, d).
+        values: V, shape (..., d, e).
+        rate: eta, a scalar of at least 0.
+
+    Returns:
+        Array of the shape of `values`.
+    """
+    return _resolve(keys, rate)(values)
+
+
+@resolvent.defjvp
+def _resolvent_jvp(primals, tangents):
+    (keys, values, rate), (keys_dot, values_dot, rate_dot) = primals, tangents
+    solve = _resolve(keys, rate)
+    result = solve(values)
+    read = keys @ result
+    moved = rate_dot * (keys.mT @ read) + rate * (keys_dot.mT @ read + keys.mT @ (keys_dot @ result))
+    return result, solve(values_dot - moved)
+
+
+def _resolve(keys: jax.Array, rate: jax.typing.ArrayLike) -> Callable[[jax.Array], jax.Array]:
+    rows, width = keys.shape[-2:]
+    scaled = jnp.sqrt(jnp.asarray(rate, keys.dtype)) * (keys if rows >= width else keys.mT)
+    size = scaled.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=keys.dtype), (*keys.shape[:-2], size, size))
+    factor = jnp.linalg.qr(jnp.concatenate([identity, scaled], -2))[0]
+    if rows >= width:
+        return lambda values: factor[..., :size, :] @ (factor[..., :size, :].mT @ values)
+    return lambda values: values - factor[..., size:, :] @ (factor[..., size:, :].mT @ values)
