@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.typing import ArrayLike
 
 from nested_jax.optim.delta_descent import with_delta
 
@@ -12,7 +13,7 @@ PyTree = Any
 COLLECTION = 'delta_inputs'
 
 
-def delta_dense(learning_rate: jax.typing.ArrayLike, reduction: str = 'mean') -> Callable:
+def delta_dense(learning_rate: ArrayLike, reduction: str = 'mean') -> Callable:
     """Put `nested_jax.optim.with_delta` under every `nn.Dense` inside the context; biases keep their own gradient.
 
     Args:

@@ -24,13 +24,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
+from nested_jax.optim.checks import check_choice, check_decay, check_range, check_real
 from nested_jax.optim.matrices import (
-    check_choice,
-    check_range,
-    check_real,
+    Mask,
     divide,
-    map_columns,
+    map_step,
+    root,
+    widened,
     with_learning_rate,
     working_dtype,
     zeros_for,
@@ -58,7 +60,7 @@ def memory_loss(
     memory: jax.Array,
     gradients: jax.Array,
     target: jax.Array,
-    penalty: jax.typing.ArrayLike,
+    penalty: ArrayLike,
     first_weights: jax.Array,
     second_weights: jax.Array,
 ) -> jax.Array:
@@ -85,7 +87,7 @@ def memory_loss(
     return jnp.sum(second * memory**2 - 2 * first * memory * target + first_weights.sum() * target**2 + penalty * memory**2)
 
 
-def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penalty: jax.typing.ArrayLike) -> jax.Array:
+def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penalty: ArrayLike) -> jax.Array:
     """The minimum of `memory_loss`, Eq. (102): M P / (H + lambda), and zero where the denominator is.
 
     Args:
@@ -102,21 +104,15 @@ def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penal
     return divide(first * target, second + penalty)
 
 
-def root(second: jax.Array) -> jax.Array:
-    """The target of Adam and AdaGrad: P as the root of H, whose derivative at zero is zero here."""
-    positive = second > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, second, 1)), 0)
-
-
 TARGETS: dict[str, Target] = {'root': root, 'square': lambda second: second}
 
 
 def scale_by_adam_as_memory(
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     target: str | Target = 'root',
 ) -> optax.GradientTransformation:
@@ -125,8 +121,8 @@ def scale_by_adam_as_memory(
     Gradients through it are finite where the gradients are zero, unlike those of `optax.adam`.
 
     Args:
-        b1: decay of M, from 0 to 1.
-        b2: decay of H, from 0 to 1.
+        b1: decay of M, at least 0 and below 1.
+        b2: decay of H, at least 0 and below 1.
         eps: outside of the root.
         eps_root: inside of the root.
         mu_dtype: of M; by default the parameters', and float32 at least.
@@ -136,7 +132,7 @@ def scale_by_adam_as_memory(
         The transformation.
 
     Raises:
-        ValueError: if a number is not allowed, or, at `init`, on complex parameters.
+        ValueError: if a number is not allowed, or, at `init`, on parameters that are not real.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -158,7 +154,7 @@ def scale_by_adam_as_memory(
     def update_fn(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
-        gradients = jax.tree.map(lambda leaf: leaf.astype(working_dtype(leaf)), updates)
+        gradients = jax.tree.map(widened, updates)
         mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, b2, 2)
         corrected = optax.tree.bias_correction(mu, b1, count), optax.tree.bias_correction(nu, b2, count)
@@ -170,13 +166,13 @@ def scale_by_adam_as_memory(
 
 def adam_as_memory(
     learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     target: str | Target = 'root',
 ) -> optax.GradientTransformationExtraArgs:
@@ -184,8 +180,8 @@ def adam_as_memory(
 
     Args:
         learning_rate: a constant or a schedule.
-        b1: decay of M, from 0 to 1.
-        b2: decay of H, from 0 to 1.
+        b1: decay of M, at least 0 and below 1.
+        b2: decay of H, at least 0 and below 1.
         eps: outside of the root.
         eps_root: inside of the root.
         weight_decay: decoupled, times the learning rate.
@@ -214,9 +210,7 @@ def adam_as_memory(
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def scale_by_adagrad_as_memory(
-    initial_accumulator_value: jax.typing.ArrayLike = 0.1, eps: jax.typing.ArrayLike = 1e-7
-) -> optax.GradientTransformation:
+def scale_by_adagrad_as_memory(initial_accumulator_value: ArrayLike = 0.1, eps: ArrayLike = 1e-7) -> optax.GradientTransformation:
     r"""AdaGrad as the optimal memory of its gradients: equal to `optax.scale_by_rss`.
 
     M is the present gradient alone, H the sum of all squares on top of an initial value, P the root of :math:`H + \epsilon` and
@@ -230,7 +224,7 @@ def scale_by_adagrad_as_memory(
         The transformation.
 
     Raises:
-        ValueError: if a number is not allowed, or, at `init`, on complex parameters.
+        ValueError: if a number is not allowed, or, at `init`, on parameters that are not real.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -254,11 +248,11 @@ def scale_by_adagrad_as_memory(
         del params
 
         def step(gradient, total):
-            first = gradient.astype(working_dtype(gradient))
+            first = widened(gradient)
             second = total + jnp.square(first)
             return optimal_memory(first, second, root(second + eps), eps).astype(gradient.dtype), second
 
-        updates, totals = map_columns(step, updates, state.sum_of_squares)
+        updates, totals = map_step(step, updates, state.sum_of_squares)
         return updates, AdagradMemoryState(totals)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -266,10 +260,10 @@ def scale_by_adagrad_as_memory(
 
 def adagrad_as_memory(
     learning_rate: optax.ScalarOrSchedule,
-    initial_accumulator_value: jax.typing.ArrayLike = 0.1,
-    eps: jax.typing.ArrayLike = 1e-7,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
+    initial_accumulator_value: ArrayLike = 0.1,
+    eps: ArrayLike = 1e-7,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaGrad as the optimal memory of its gradients: equal to `optax.adagrad`, see `scale_by_adagrad_as_memory` for the derivation.
 
@@ -302,8 +296,8 @@ def adagrad_as_memory(
 
 
 def _check_adam(b1: Any, b2: Any, eps: Any, eps_root: Any, target: str | Target) -> None:
-    check_range('b1', b1, 0, 1)
-    check_range('b2', b2, 0, 1)
+    check_decay('b1', b1)
+    check_decay('b2', b2)
     check_range('eps', eps, 0)
     check_range('eps_root', eps_root, 0)
     if not callable(target):

@@ -33,16 +33,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
+from nested_jax.optim.checks import check_choice, check_integer, check_range, check_real
 from nested_jax.optim.matrices import (
+    Mask,
     as_matrix,
-    check_choice,
-    check_range,
-    check_real,
     divide,
-    map_columns,
+    map_step,
     matrix_shape,
-    on_any_mesh,
+    root,
+    widened,
     with_learning_rate,
     working_dtype,
 )
@@ -74,11 +75,11 @@ class DeepMomentumState(NamedTuple):
 
 def scale_by_deep_momentum(
     hidden_size: int | None = None,
-    decay: jax.typing.ArrayLike = 0.9,
-    write_rate: jax.typing.ArrayLike = 1.0,
+    decay: ArrayLike = 0.9,
+    write_rate: ArrayLike = 1.0,
     objective: str | Objective = 'dot',
     sigma: Callable[[jax.Array], jax.Array] | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     linear: bool = True,
     seed: int = 0,
@@ -99,7 +100,7 @@ def scale_by_deep_momentum(
         The transformation. A vector is one row, a scalar a row of one.
 
     Raises:
-        ValueError: if an argument is not allowed, or, at `init`, on complex parameters.
+        ValueError: if an argument is not allowed, or, at `init`, on parameters that are not real.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -122,8 +123,8 @@ def scale_by_deep_momentum(
 
     def update_fn(updates, state, params=None):
         del params
-        step = on_any_mesh(functools.partial(_step, write=write, sigma=sigma))
-        updates, memory = map_columns(lambda gradient, memory: step(gradient, memory, state.seed), updates, state.memory)
+        seeds = jax.tree.map(lambda _: state.seed, updates)
+        updates, memory = map_step(functools.partial(_step, write=write, sigma=sigma), updates, state.memory, seeds)
         return updates, DeepMomentumState(state.seed, memory)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -132,13 +133,13 @@ def scale_by_deep_momentum(
 def deep_momentum(
     learning_rate: optax.ScalarOrSchedule,
     hidden_size: int | None = None,
-    decay: jax.typing.ArrayLike = 0.9,
-    write_rate: jax.typing.ArrayLike = 1.0,
+    decay: ArrayLike = 0.9,
+    write_rate: ArrayLike = 1.0,
     objective: str | Objective = 'dot',
     sigma: Callable[[jax.Array], jax.Array] | None = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     linear: bool = True,
     seed: int = 0,
@@ -181,15 +182,14 @@ def deep_momentum(
 
 
 def _check(hidden_size: int, decay: Any, write_rate: Any, objective: str | Objective, linear: bool) -> None:
-    if isinstance(hidden_size, bool) or not isinstance(hidden_size, int) or hidden_size < (0 if linear else 1):
-        raise ValueError(f'hidden_size is {hidden_size!r}, allowed is an integer of at least {0 if linear else 1}')
+    check_integer('hidden_size', hidden_size, 0 if linear else 1)
     check_range('decay', decay, 0, 1)
     check_range('write_rate', write_rate, 0)
     if not callable(objective):
         check_choice('objective', objective, tuple(OBJECTIVES))
 
 
-def _initial_memory(leaf: jax.Array, hidden_size: int, dtype: jax.typing.DTypeLike, linear: bool, seed: int) -> DeepMemory:
+def _initial_memory(leaf: jax.Array, hidden_size: int, dtype: DTypeLike, linear: bool, seed: int) -> DeepMemory:
     *batch, rows, width = matrix_shape(leaf)
     hidden = min(hidden_size, max(rows // 2, 1))
     trace = jnp.zeros_like(leaf, dtype=dtype) if linear else None
@@ -200,7 +200,7 @@ def _initial_memory(leaf: jax.Array, hidden_size: int, dtype: jax.typing.DTypeLi
     return DeepMemory(trace, *_placed_like(leaf, first, jnp.zeros((*batch, hidden, width), dtype)))
 
 
-def _first_layer(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, seed: jax.typing.ArrayLike) -> jax.Array:
+def _first_layer(shape: tuple[int, ...], dtype: DTypeLike, seed: ArrayLike) -> jax.Array:
     # Keys have norm 1: features of unit variance.
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
@@ -215,7 +215,7 @@ def _placed_like(leaf: jax.Array, first: jax.Array, second: jax.Array) -> tuple[
 
 
 def _step(gradient: jax.Array, memory: DeepMemory, seed: jax.Array, *, write: Callable, sigma: Callable | None) -> tuple:
-    keys = as_matrix(gradient.astype(working_dtype(gradient)))
+    keys = as_matrix(widened(gradient))
     new = write(jax.tree.map(lambda leaf: as_matrix(leaf.astype(keys.dtype)), memory), keys, seed)
     update = _read(new, *_unit_keys(keys))
     update = update if sigma is None else sigma(update)
@@ -230,8 +230,7 @@ def _unit_keys(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _row_norm(matrix: jax.Array) -> jax.Array:
-    mean = jnp.sum(jnp.square(matrix), (-2, -1), keepdims=True) / max(matrix.shape[-2], 1)
-    return jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
+    return root(jnp.sum(jnp.square(matrix), (-2, -1), keepdims=True) / max(matrix.shape[-2], 1))
 
 
 def _network(first: jax.Array, second: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,8 +7,8 @@ A layer y = W x is asked to answer its input with the negative gradient of its o
 So gradient descent that also forgets along its input. The printed eta / (1 + eta) is the case |x| = 1; the signs of the paper's appendix
 C disagree with Eq. (57), which is the one that minimises Eq. (56). For a batch, rows of X, there are two forms:
 
-    exact   W+ = (W - eta G)(I + eta A)^-1,  A the sum or mean of x x'     `delta_gradient_descent` with inputs=
-    cheap   W+ = W - eta (G + W A) / (1 + eta trace A)                     `with_delta` around the layer, then `delta_gradient_descent`
+    exact   W+ = (W - eta G)(I + eta A)^-1,  A the sum or mean of x x'     `delta_gradient_descent`, whose update takes the inputs
+    cheap   W+ = W - eta (G + W A) / (1 + eta trace A)                     `with_delta` around the layer, then exact=False
 
 They agree for one sample. Adding up the one-sample rule over a batch does not work: inputs that repeat overshoot.
 """
@@ -20,17 +20,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
+from nested_jax.optim.checks import check_choice, check_range, check_real
 from nested_jax.optim.matrices import (
+    Mask,
     at_step,
-    check_choice,
-    check_range,
-    check_real,
-    on_any_mesh,
     resolvent,
+    widened,
     with_learning_rate,
     working_dtype,
 )
+from nested_jax.optim.sharding import run_in_auto_mode
 
 PyTree = Any
 Dense = Callable[[jax.Array, jax.Array], jax.Array]
@@ -44,9 +45,9 @@ class DeltaGradientDescentState(NamedTuple):
 
 
 def scale_by_delta_gradient_descent(
-    learning_rate: optax.ScalarOrSchedule, reduction: str = 'mean'
+    learning_rate: optax.ScalarOrSchedule, reduction: str = 'mean', *, exact: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The direction of delta gradient descent in its exact form, to be multiplied by the negative of the same learning rate.
+    r"""The direction of delta gradient descent, to be multiplied by the negative of the same learning rate.
 
     For a kernel W (in, out) with gradient G and inputs X (n, in), and c = 1 / n for a mean and 1 for a sum,
 
@@ -61,14 +62,15 @@ def scale_by_delta_gradient_descent(
     Args:
         learning_rate: eta, a constant or a schedule.
         reduction: how the loss adds up samples: 'mean' or 'sum'.
+        exact: compute the direction from the layers' inputs. If False, gradients are taken for directions, as `with_delta` makes them.
 
     Returns:
-        A transformation whose `update` takes `inputs`, a pytree like the parameters: (..., in) for a kernel (in, out), (layers, ..., in)
-        for (layers, in, out), None where the gradient is taken as it is, as all are without `inputs`: those under `with_delta`.
+        A transformation whose `update` takes `inputs` if `exact`, a pytree like the parameters: (..., in) for a kernel (in, out),
+        (layers, ..., in) for (layers, in, out), None where the gradient is taken as it is, such as for biases.
 
     Raises:
-        ValueError: if an argument is not allowed; at `init` on complex parameters; at `update` if inputs do not fit, or come without
-            parameters.
+        ValueError: if an argument is not allowed; at `init`, on parameters that are not real; at `update`, if inputs or parameters are
+            missing or do not fit.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -89,10 +91,11 @@ def scale_by_delta_gradient_descent(
 
     def update_fn(updates, state, params=None, *, inputs=None, **extra_args):
         del extra_args
-        if inputs is not None:
+        if exact:
+            if params is None or inputs is None:
+                missing = 'params' if params is None else 'inputs'
+                raise ValueError(f'{missing} is None, allowed is a pytree like the updates; exact=False takes neither')
             rate = at_step(learning_rate, state.count)
-            if params is None:
-                raise ValueError('params is None, allowed with inputs are the parameters themselves')
             step = lambda gradient, kernel, x: _direction(gradient, kernel, x, rate, reduction)
             updates = jax.tree.map(step, updates, params, inputs, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
         return updates, DeltaGradientDescentState(optax.safe_increment(state.count))
@@ -103,8 +106,10 @@ def scale_by_delta_gradient_descent(
 def delta_gradient_descent(
     learning_rate: optax.ScalarOrSchedule,
     reduction: str = 'mean',
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: Mask = None,
+    *,
+    exact: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Delta gradient descent: exact with `update(..., inputs=)`, cheap on layers under `with_delta`. It has no state but a step count.
 
@@ -113,14 +118,18 @@ def delta_gradient_descent(
         reduction: how the loss adds up samples: 'mean' or 'sum'.
         weight_decay: decoupled, times the learning rate.
         weight_decay_mask: tree of booleans, or a function of the parameters to one: where weight decay acts.
+        exact: the form, see `scale_by_delta_gradient_descent`. With False, layers that are not under `with_delta` get gradient descent.
 
     Returns:
-        The optimizer. Without either form it is gradient descent.
+        The optimizer.
+
+    Raises:
+        ValueError: as `scale_by_delta_gradient_descent`; with `exact`, `update` needs `inputs`.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax
         >>> x, w = jnp.eye(3), jnp.ones((3, 2))
-        >>> optimizer, dense = delta_gradient_descent(0.5), with_delta(jnp.matmul, 0.5)
+        >>> optimizer, dense = delta_gradient_descent(0.5, exact=False), with_delta(jnp.matmul, 0.5)
         >>> loss = lambda w: jnp.mean(jnp.sum(dense(x, w) ** 2, -1))
         >>> updates, _ = optimizer.update(jax.grad(loss)(w), optimizer.init(w), w)
         >>> w = optax.apply_updates(w, updates)
@@ -128,10 +137,11 @@ def delta_gradient_descent(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 4.5
     """
-    return with_learning_rate(scale_by_delta_gradient_descent(learning_rate, reduction), learning_rate, weight_decay, weight_decay_mask)
+    direction = scale_by_delta_gradient_descent(learning_rate, reduction, exact=exact)
+    return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def with_delta(dense: Dense, learning_rate: jax.typing.ArrayLike, reduction: str = 'mean') -> Dense:
+def with_delta(dense: Dense, learning_rate: ArrayLike, reduction: str = 'mean') -> Dense:
     r"""A linear layer whose weight's gradient is the cheap form's direction; its output and its input's gradient stay as they are.
 
     On the way back, the weight's product :math:`X^\top g` is taken with the output y added to the output's gradient:
@@ -179,7 +189,7 @@ def with_delta(dense: Dense, learning_rate: jax.typing.ArrayLike, reduction: str
     def backward(residuals, gradient):
         backward, x, output, rate = residuals
         share = _share(x, reduction)
-        energy = share * jnp.sum(jnp.square(x.astype(working_dtype(x))))
+        energy = share * jnp.sum(jnp.square(widened(x)))
         # Of each call one result is used: compiled, they are the two products of the layer's own backward pass.
         weight_bar = backward(gradient + jnp.asarray(share, output.dtype) * output)[1]
         return backward(gradient)[0], weight_bar / (1 + rate * energy).astype(weight_bar.dtype), jnp.zeros_like(rate)
@@ -192,7 +202,7 @@ def _share(x: jax.Array, reduction: str) -> float:
     return 1.0 if reduction == 'sum' else 1 / max(math.prod(x.shape[:-1]), 1)
 
 
-def _direction(gradient: jax.Array, kernel: jax.Array, x: jax.Array | None, rate: jax.typing.ArrayLike, reduction: str) -> jax.Array:
+def _direction(gradient: jax.Array, kernel: jax.Array, x: jax.Array | None, rate: ArrayLike, reduction: str) -> jax.Array:
     if x is None or isinstance(gradient, optax.MaskedNode):
         return gradient
     *batch, width, _ = kernel.shape if kernel.ndim >= 2 else (None, None)
@@ -203,6 +213,6 @@ def _direction(gradient: jax.Array, kernel: jax.Array, x: jax.Array | None, rate
         keys = x.reshape(*batch, -1, width).astype(working_dtype(kernel))
         share = 1 / max(keys.shape[-2], 1) if reduction == 'mean' else 1.0
         drive = gradient.astype(keys.dtype) + share * (keys.mT @ (keys @ kernel.astype(keys.dtype)))
-        return (resolvent(keys, drive, share * jnp.asarray(rate, keys.dtype)).astype(gradient.dtype),)
+        return resolvent(keys, drive, share * jnp.asarray(rate, keys.dtype)).astype(gradient.dtype)
 
-    return on_any_mesh(solve, results=1)(gradient, kernel, x)[0]
+    return run_in_auto_mode(solve, (gradient, kernel, x), like=gradient)

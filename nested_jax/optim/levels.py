@@ -20,6 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.optim.checks import check_integer
+from nested_jax.optim.matrices import zeros_for
+
 PyTree = Any
 Inner = optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
 
@@ -127,8 +130,7 @@ def summed(inner: optax.GradientTransformation, period: int, *, average: bool = 
         return inner
 
     def init_fn(params):
-        sums = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
-        return LevelState(jnp.zeros((), jnp.int32), sums, inner.init(params))
+        return LevelState(jnp.zeros((), jnp.int32), zeros_for(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         sums = jax.tree.map(lambda total, gradient: total + gradient.astype(total.dtype), state.sums, updates)
@@ -175,15 +177,14 @@ def steps_of(period: int, tokens_per_step: int) -> int:
         tokens_per_step: of the whole batch.
 
     Raises:
-        ValueError: if either is below 1.
+        ValueError: if either is not an integer of at least 1.
 
     Examples:
         >>> steps_of(512, 2048), steps_of(16384, 2048), steps_of(5000, 2048)
         (1, 8, 3)
     """
-    for name, value in (('period', period), ('tokens_per_step', tokens_per_step)):
-        if value < 1:
-            raise ValueError(f'{name} is {value}, allowed is an integer of at least 1')
+    check_integer('period', period, 1)
+    check_integer('tokens_per_step', tokens_per_step, 1)
     return math.ceil(period / tokens_per_step)
 
 
@@ -218,9 +219,8 @@ def _periods_of(tree: PyTree, periods: Periods, inners: Mapping[str | None, Inne
 
 def _checked(levels: PyTree, inners: Mapping[str | None, Inner]) -> PyTree:
     for path, level in jax.tree_util.tree_leaves_with_path(levels):
-        period, where = _steps(level), jax.tree_util.keystr(path)
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise ValueError(f'periods at {where} is {period!r}, allowed is an integer of at least 1')
+        where = jax.tree_util.keystr(path)
+        check_integer(f'periods at {where}', _steps(level), 1)
         if _name(level) not in inners:
             allowed = 'an integer, for the one optimizer' if None in inners else f'a Level with one of {sorted(inners)}'
             raise ValueError(f'periods at {where} is {level!r}, allowed is {allowed}')

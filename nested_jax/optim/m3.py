@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from nested_jax.optim.checks import check_choice, check_decay, check_integer, check_range, check_real
+from nested_jax.optim.matrices import Mask, root, widened, with_learning_rate, zeros_for
 from nested_jax.optim.matrix_specs import Labels, label_tree, map_matrices
 from nested_jax.optim.orthogonalize import check_method, normalized, orthogonalize_all
 
@@ -102,7 +104,7 @@ def scale_by_m3(
 def m3(
     learning_rate: optax.ScalarOrSchedule, b1: ArrayLike = 0.95, b2: ArrayLike | None = 0.999,
     b3: ArrayLike | tuple[ArrayLike, ...] = 0.9, alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1, eps: ArrayLike = 1e-8,
-    weight_decay: ArrayLike = 0.0, weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
+    weight_decay: ArrayLike = 0.0, weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None, *,
     periods: int | tuple[int, ...] = (100,), labels: Labels | None = None, method: str = 'quintic', ns_steps: int = 5,
     bias_correction: bool = True, literal: bool = False, scaling: str | None = None,
@@ -161,9 +163,9 @@ def m3(
     return by_label(labels, weight_decay_mask, (scale, weight_decay, learning_rate), (adam, adam_weight_decay, adam_rate))
 
 
-def by_label(labels: Labels | None, decay_mask: PyTree, matrix_rule: tuple, adam_rule: tuple) -> optax.GradientTransformationExtraArgs:
+def by_label(labels: Labels | None, decay_mask: Mask, matrix_rule: tuple, adam_rule: tuple) -> optax.GradientTransformationExtraArgs:
     """One rule for matrices, another for the rest; a rule is a transformation, a weight decay and a learning rate."""
-    rule = lambda scale, decay, rate: optax.chain(scale, optax.add_decayed_weights(decay, decay_mask), optax.scale_by_learning_rate(rate))
+    rule = lambda scale, decay, rate: with_learning_rate(scale, rate, decay, decay_mask)
     kind = lambda label: label if label == 'adam' else 'matrix'
     kinds = lambda params: jax.tree.map(kind, label_tree(params, labels))
     return optax.partition({'matrix': rule(*matrix_rule), 'adam': rule(*adam_rule)}, kinds)
@@ -190,34 +192,33 @@ class _Algorithm:
     shardings: PyTree | None
 
     def __post_init__(self):
-        for name, values in (('b1', (self.b1,)), ('b2', (self.b2,)), ('b3', self.b3)):
-            check_decays(name, values)
-        _check('alpha', self.alpha, lambda value: value >= 0, 'numbers of at least 0')
-        _check('eps', (self.eps,), lambda value: value >= 0, 'numbers of at least 0')
-        _check('periods', self.periods, lambda value: isinstance(value, int) and value >= 1, 'integers of at least 1')
-        if self.scaling not in SCALINGS:
-            raise ValueError(f'scaling is {self.scaling!r}, allowed are {", ".join(map(repr, SCALINGS))}')
+        check_decay('b1', self.b1)
+        if self.b2 is not None:
+            check_decay('b2', self.b2)
+        check_range('eps', self.eps, 0)
+        for period, decay, weight in zip(self.periods, self.b3, self.alpha, strict=True):
+            check_integer('periods', period, 1)
+            check_decay('b3', decay)
+            check_range('alpha', weight, 0)
+        check_choice('scaling', self.scaling, SCALINGS)
         if self.literal and self.nesterov:
             raise ValueError('nesterov is True, allowed with literal is False: Algorithm 1 has no look-ahead')
         if type(self.ns_steps) is not int or self.ns_steps:
             check_method(self.method, self.ns_steps, 'ns_steps')
 
     def init(self, params: optax.Params) -> M3State:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                name = jax.tree_util.keystr(path, simple=True, separator='/')
-                raise ValueError(f'parameter {name} has dtype {leaf.dtype}, allowed are real floating-point dtypes')
+        check_real(params)
         if self.ns_steps or self.scaling:
             self._specs(params)
-        zeros = functools.partial(_zeros, params)
+        zeros = functools.partial(zeros_for, params)
         slow = tuple(SlowState(zeros(), zeros(self.mu_dtype)) for _ in self.periods)
         return M3State(jnp.zeros((), jnp.int32), zeros(self.mu_dtype), None if self.b2 is None else zeros(), slow)
 
     def update(self, updates: optax.Updates, state: M3State, params: optax.Params | None = None, **extra_args) -> tuple:
         del extra_args
-        gradients = jax.tree.map(_wide, updates)
+        gradients = jax.tree.map(widened, updates)
         count = optax.safe_increment(state.count)
-        mu = self._accumulate(jax.tree.map(_wide, state.mu), gradients, self.b1)
+        mu = self._accumulate(jax.tree.map(widened, state.mu), gradients, self.b1)
         slow = tuple(self._slow_step(*scale, gradients, state.count) for scale in zip(state.slow, self.periods, self.b3, strict=True))
         total = self._direction(self._fast_momentum(mu, gradients, count))
         for weight, scale in zip(self.alpha, slow, strict=True):
@@ -252,7 +253,7 @@ class _Algorithm:
 
     def _divided(self, total: jax.Array, nu: jax.Array) -> jax.Array:
         """Orthogonalised momenta are not zero where all gradients were; divided by eps alone they would be huge."""
-        quotient = total / (_safe_sqrt(nu) + self.eps)
+        quotient = total / (root(nu) + self.eps)
         return quotient if self.literal else jnp.where(nu > 0, quotient, 0.0)
 
     def _corrected(self, moment: PyTree, decay: ArrayLike, count: jax.Array) -> PyTree:
@@ -281,31 +282,6 @@ def _scales(periods, b3, alpha) -> tuple[tuple, tuple, tuple]:
         if len(values) != len(periods):
             raise ValueError(f'{name} is {values}, allowed is one number, or one for each of the {len(periods)} periods')
     return periods, *columns
-
-
-def check_decays(name: str, values: tuple) -> None:
-    """Raises ValueError unless all values are decays, None or arrays."""
-    _check(name, values, lambda value: 0 <= value < 1, 'decays of at least 0 and below 1')
-
-
-def _check(name: str, values: tuple, is_allowed: Callable[[Any], bool], allowed: str) -> None:
-    """Numbers that come as arrays, from `optax.inject_hyperparams` for one, may be tracers and are not looked at."""
-    for value in values:
-        if value is not None and not isinstance(value, jax.Array) and not is_allowed(value):
-            raise ValueError(f'{name} is {value!r}, allowed are {allowed}')
-
-
-def _zeros(params: optax.Params, dtype: DTypeLike | None = None) -> optax.Params:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or jnp.promote_types(p.dtype, jnp.float32)), params)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _safe_sqrt(x: jax.Array) -> jax.Array:
-    """The root, with derivative 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0)
 
 
 def _rescaled(x: jax.Array, scaling: str) -> jax.Array:

@@ -1,10 +1,9 @@
-"""Parameters seen as matrices, and what the optimizers of this folder share: checks, dtypes, meshes, one stable solve.
+"""Parameters seen as matrices, and what the optimizers share: dtypes, quotients and roots at zero, one stable solve.
 
 A matrix is laid out as a kernel of flax, (..., in, out), the transpose of the paper's W; leading axes are a batch of matrices. A vector
 is one row (1, out), the weight of a constant input, and a scalar is (1, 1).
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from nested_jax.optim.sharding import run_in_auto_mode
 
 PyTree = Any
+Mask = PyTree | Callable[[optax.Params], PyTree] | None
 
 
 def as_matrix(leaf: jax.Array) -> jax.Array:
@@ -31,41 +34,23 @@ def working_dtype(leaf: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
-def zeros_for(params: PyTree, mu_dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+def widened(x: jax.Array) -> jax.Array:
+    """The array in its working dtype."""
+    return x.astype(working_dtype(x))
+
+
+def zeros_for(params: PyTree, mu_dtype: DTypeLike | None = None) -> PyTree:
     """Zeros shaped and sharded like the parameters, in `mu_dtype` or the working dtype."""
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=mu_dtype or working_dtype(leaf)), params)
 
 
-def map_columns(function: Callable[..., tuple], updates: PyTree, *trees: PyTree) -> tuple[PyTree, ...]:
-    """`function` over the leaves of several trees, each of its two results as a tree of its own."""
-    pairs = jax.tree.map(function, updates, *trees)
+def map_step(function: Callable[..., tuple], updates: PyTree, state: PyTree, *trees: PyTree) -> tuple[PyTree, PyTree]:
+    """(updates, state) of a `function` from a leaf's update, state and more to the new two, laid out as the old ones on any mesh."""
+    pairs = jax.tree.map(lambda *leaves: run_in_auto_mode(function, leaves, like=leaves[:2]), updates, state, *trees)
     return tuple(jax.tree.map(lambda _, pair, column=column: pair[column], updates, pairs) for column in (0, 1))
 
 
-def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise a `ValueError` unless low <= value <= high. Arrays and schedules pass: their values may not be known yet."""
-    if isinstance(value, int | float) and not low <= value <= high:
-        allowed = f'a number of at least {low}' if high == math.inf else f'a number from {low} to {high}'
-        raise ValueError(f'{name} is {value}, allowed is {allowed}')
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise a `ValueError` unless `value` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f'{name} is {value!r}, allowed is one of {", ".join(map(repr, choices))}')
-
-
-def check_real(params: PyTree) -> None:
-    """Raise a `ValueError` on complex parameters."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            where = jax.tree_util.keystr(path, simple=True, separator='/')
-            raise ValueError(
-                f'params at {where!r} has dtype {leaf.dtype}, allowed is a real dtype: see optax.contrib.split_real_and_imaginary'
-            )
-
-
-def at_step(rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
+def at_step(rate: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:
     """The value of a constant or a schedule at this step."""
     return rate(count) if callable(rate) else rate
 
@@ -73,31 +58,22 @@ def at_step(rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayL
 def with_learning_rate(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: jax.typing.ArrayLike,
-    weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None,
+    weight_decay: ArrayLike,
+    weight_decay_mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction with decoupled weight decay, times the negative learning rate."""
     decayed = optax.add_decayed_weights(weight_decay, weight_decay_mask)
     return optax.chain(direction, decayed, optax.scale_by_learning_rate(learning_rate))
 
 
-def on_any_mesh(function: Callable[..., tuple], results: int = 2) -> Callable[..., tuple]:
-    """Let the compiler place a leaf's products where the mesh is Explicit; a result is sharded like the argument of its position."""
-
-    @functools.wraps(function)
-    def placed(*arguments):
-        if jax.sharding.AxisType.Explicit not in jax.typeof(arguments[0]).sharding.mesh.axis_types:
-            return function(*arguments)
-        specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, arguments[:results])
-        return jax.sharding.auto_axes(function, out_sharding=specs)(*arguments)
-
-    return placed
+def root(x: jax.Array) -> jax.Array:
+    """The square root, whose derivative at zero is zero here."""
+    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def root_mean_square(x: jax.Array) -> jax.Array:
-    """Over the last two axes, which are kept; its derivative at zero is zero."""
-    mean = jnp.mean(jnp.square(x), (-2, -1), keepdims=True)
-    return jnp.where(mean > 0, jnp.sqrt(jnp.where(mean > 0, mean, 1)), 0)
+    """Over the last two axes, which are kept."""
+    return root(jnp.mean(jnp.square(x), (-2, -1), keepdims=True))
 
 
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -107,7 +83,7 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def resolvent(keys: jax.Array, values: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
+def resolvent(keys: jax.Array, values: jax.Array, rate: ArrayLike) -> jax.Array:
     r"""The implicit delta rule :math:`(I + \eta K^\top K)^{-1} V`.
 
     One QR decomposition of the identity stacked on :math:`\sqrt\eta K`, on the smaller side of K, and no matrix squared: its orthonormal
@@ -134,7 +110,7 @@ def _resolvent_jvp(primals, tangents):
     return result, solve(values_dot - moved)
 
 
-def _resolve(keys: jax.Array, rate: jax.typing.ArrayLike) -> Callable[[jax.Array], jax.Array]:
+def _resolve(keys: jax.Array, rate: ArrayLike) -> Callable[[jax.Array], jax.Array]:
     rows, width = keys.shape[-2:]
     scaled = jnp.sqrt(jnp.asarray(rate, keys.dtype)) * (keys if rows >= width else keys.mT)
     size = scaled.shape[-1]

@@ -132,7 +132,7 @@ def map_matrices(function: Callable, tree: PyTree, specs: PyTree, shardings: PyT
         results = iter(function(list(matrices), list(matrix_layouts)))
         return [_joined([next(results) for _ in part], spec, leaf.shape) for part, spec, leaf in zip(parts, specs, leaves, strict=True)]
 
-    return structure.unflatten(run_in_auto_mode(run, leaves)) if leaves else tree
+    return structure.unflatten(run_in_auto_mode(run, (leaves,), like=leaves)) if leaves else tree
 
 
 def _name(path: tuple) -> str:

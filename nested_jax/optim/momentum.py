@@ -29,26 +29,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
+from nested_jax.optim.checks import check_choice, check_range, check_real
 from nested_jax.optim.matrices import (
+    Mask,
     as_matrix,
     at_step,
-    check_choice,
-    check_range,
-    check_real,
     divide,
-    map_columns,
+    map_step,
     matrix_shape,
-    on_any_mesh,
     resolvent,
     root_mean_square,
+    widened,
     with_learning_rate,
     working_dtype,
     zeros_for,
 )
+from nested_jax.optim.sharding import run_in_auto_mode
 
 PyTree = Any
-Mask = PyTree | Callable[[optax.Params], PyTree] | None
 Preconditioner = Callable[[jax.Array], jax.Array] | PyTree | None
 FORMS = ('printed', 'normalised', 'proximal')
 
@@ -74,9 +74,9 @@ class LearnedPreconditionerState(NamedTuple):
 
 def scale_by_delta_momentum(
     erase_rate: optax.ScalarOrSchedule = 1e-3,
-    decay: jax.typing.ArrayLike = 0.9,
+    decay: ArrayLike = 0.9,
     preconditioner: Preconditioner = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     form: str = 'printed',
 ) -> optax.GradientTransformation:
@@ -96,7 +96,7 @@ def scale_by_delta_momentum(
         The transformation.
 
     Raises:
-        ValueError: if a rate, the form or the preconditioner's shape is not allowed, or, at `init`, on complex parameters.
+        ValueError: if a rate, the form or the preconditioner's shape is not allowed, or, at `init`, on parameters that are not real.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -121,8 +121,8 @@ def scale_by_delta_momentum(
 
     def update_fn(updates, state, params=None):
         del params
-        step = on_any_mesh(functools.partial(_delta_step, rate=at_step(erase_rate, state.count), decay=decay, form=form))
-        updates, trace = map_columns(step, updates, state.trace, _precondition(preconditioner, updates))
+        step = functools.partial(_delta_step, rate=at_step(erase_rate, state.count), decay=decay, form=form)
+        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates))
         return updates, DeltaMomentumState(optax.safe_increment(state.count), trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -130,12 +130,12 @@ def scale_by_delta_momentum(
 
 def delta_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    decay: jax.typing.ArrayLike = 0.9,
+    decay: ArrayLike = 0.9,
     erase_rate: optax.ScalarOrSchedule | None = None,
     preconditioner: Preconditioner = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     form: str = 'printed',
     mask: Mask = None,
@@ -181,8 +181,8 @@ def delta_momentum(
 
 def scale_by_preconditioned_momentum(
     preconditioner: Preconditioner | optax.GradientTransformation = None,
-    decay: jax.typing.ArrayLike = 0.9,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    decay: ArrayLike = 0.9,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Momentum of preconditioned gradients, :math:`m \leftarrow \alpha m + P g`: Eq. (47) with the decay its text speaks of.
 
@@ -196,7 +196,7 @@ def scale_by_preconditioned_momentum(
         The transformation; without P it is `optax.trace`.
 
     Raises:
-        ValueError: if the decay or the preconditioner's shape is not allowed.
+        ValueError: if the decay or the preconditioner's shape is not allowed, or, at `init`, on parameters that are not real.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -213,6 +213,7 @@ def scale_by_preconditioned_momentum(
         return optax.chain(preconditioner, scale_by_preconditioned_momentum(None, decay, mu_dtype))
 
     def init_fn(params):
+        check_real(params)
         _check_preconditioner(preconditioner, params)
         return PreconditionedMomentumState(zeros_for(params, mu_dtype))
 
@@ -220,10 +221,11 @@ def scale_by_preconditioned_momentum(
         del params
 
         def step(gradient, trace, written):
-            moved = written.astype(working_dtype(gradient)) + decay * trace.astype(working_dtype(gradient))
+            dtype = working_dtype(gradient)
+            moved = written.astype(dtype) + decay * trace.astype(dtype)
             return moved.astype(gradient.dtype), moved.astype(trace.dtype)
 
-        updates, trace = map_columns(step, updates, state.trace, _precondition(preconditioner, updates))
+        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates))
         return updates, PreconditionedMomentumState(trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -231,11 +233,11 @@ def scale_by_preconditioned_momentum(
 
 def preconditioned_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    decay: jax.typing.ArrayLike = 0.9,
+    decay: ArrayLike = 0.9,
     preconditioner: Preconditioner | optax.GradientTransformation = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent with preconditioned momentum: see `scale_by_preconditioned_momentum`.
 
@@ -276,10 +278,10 @@ def equalised(gradient: jax.Array) -> jax.Array:
 
 
 def scale_by_learned_preconditioner(
-    rate: jax.typing.ArrayLike = 0.1,
-    decay: jax.typing.ArrayLike = 0.9,
+    rate: ArrayLike = 0.1,
+    decay: ArrayLike = 0.9,
     target: Callable[[jax.Array], jax.Array] = equalised,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""A preconditioner that is itself a memory, written by gradient descent: Eq. (41).
 
@@ -305,7 +307,7 @@ def scale_by_learned_preconditioner(
         The transformation.
 
     Raises:
-        ValueError: if a number is not allowed, or, at `init`, on complex parameters.
+        ValueError: if a number is not allowed, or, at `init`, on parameters that are not real.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -325,8 +327,8 @@ def scale_by_learned_preconditioner(
 
     def update_fn(updates, state, params=None):
         del params
-        step = on_any_mesh(functools.partial(_learn, rate=rate, decay=decay, target=target))
-        updates, preconditioner = map_columns(step, updates, state.preconditioner)
+        step = functools.partial(_learn, rate=rate, decay=decay, target=target)
+        updates, preconditioner = map_step(step, updates, state.preconditioner)
         return updates, LearnedPreconditionerState(preconditioner)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -334,9 +336,9 @@ def scale_by_learned_preconditioner(
 
 def scale_by_feature_momentum(
     feature: Callable[[jax.Array], jax.Array] | float = 0.5,
-    decay: jax.typing.ArrayLike = 0.9,
+    decay: ArrayLike = 0.9,
     preconditioner: Preconditioner | optax.GradientTransformation = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Momentum over a feature map of the gradients, :math:`m \leftarrow \alpha m + P \phi(g)`: Eq. (51).
 
@@ -351,7 +353,7 @@ def scale_by_feature_momentum(
         The transformation; with the identity as phi and no P it is `optax.trace`.
 
     Raises:
-        ValueError: if a number is not allowed, or, at `init`, if phi changes the shape, or is a power on complex parameters.
+        ValueError: if a number is not allowed, or, at `init`, if phi changes the shape or parameters are not real.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -367,8 +369,7 @@ def scale_by_feature_momentum(
     phi = feature if callable(feature) else lambda gradient: _signed_power(gradient, feature)
 
     def init_fn(params):
-        if not callable(feature):
-            check_real(params)
+        check_real(params)
         jax.tree.map(lambda leaf: _check_feature(phi, leaf), params)
         return optax.EmptyState()
 
@@ -379,11 +380,11 @@ def scale_by_feature_momentum(
 def feature_momentum(
     learning_rate: optax.ScalarOrSchedule,
     feature: Callable[[jax.Array], jax.Array] | float = 0.5,
-    decay: jax.typing.ArrayLike = 0.9,
+    decay: ArrayLike = 0.9,
     preconditioner: Preconditioner | optax.GradientTransformation = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent with feature-map momentum: see `scale_by_feature_momentum`.
 
@@ -451,9 +452,9 @@ def _learn(gradient: jax.Array, preconditioner: jax.Array, *, rate: Any, decay: 
 
 
 def _apply_matrix(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-    dtype = working_dtype(gradient)
-    product = lambda key, memory: ((as_matrix(key) @ memory.mT).reshape(key.shape),)
-    return on_any_mesh(product, results=1)(gradient.astype(dtype), matrix.astype(dtype))[0]
+    product = lambda key, memory: (as_matrix(key) @ memory.mT).reshape(key.shape)
+    key = widened(gradient)
+    return run_in_auto_mode(product, (key, matrix.astype(key.dtype)), like=key)
 
 
 def _check_preconditioner(preconditioner: Preconditioner, params: PyTree) -> None:
@@ -475,13 +476,13 @@ def _check_feature(phi: Callable, leaf: jax.Array) -> None:
         raise ValueError(f'feature maps shape {leaf.shape} to {shape}, allowed is a map that keeps the shape')
 
 
-def _signed_power(gradient: jax.Array, power: jax.typing.ArrayLike) -> jax.Array:
+def _signed_power(gradient: jax.Array, power: ArrayLike) -> jax.Array:
     # The derivative of a root at zero is infinite; there the map is constant here.
     nonzero = gradient != 0
     return jnp.where(nonzero, jnp.sign(gradient) * jnp.abs(jnp.where(nonzero, gradient, 1)) ** power, 0).astype(gradient.dtype)
 
 
-def _identity(leaf: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _identity(leaf: jax.Array, dtype: DTypeLike) -> jax.Array:
     *batch, _, width = matrix_shape(leaf)
     return jnp.broadcast_to(jnp.eye(width, dtype=dtype), (*batch, width, width))
 

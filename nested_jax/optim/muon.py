@@ -1,12 +1,13 @@
 """Muon: M3 with one time scale and no second moment."""
 
-from collections.abc import Callable
 from typing import Any
 
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.m3 import by_label, check_decays, scale_by_m3
+from nested_jax.optim.checks import check_decay
+from nested_jax.optim.m3 import by_label, scale_by_m3
+from nested_jax.optim.matrices import Mask
 from nested_jax.optim.matrix_specs import Labels
 
 PyTree = Any
@@ -58,7 +59,7 @@ def scale_by_muon(
 
     .. seealso:: :func:`muon`
     """
-    check_decays('beta', (beta,))
+    check_decay('beta', beta)
     return scale_by_m3(
         beta, None, mu_dtype=mu_dtype,
         periods=(), labels=labels, method=method, ns_steps=ns_steps, nesterov=nesterov, bias_correction=bias_correction,
@@ -68,7 +69,7 @@ def scale_by_muon(
 
 def muon(
     learning_rate: optax.ScalarOrSchedule, beta: ArrayLike = 0.95,
-    weight_decay: ArrayLike = 0.0, weight_decay_mask: PyTree | Callable[[optax.Params], PyTree] | None = None,
+    weight_decay: ArrayLike = 0.0, weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None, *,
     labels: Labels | None = None, method: str = 'quintic', ns_steps: int = 5, nesterov: bool = True, bias_correction: bool = True,
     scaling: str | None = 'jordan',

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from nested_jax.optim.checks import check_choice, check_integer
+from nested_jax.optim.matrices import widened, working_dtype
 from nested_jax.optim.sharding import Layout, constrain, layouts_of, moves_to_batch, run_in_auto_mode
 
 PyTree = Any
@@ -106,7 +108,7 @@ def orthogonalize_tree(tree: PyTree, *, method: str = 'quintic', steps: int = 5,
     for leaf in leaves:
         _check_matrices(leaf)
     run = functools.partial(orthogonalize_all, layouts=layouts_of(tree, shardings), method=method, steps=steps)
-    return structure.unflatten(run_in_auto_mode(run, leaves))
+    return structure.unflatten(run_in_auto_mode(run, (leaves,), like=leaves))
 
 
 def orthogonalize_all(matrices: list[jax.Array], layouts: list[Layout | None], method: str, steps: int) -> list[jax.Array]:
@@ -128,10 +130,8 @@ def orthogonalize_all(matrices: list[jax.Array], layouts: list[Layout | None], m
 
 def check_method(method: str, steps: int, steps_name: str = 'steps') -> None:
     """Raises ValueError if `method` or `steps` is not what `orthogonalize` takes."""
-    if method not in METHODS:
-        raise ValueError(f'method is {method!r}, allowed are {", ".join(map(repr, METHODS))}')
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f'{steps_name} is {steps!r}, allowed is an integer of at least 1')
+    check_choice('method', method, METHODS)
+    check_integer(steps_name, steps, 1)
 
 
 def _check_matrices(x: jax.Array) -> None:
@@ -164,8 +164,8 @@ def _coefficients(method: str, steps: int) -> tuple[tuple[float, ...], ...]:
 
 
 def _newton_schulz(x: jax.Array, coefficients: tuple[tuple[float, ...], ...]) -> jax.Array:
-    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
-    product = lambda letters, a, b: jnp.einsum(letters, a.astype(dtype), b.astype(dtype), preferred_element_type=wide)
+    dtype, accumulator = x.dtype, working_dtype(x)
+    product = lambda letters, a, b: jnp.einsum(letters, a.astype(dtype), b.astype(dtype), preferred_element_type=accumulator)
 
     def step(x, row):
         gram = product('...mn,...kn->...mk', x, x)
@@ -174,7 +174,7 @@ def _newton_schulz(x: jax.Array, coefficients: tuple[tuple[float, ...], ...]) ->
             polynomial += row[2] * product('...mk,...kn->...mn', gram, gram)
         return (row[0] * x + product('...mk,...kn->...mn', polynomial, x)).astype(dtype), None
 
-    return jax.lax.scan(step, normalized(x), jnp.asarray(coefficients, wide))[0]
+    return jax.lax.scan(step, normalized(x), jnp.asarray(coefficients, accumulator))[0]
 
 
 def normalized(x: jax.Array) -> jax.Array:
@@ -182,11 +182,11 @@ def normalized(x: jax.Array) -> jax.Array:
 
     The division by the largest entry keeps squares in range. The result does not depend on it, so it takes no part in derivatives.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(wide), axis=(-2, -1), keepdims=True, initial=0.0))
-    wide /= jnp.where(largest > 0, largest, 1.0)
-    squares = jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True)
-    return (wide / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))).astype(x.dtype)
+    scaled = widened(x)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scaled), axis=(-2, -1), keepdims=True, initial=0.0))
+    scaled /= jnp.where(largest > 0, largest, 1.0)
+    squares = jnp.sum(jnp.square(scaled), axis=(-2, -1), keepdims=True)
+    return (scaled / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))).astype(x.dtype)
 
 
 @jax.custom_jvp
@@ -210,7 +210,7 @@ def _polar_factor_jvp(primals, tangents):
 
 
 def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return jnp.linalg.svd(x.astype(jnp.promote_types(x.dtype, jnp.float32)), full_matrices=False)
+    return jnp.linalg.svd(widened(x), full_matrices=False)
 
 
 def _kept(s: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -83,14 +83,15 @@ def layouts_of(tree: PyTree, shardings: PyTree | None) -> list[Layout | None]:
     return [layout for (layout,) in jax.tree.structure(tree).flatten_up_to(laid)]
 
 
-def run_in_auto_mode(function: Callable[[list[jax.Array]], list[jax.Array]], arrays: list[jax.Array]) -> list[jax.Array]:
-    """`function(arrays)` with the mesh axes that are Explicit made Auto inside; results are laid out as the arrays."""
-    typed = [jax.typeof(x).sharding for x in arrays]
+def run_in_auto_mode(function: Callable, arguments: tuple, like: PyTree) -> Any:
+    """`function(*arguments)` with the mesh axes that are Explicit made Auto inside; results are laid out as the arrays of `like`."""
+    typed = [jax.typeof(x).sharding for x in jax.tree.leaves(arguments)]
     mesh = next((sharding.mesh for sharding in typed if any(sharding.spec) and AxisType.Explicit in sharding.mesh.axis_types), None)
     if mesh is None:
-        return function(arrays)
+        return function(*arguments)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, like)
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(function, out_sharding=[sharding.spec for sharding in typed])(arrays)
+        return jax.sharding.auto_axes(function, out_sharding=specs)(*arguments)
 
 
 def constrain(x: jax.Array, layout: Layout) -> jax.Array:

@@ -13,7 +13,6 @@ from nested_jax.optim.as_memory import (
     adam_as_memory,
     memory_loss,
     optimal_memory,
-    root,
     scale_by_adagrad_as_memory,
     scale_by_adam_as_memory,
 )
@@ -133,47 +132,20 @@ def test_zero_gradients_give_finite_updates_and_meta_gradients(name):
 
     assert float(outer(0.0, 0.1)) == 0
     assert all(jnp.isfinite(leaf) for leaf in jax.grad(outer, (0, 1))(0.0, 0.1))
-    assert float(root(jnp.zeros(()))) == 0
-
-
-@pytest.mark.parametrize('name', OPTIMIZERS)
-def test_optax_machinery(name):
-    """Dtypes, abstract parameters, missing leaves, `map_params`, injected hyper-parameters, schedules, vmap."""
-    for dtype in (jnp.bfloat16, jnp.float32):
-        params = {'w': jnp.ones((3, 2), dtype), 'none': None, 'masked': optax.MaskedNode()}
-        optimizer = OPTIMIZERS[name](lambda count: 0.1)
-        state = optimizer.init(params)
-        assert jax.tree.map(jax.typeof, optimizer.init(jax.eval_shape(lambda params=params: params))) == jax.tree.map(jax.typeof, state)
-        updates, after = jax.jit(optimizer.update)(params, state, params)
-        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-        assert updates['w'].dtype == dtype and jax.tree.structure(updates) == jax.tree.structure(params)
-        assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim == 2} == {jnp.dtype('float32')}
-    plus = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state)
-    assert float(optax.tree.get(plus, 'nu' if name == 'adam' else 'sum_of_squares')['w'][0, 0]) >= 1
-    close = lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=1e-6)
-    # Against optax's own under the same wrapper, which rounds b2 to float32 before 1 - b2: that alone is worth 7e-6.
-    makers = OPTIMIZERS[name], {'adam': optax.adam, 'adagrad': optax.adagrad}[name]
-    injected, reference = (optax.inject_hyperparams(make)(learning_rate=0.1) for make in makers)
-    jax.tree.map(close, *(optimizer.update(params, optimizer.init(params), params)[0] for optimizer in (injected, reference)))
-    batch = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    batched, _ = jax.vmap(optimizer.update)(batch, jax.vmap(optimizer.init)(batch), batch)
-    jax.tree.map(lambda actual, expected: close(actual[0], expected), batched, updates)
-    if name == 'adam':
-        assert adam_as_memory(0.1, mu_dtype=jnp.bfloat16).init(params)[0].mu['w'].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
-        (lambda: adam_as_memory(0.1, b1=1.1), 'b1 is 1.1, allowed is a number from 0 to 1'),
-        (lambda: adam_as_memory(0.1, b2=-0.1), 'b2 is -0.1'),
+        (lambda: adam_as_memory(0.1, b1=1.1), 'b1 is 1.1, allowed is a number of at least 0 and below 1'),
+        (lambda: adam_as_memory(0.1, b2=1.0), 'b2 is 1.0'),
         (lambda: adam_as_memory(0.1, eps=-1.0), 'eps is -1.0, allowed is a number of at least 0'),
         (lambda: adam_as_memory(0.1, eps_root=-1.0), 'eps_root is -1.0'),
         (lambda: adam_as_memory(0.1, target='cube'), "target is 'cube', allowed is one of 'root', 'square'"),
         (lambda: adagrad_as_memory(0.1, -1.0), 'initial_accumulator_value is -1.0'),
         (lambda: adagrad_as_memory(0.1, eps=-1.0), 'eps is -1.0'),
         *[
-            (lambda make=make: make(0.1).init({'w': jnp.zeros(2, jnp.complex64)}), "params at 'w' has dtype complex64")
+            (lambda make=make: make(0.1).init({'w': jnp.zeros(2, jnp.complex64)}), 'parameter w has dtype complex64')
             for make in OPTIMIZERS.values()
         ],
     ],

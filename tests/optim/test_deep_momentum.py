@@ -1,13 +1,12 @@
 """Deep momentum: ten steps against numpy, heavy ball and Muon as exact cases, boundedness, the size and place of its state."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from nested_jax.optim import orthogonalize, scale_by_muon
 from nested_jax.optim.deep_momentum import DeepMemory, deep_momentum, scale_by_deep_momentum
 
 SHAPES = {'w': (6, 3), 'stacked': (2, 4, 3), 'vector': (3,)}
@@ -109,6 +108,13 @@ def test_linear_memory_under_newton_schulz_is_muon(x64):
     dimensions = {'w': optax.contrib.MuonDimensionNumbers()}
     expected, _ = run(optax.contrib.scale_by_muon(beta=0.95, nesterov=False, weight_dimension_numbers=dimensions), gradients)
     np.testing.assert_allclose(updates['w'], expected['w'], rtol=1e-6, atol=1e-8)
+
+
+def test_linear_memory_under_orthogonalize_is_our_muon(x64):
+    gradients = {'w': make_gradients(10, {'w': (2, 3, 6)})['w']}
+    updates, _ = run(scale_by_deep_momentum(0, 0.95, sigma=orthogonalize), gradients)
+    expected, _ = run(scale_by_muon(0.95, nesterov=False, bias_correction=False, scaling=None), gradients)
+    np.testing.assert_allclose(updates['w'], expected['w'], rtol=1e-9, atol=1e-12)
 
 
 def test_memory_follows_the_gradient_it_has_seen():
@@ -216,37 +222,6 @@ def test_dtypes(dtype, mu_dtype):
     np.testing.assert_array_equal(*[leaf.astype(jnp.float32) for leaf in first])  # the initial value is where decay leads
 
 
-def test_zero_gradients_give_finite_updates_and_meta_gradients():
-    gradients = make_gradients(2, {'w': (4, 2)}, jnp.float32)
-
-    def outer(scale, rate, objective):
-        updates, _ = run(deep_momentum(rate, 4, objective=objective), jax.tree.map(lambda leaf: scale * leaf, gradients))
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(updates))
-
-    for objective in ('dot', 'l2'):
-        assert float(outer(0.0, 0.1, objective)) == 0
-        assert all(jnp.isfinite(leaf) for leaf in jax.grad(outer, (0, 1))(0.0, 0.1, objective))
-
-
-def test_optax_machinery():
-    """Abstract parameters, missing leaves, `map_params`, injected hyper-parameters, vmap."""
-    params = {'w': jnp.ones((4, 2)), 'scalar': jnp.ones(()), 'none': None, 'masked': optax.MaskedNode()}
-    make = functools.partial(deep_momentum, hidden_size=4)
-    optimizer = make(0.1)
-    state = optimizer.init(params)
-    assert jax.tree.map(jax.typeof, optimizer.init(jax.eval_shape(lambda: params))) == jax.tree.map(jax.typeof, state)
-    updates, _ = optimizer.update(params, state, params, unknown=1)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert jax.tree.structure(optax.tree.map_params(optimizer, lambda leaf: leaf, state)) == jax.tree.structure(state)
-    injected = optax.inject_hyperparams(make, static_args='hidden_size')(learning_rate=0.1)
-    close = lambda actual, expected: np.testing.assert_allclose(actual, expected, rtol=1e-6)
-    jax.tree.map(close, injected.update(params, injected.init(params), params)[0], updates)
-    optax.inject_hyperparams(deep_momentum)(learning_rate=0.1).init(params)
-    batch = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    batched, _ = jax.vmap(optimizer.update)(batch, jax.vmap(optimizer.init)(batch), batch)
-    jax.tree.map(lambda actual, expected: close(actual[0], expected), batched, updates)
-
-
 @pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
 def test_sharded_matrices(axis_type):
     mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
@@ -276,7 +251,7 @@ def test_sharded_matrices(axis_type):
         (lambda: deep_momentum(0.1, decay=2), 'decay is 2, allowed is a number from 0 to 1'),
         (lambda: deep_momentum(0.1, write_rate=-1), 'write_rate is -1, allowed is a number of at least 0'),
         (lambda: deep_momentum(0.1, objective='mse'), "objective is 'mse', allowed is one of 'dot', 'l2'"),
-        (lambda: deep_momentum(0.1).init({'w': jnp.zeros(2, jnp.complex64)}), "params at 'w' has dtype complex64"),
+        (lambda: deep_momentum(0.1).init({'w': jnp.zeros(2, jnp.complex64)}), 'parameter w has dtype complex64'),
     ],
 )
 def test_bad_input_is_named(make, message):

@@ -154,7 +154,7 @@ def test_leaves_of_equal_shape_share_one_iteration():
         ({'x': jnp.ones(3)}, r'x has shape \(3,\)'),
         ({'x': jnp.ones((2, 2), jnp.complex64)}, 'complex64, allowed are real matrices'),
         ({'x': jnp.ones((2, 2), jnp.int32)}, 'int32, allowed are real matrices'),
-        ({'x': jnp.eye(2), 'method': 'quartic'}, "method is 'quartic', allowed are 'quintic', 'cubic', 'polar_express', 'svd'"),
+        ({'x': jnp.eye(2), 'method': 'quartic'}, "method is 'quartic', allowed is one of 'quintic', 'cubic', 'polar_express', 'svd'"),
         ({'x': jnp.eye(2), 'steps': 0}, 'steps is 0, allowed is an integer of at least 1'),
         ({'x': jnp.eye(2), 'steps': 2.0}, 'steps is 2.0, allowed is an integer of at least 1'),
         ({'x': jnp.eye(2), 'steps': True}, 'steps is True, allowed is an integer of at least 1'),
