@@ -13,14 +13,14 @@ PyTree = Any
 
 def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
     """Refuses what is not a number from `low` to `high`. Arrays and schedules pass: their values may not be known yet."""
-    if not _is_open(value) and not (isinstance(value, numbers.Real) and low <= value <= high):
+    if not (callable(value) or _is_array(value)) and not (isinstance(value, numbers.Real) and low <= value <= high):
         allowed = f'a number of at least {low}' if high == math.inf else f'a number from {low} to {high}'
         raise ValueError(f'{name} is {value!r}, allowed is {allowed}')
 
 
 def check_decay(name: str, value: Any) -> None:
     """Refuses what is not a decay that averages, at least 0 and below 1. Arrays pass."""
-    if not _is_open(value) and not (isinstance(value, numbers.Real) and 0 <= value < 1):
+    if not _is_array(value) and not (isinstance(value, numbers.Real) and 0 <= value < 1):
         raise ValueError(f'{name} is {value!r}, allowed is a number of at least 0 and below 1')
 
 
@@ -45,5 +45,5 @@ def check_real(params: PyTree) -> None:
             raise ValueError(f'parameter {name} has dtype {leaf.dtype}, allowed are real floating-point dtypes{advice}')
 
 
-def _is_open(value: Any) -> bool:
-    return callable(value) or isinstance(value, jax.Array | np.ndarray)
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)

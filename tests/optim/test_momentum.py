@@ -240,24 +240,6 @@ def test_mask_leaves_the_others_to_heavy_ball():
     jax.tree.map(np.testing.assert_array_equal, run(delta_momentum(0.1, mask=tree), gradients), masked)
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
-@pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
-def test_sharded_matrices(name, axis_type):
-    mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
-    sharding = jax.sharding.NamedSharding(mesh, jax.P('data', 'model'))
-    params = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
-    optimizer = OPTIMIZERS[name](0.1)
-    expected, _ = optimizer.update(params, optimizer.init(params), params)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params, sharding)
-        state = jax.jit(optimizer.init)(params)
-        updates, after = jax.jit(optimizer.update)(params, state, params)
-    np.testing.assert_allclose(updates['w'], expected['w'], rtol=1e-4, atol=1e-6)
-    if axis_type == jax.sharding.AxisType.Explicit:
-        assert updates['w'].sharding.is_equivalent_to(sharding, 2)
-        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-
-
 @pytest.mark.parametrize(
     ('make', 'message'),
     [

@@ -9,7 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from nested_jax.optim import BlockSpec, by_level, m3, muon, state_shardings
+from nested_jax.optim import (
+    BlockSpec,
+    adam_as_memory,
+    by_level,
+    deep_momentum,
+    delta_momentum,
+    feature_momentum,
+    m3,
+    muon,
+    preconditioned_momentum,
+    state_shardings,
+)
 from nested_jax.optim.sharding import Layout, moves_to_batch
 
 AXIS_TYPES = {'explicit': jax.sharding.AxisType.Explicit, 'auto': jax.sharding.AxisType.Auto}
@@ -21,7 +32,14 @@ SPECS = {
     'embedding': ('model', 'data'),
     'bias': ('model',),
 }
-OPTIMIZERS = {'muon': muon, 'm3': functools.partial(m3, periods=(2,))}
+ORTHOGONAL = {'muon': muon, 'm3': functools.partial(m3, periods=(2,))}
+OTHERS = {
+    'delta_momentum': functools.partial(delta_momentum, erase_rate=optax.constant_schedule(0.1), form='proximal'),
+    'preconditioned_momentum': preconditioned_momentum,
+    'feature_momentum': feature_momentum,
+    'deep_momentum': deep_momentum,
+    'adam_as_memory': adam_as_memory,
+}
 
 
 def fused(path, leaf):
@@ -40,6 +58,10 @@ def make_params(mesh, dtype=jnp.float32):
     return params, jax.tree.map(jax.device_put, params, shardings), shardings
 
 
+def make_optimizer(name, shardings=None):
+    return ORTHOGONAL[name](0.1, labels=fused, shardings=shardings) if name in ORTHOGONAL else OTHERS[name](0.1)
+
+
 def three_steps(optimizer, params):
     step, state = jax.jit(optimizer.update), optimizer.init(params)
     for _ in range(3):
@@ -50,28 +72,29 @@ def three_steps(optimizer, params):
 
 @pytest.mark.parametrize('kind', AXIS_TYPES)
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-4), (jnp.float64, 1e-9)])
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', [*ORTHOGONAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_updates_are_those_of_one_device(name, dtype, tolerance, kind):
     with jax.enable_x64(dtype == jnp.float64):
         mesh = make_mesh(kind)
         alone, sharded, shardings = make_params(mesh, dtype)
-        expected, _ = three_steps(OPTIMIZERS[name](0.1, labels=fused), alone)
+        expected, _ = three_steps(make_optimizer(name), alone)
         with jax.set_mesh(mesh):
-            updates, state = three_steps(OPTIMIZERS[name](0.1, labels=fused, shardings=None if kind == 'explicit' else shardings), sharded)
+            updates, state = three_steps(make_optimizer(name, None if kind == 'explicit' else shardings), sharded)
         for leaf, update in updates.items():
             assert update.sharding.is_equivalent_to(shardings[leaf], update.ndim)
             assert np.abs(update - expected[leaf]).max() <= tolerance * np.abs(expected[leaf]).max()
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-            assert leaf.ndim == 0 or leaf.sharding.is_equivalent_to(shardings[path[-1].key], leaf.ndim)
+            name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in SHAPES), None)
+            assert leaf.shape != SHAPES.get(name) or leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
 
 
 @pytest.mark.parametrize('kind', AXIS_TYPES)
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', ORTHOGONAL)
 def test_nothing_is_gathered(name, kind):
     """Fused axes that are sharded move their blocks by permutes, stacks by all-to-alls."""
     mesh = make_mesh(kind)
     _, params, shardings = make_params(mesh)
-    optimizer = OPTIMIZERS[name](0.1, labels=fused, shardings=None if kind == 'explicit' else shardings)
+    optimizer = make_optimizer(name, None if kind == 'explicit' else shardings)
     with jax.set_mesh(mesh):
         text = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile().as_text()
     assert set(re.findall(r' (all-\w[a-z-]*|collective-permute|reduce-scatter)\(', text)) == {'all-to-all', 'collective-permute'}
@@ -101,8 +124,9 @@ def test_mesh_axes_move_one_at_a_time(shape, names, expected):
         optax.adamw(0.1),
         by_level(optax.adamw(0.1), lambda path: 1 + (path == 'up')),
         optax.adafactor(0.1, min_dim_size_to_factor=4),
+        deep_momentum(0.1, 8),
     ],
-    ids=['muon', 'm3', 'adamw', 'by_level', 'adafactor'],
+    ids=['muon', 'm3', 'adamw', 'by_level', 'adafactor', 'deep_momentum'],
 )
 def test_state_shardings_are_kept_by_init_and_update(optimizer):
     _, params, shardings = make_params(make_mesh('auto'))
