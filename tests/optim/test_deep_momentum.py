@@ -62,7 +62,12 @@ def numpy_reference(gradients, first, decay, rate, objective, linear):
 
 
 @pytest.mark.parametrize(
-    ('objective', 'linear', 'hidden_size'), [('dot', True, 8), ('l2', True, 2), ('dot', False, 8), ('l2', False, 3), ('huber', True, 8)]
+    ('objective', 'linear', 'hidden_size'),
+    [
+        ('dot', True, 8),
+        ('l2', False, 3),
+        *(pytest.param(*options, marks=pytest.mark.slow) for options in (('l2', True, 2), ('dot', False, 8), ('huber', True, 8))),
+    ],
 )
 def test_against_numpy(x64, objective, linear, hidden_size):
     every = (objective, linear) == ('dot', True)
@@ -131,8 +136,10 @@ def test_memory_follows_the_gradient_it_has_seen():
     assert error(optimizer.update(across, state)[0]['w'], across['w']) > 0.5
 
 
-@pytest.mark.parametrize('objective', ['dot', 'l2'])
-@pytest.mark.parametrize('scale', [1e-8, 1e8])
+@pytest.mark.parametrize(
+    ('objective', 'scale'),
+    [('dot', 1e8), ('l2', 1e-8), *(pytest.param(*options, marks=pytest.mark.slow) for options in (('dot', 1e-8), ('l2', 1e8)))],
+)
 def test_bounded_and_equivariant_to_scale(objective, scale):
     optimizer = scale_by_deep_momentum(8, 0.9, objective=objective)
     unit, _ = run(optimizer, make_gradients(300, {'w': (6, 3)}, jnp.float32))
@@ -154,7 +161,10 @@ def test_bounded_when_the_gradient_shrinks():
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(state.memory)) < 100
 
 
-@pytest.mark.parametrize('options', [{}, {'objective': 'l2', 'write_rate': 0.1}, {'linear': False}])
+@pytest.mark.parametrize(
+    'options',
+    [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in ({'objective': 'l2', 'write_rate': 0.1}, {'linear': False}))],
+)
 def test_trains(options):
     draw = np.random.default_rng(0).normal
     x, target = jnp.asarray(draw(size=(32, 6)), jnp.float32), jnp.asarray(draw(size=(6, 3)), jnp.float32)
@@ -222,7 +232,7 @@ def test_dtypes(dtype, mu_dtype):
     np.testing.assert_array_equal(*[leaf.astype(jnp.float32) for leaf in first])  # the initial value is where decay leads
 
 
-@pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+@pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, pytest.param(jax.sharding.AxisType.Auto, marks=pytest.mark.slow)])
 def test_sharded_matrices(axis_type):
     mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
     sharding = jax.sharding.NamedSharding(mesh, jax.P('data', 'model'))
