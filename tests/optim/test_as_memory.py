@@ -17,6 +17,7 @@ from nested_jax.optim.as_memory import (
     scale_by_adam_as_memory,
 )
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SHAPES = {'w': (3, 2), 'b': (2,), 'scalar': ()}
 STEPS = 10
 
@@ -80,7 +81,7 @@ def test_objective_is_the_printed_one_for_equal_weights(x64):
     [
         {},
         {'b2': 0.9, 'eps': 0.1, 'eps_root': 0.01},
-        *(pytest.param(options, marks=pytest.mark.slow) for options in ({'b1': 0.0}, {'eps': 0.0})),
+        *(slow(options) for options in ({'b1': 0.0}, {'eps': 0.0})),
     ],
 )
 def test_equals_optax_adam(x64, options):
@@ -100,9 +101,7 @@ def test_each_step_of_adam_is_the_minimum_of_its_objective(x64):
         np.testing.assert_allclose(updates[count - 1], expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    'options', [{}, {'initial_accumulator_value': 0.0, 'eps': 0.1}, pytest.param({'eps': 0.0}, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('options', [{}, {'initial_accumulator_value': 0.0, 'eps': 0.1}, slow({'eps': 0.0})])
 def test_equals_optax_adagrad(x64, options):
     gradients = make_gradients()
     updates = run(scale_by_adagrad_as_memory(**options), gradients)
@@ -122,7 +121,7 @@ def test_the_square_as_target_is_momentum(x64):
         assert_close(run(scale_by_adam_as_memory(eps=0.0, target=target), gradients), run(optax.ema(0.9), gradients))
 
 
-@pytest.mark.parametrize('scale', [1e-30, 1e18, *(pytest.param(scale, marks=pytest.mark.slow) for scale in (1e-10, 1e10))])
+@pytest.mark.parametrize('scale', [1e-30, 1e18, *(slow(scale) for scale in (1e-10, 1e10))])
 def test_float32_sizes(scale):
     """Where squares underflow the step is zero, as optax's is but for the ratio to epsilon."""
     gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_gradients(scale))

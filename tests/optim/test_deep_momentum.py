@@ -9,6 +9,7 @@ import pytest
 from nested_jax.optim import orthogonalize, scale_by_muon
 from nested_jax.optim.deep_momentum import DeepMemory, deep_momentum, scale_by_deep_momentum
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SHAPES = {'w': (6, 3), 'stacked': (2, 4, 3), 'vector': (3,)}
 
 
@@ -66,7 +67,7 @@ def numpy_reference(gradients, first, decay, rate, objective, linear):
     [
         ('dot', True, 8),
         ('l2', False, 3),
-        *(pytest.param(*options, marks=pytest.mark.slow) for options in (('l2', True, 2), ('dot', False, 8), ('huber', True, 8))),
+        *(slow(*options) for options in (('l2', True, 2), ('dot', False, 8), ('huber', True, 8))),
     ],
 )
 def test_against_numpy(x64, objective, linear, hidden_size):
@@ -138,7 +139,7 @@ def test_memory_follows_the_gradient_it_has_seen():
 
 @pytest.mark.parametrize(
     ('objective', 'scale'),
-    [('dot', 1e8), ('l2', 1e-8), *(pytest.param(*options, marks=pytest.mark.slow) for options in (('dot', 1e-8), ('l2', 1e8)))],
+    [('dot', 1e8), ('l2', 1e-8), *(slow(*options) for options in (('dot', 1e-8), ('l2', 1e8)))],
 )
 def test_bounded_and_equivariant_to_scale(objective, scale):
     optimizer = scale_by_deep_momentum(8, 0.9, objective=objective)
@@ -163,7 +164,7 @@ def test_bounded_when_the_gradient_shrinks():
 
 @pytest.mark.parametrize(
     'options',
-    [{}, *(pytest.param(options, marks=pytest.mark.slow) for options in ({'objective': 'l2', 'write_rate': 0.1}, {'linear': False}))],
+    [{}, *(slow(options) for options in ({'objective': 'l2', 'write_rate': 0.1}, {'linear': False}))],
 )
 def test_trains(options):
     draw = np.random.default_rng(0).normal
@@ -232,7 +233,7 @@ def test_dtypes(dtype, mu_dtype):
     np.testing.assert_array_equal(*[leaf.astype(jnp.float32) for leaf in first])  # the initial value is where decay leads
 
 
-@pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, pytest.param(jax.sharding.AxisType.Auto, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, slow(jax.sharding.AxisType.Auto)])
 def test_sharded_matrices(axis_type):
     mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
     sharding = jax.sharding.NamedSharding(mesh, jax.P('data', 'model'))
