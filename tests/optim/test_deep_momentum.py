@@ -1,5 +1,7 @@
 """Deep momentum: ten steps against numpy, heavy ball and Muon as exact cases, boundedness, the size and place of its state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
