@@ -247,12 +247,12 @@ def scale_by_adagrad_as_memory(initial_accumulator_value: ArrayLike = 0.1, eps: 
     def update_fn(updates, state, params=None):
         del params
 
-        def step(gradient, total):
+        def step(gradient, total, eps):
             first = widened(gradient)
             second = total + jnp.square(first)
             return optimal_memory(first, second, root(second + eps), eps).astype(gradient.dtype), second
 
-        updates, totals = map_step(step, updates, state.sum_of_squares)
+        updates, totals = map_step(step, updates, state.sum_of_squares, scalars=(eps,))
         return updates, AdagradMemoryState(totals)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -114,7 +114,7 @@ def scale_by_deep_momentum(
     """
     hidden = HIDDEN_SIZE if hidden_size is None else hidden_size
     _check(hidden, decay, write_rate, objective, linear)
-    write = functools.partial(_write, loss=OBJECTIVES.get(objective, objective), decay=decay, rate=write_rate)
+    step = functools.partial(_step, loss=OBJECTIVES.get(objective, objective), sigma=sigma)
 
     def init_fn(params):
         check_real(params)
@@ -123,8 +123,7 @@ def scale_by_deep_momentum(
 
     def update_fn(updates, state, params=None):
         del params
-        seeds = jax.tree.map(lambda _: state.seed, updates)
-        updates, memory = map_step(functools.partial(_step, write=write, sigma=sigma), updates, state.memory, seeds)
+        updates, memory = map_step(step, updates, state.memory, scalars=(state.seed, decay, write_rate))
         return updates, DeepMomentumState(state.seed, memory)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -214,9 +213,12 @@ def _placed_like(leaf: jax.Array, first: jax.Array, second: jax.Array) -> tuple[
     return place(first, width, None), place(second, None, width)
 
 
-def _step(gradient: jax.Array, memory: DeepMemory, seed: jax.Array, *, write: Callable, sigma: Callable | None) -> tuple:
+def _step(
+    gradient: jax.Array, memory: DeepMemory, seed: jax.Array, decay: Any, rate: Any, *, loss: Objective, sigma: Callable | None
+) -> tuple:
     keys = as_matrix(widened(gradient))
-    new = write(jax.tree.map(lambda leaf: as_matrix(leaf.astype(keys.dtype)), memory), keys, seed)
+    old = jax.tree.map(lambda leaf: as_matrix(leaf.astype(keys.dtype)), memory)
+    new = _write(old, keys, seed, loss=loss, decay=decay, rate=rate)
     update = _read(new, *_unit_keys(keys))
     update = update if sigma is None else sigma(update)
     kept = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype), new, memory)

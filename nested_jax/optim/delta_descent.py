@@ -209,10 +209,10 @@ def _direction(gradient: jax.Array, kernel: jax.Array, x: jax.Array | None, rate
     if kernel.ndim < 2 or x.shape[-1] != width or list(x.shape[: len(batch)]) != batch or x.ndim <= len(batch):
         raise ValueError(f'inputs has shape {x.shape}, allowed for a kernel (..., in, out) of shape {kernel.shape} is (..., samples, in)')
 
-    def solve(gradient, kernel, x):
+    def solve(gradient, kernel, x, rate):
         keys = x.reshape(*batch, -1, width).astype(working_dtype(kernel))
         share = 1 / max(keys.shape[-2], 1) if reduction == 'mean' else 1.0
         drive = gradient.astype(keys.dtype) + share * (keys.mT @ (keys @ kernel.astype(keys.dtype)))
         return resolvent(keys, drive, share * jnp.asarray(rate, keys.dtype)).astype(gradient.dtype)
 
-    return run_in_auto_mode(solve, (gradient, kernel, x), like=gradient)
+    return run_in_auto_mode(solve, (gradient, kernel, x, rate), like=gradient)

@@ -44,9 +44,13 @@ def zeros_for(params: PyTree, mu_dtype: DTypeLike | None = None) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=mu_dtype or working_dtype(leaf)), params)
 
 
-def map_step(function: Callable[..., tuple], updates: PyTree, state: PyTree, *trees: PyTree) -> tuple[PyTree, PyTree]:
-    """(updates, state) of a `function` from a leaf's update, state and more to the new two, laid out as the old ones on any mesh."""
-    pairs = jax.tree.map(lambda *leaves: run_in_auto_mode(function, leaves, like=leaves[:2]), updates, state, *trees)
+def map_step(function: Callable[..., tuple], updates: PyTree, state: PyTree, *trees: PyTree, scalars: tuple = ()) -> tuple[PyTree, PyTree]:
+    """(updates, state) of a `function` from a leaf's update, state and more to the new two, laid out as the old ones on any mesh.
+
+    Numbers that may be traced are `scalars`, its last arguments: on an Explicit mesh a function may not close over them.
+    """
+    step = lambda *leaves: run_in_auto_mode(function, (*leaves, *scalars), like=leaves[:2])
+    pairs = jax.tree.map(step, updates, state, *trees)
     return tuple(jax.tree.map(lambda _, pair, column=column: pair[column], updates, pairs) for column in (0, 1))
 
 

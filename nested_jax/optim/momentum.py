@@ -121,8 +121,8 @@ def scale_by_delta_momentum(
 
     def update_fn(updates, state, params=None):
         del params
-        step = functools.partial(_delta_step, rate=at_step(erase_rate, state.count), decay=decay, form=form)
-        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates))
+        step, scalars = functools.partial(_delta_step, form=form), (at_step(erase_rate, state.count), decay)
+        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates), scalars=scalars)
         return updates, DeltaMomentumState(optax.safe_increment(state.count), trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -220,12 +220,12 @@ def scale_by_preconditioned_momentum(
     def update_fn(updates, state, params=None):
         del params
 
-        def step(gradient, trace, written):
+        def step(gradient, trace, written, decay):
             dtype = working_dtype(gradient)
             moved = written.astype(dtype) + decay * trace.astype(dtype)
             return moved.astype(gradient.dtype), moved.astype(trace.dtype)
 
-        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates))
+        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates), scalars=(decay,))
         return updates, PreconditionedMomentumState(trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -327,8 +327,8 @@ def scale_by_learned_preconditioner(
 
     def update_fn(updates, state, params=None):
         del params
-        step = functools.partial(_learn, rate=rate, decay=decay, target=target)
-        updates, preconditioner = map_step(step, updates, state.preconditioner)
+        step = functools.partial(_learn, target=target)
+        updates, preconditioner = map_step(step, updates, state.preconditioner, scalars=(rate, decay))
         return updates, LearnedPreconditionerState(preconditioner)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -418,7 +418,7 @@ def feature_momentum(
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def _delta_step(gradient: jax.Array, trace: jax.Array, written: jax.Array, *, rate: Any, decay: Any, form: str) -> tuple:
+def _delta_step(gradient: jax.Array, trace: jax.Array, written: jax.Array, rate: Any, decay: Any, *, form: str) -> tuple:
     dtype = working_dtype(gradient)
     key, memory, value = (as_matrix(leaf.astype(dtype)) for leaf in (gradient, trace, written))
     rate, kept = jnp.asarray(rate, dtype), jnp.asarray(decay, dtype) * memory + value
@@ -442,7 +442,7 @@ def _precondition(preconditioner: Preconditioner, gradients: PyTree) -> PyTree:
     return jax.tree.map(apply, preconditioner, gradients, is_leaf=lambda leaf: leaf is None)
 
 
-def _learn(gradient: jax.Array, preconditioner: jax.Array, *, rate: Any, decay: Any, target: Callable[[jax.Array], jax.Array]) -> tuple:
+def _learn(gradient: jax.Array, preconditioner: jax.Array, rate: Any, decay: Any, *, target: Callable[[jax.Array], jax.Array]) -> tuple:
     dtype = working_dtype(gradient)
     key, memory, identity = as_matrix(gradient.astype(dtype)), preconditioner.astype(dtype), _identity(gradient, dtype)
     error = key @ memory.mT - target(key)
