@@ -240,6 +240,23 @@ def test_mask_leaves_the_others_to_heavy_ball():
     jax.tree.map(np.testing.assert_array_equal, run(delta_momentum(0.1, mask=tree), gradients), masked)
 
 
+@pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_proximal_form_on_sharded_matrices(axis_type):
+    mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P('data', 'model'))
+    params = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
+    optimizer = delta_momentum(0.1, erase_rate=optax.linear_schedule(0.1, 0.0, 10), form='proximal')
+    expected, _ = optimizer.update(params, optimizer.init(params), params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, sharding)
+        state = jax.jit(optimizer.init)(params)
+        updates, after = jax.jit(optimizer.update)(params, state, params)
+    np.testing.assert_allclose(updates['w'], expected['w'], rtol=1e-4, atol=1e-6)
+    if axis_type == jax.sharding.AxisType.Explicit:
+        assert updates['w'].sharding.is_equivalent_to(sharding, 2)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
