@@ -1,16 +1,50 @@
-"""A period for each level of the parameters: the Continuum Memory System across steps (Eq. 71, arXiv:2512.24695v1)."""
+"""A period for each level of the parameters: the Continuum Memory System across steps (Eq. 71, arXiv:2512.24695v1).
 
+The inner optimizer's state (moments, step count) advances with its updates and not in between. A parameter of period 1 is updated as by
+the inner optimizer alone, to the bit. Parameters of one period share one inner optimizer, so one that looks across parameters (clipping
+by global norm, for one) sees those of its own period only: chain it before `by_level` to have it see all.
+
+Weight decay is applied once an update. A schedule inside counts a level's own updates: give a function of the period, and pass its
+schedules through `stretch`, to have them follow the global step.
+
+The inner update runs under one `jax.lax.cond` for each period above 1: the steps in between cost an addition, whatever the optimizer
+does (Newton-Schulz, say).
+"""
+
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.optim.checks import check_integer
+from nested_jax.optim.matrices import zeros_for
+
 PyTree = Any
 Inner = optax.GradientTransformation | Callable[[int], optax.GradientTransformation]
-Periods = PyTree | Callable[[str], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A period and the name of one of several inner optimizers; a leaf of a pytree of periods.
+
+    Examples:
+        The slow one every 16,384 tokens of batches of 2,048:
+
+        >>> several = {'sgd': optax.sgd(0.5), 'adam': optax.adam(1e-3)}
+        >>> optimizer = by_level(several, {'fast': Level(1, 'sgd'), 'slow': Level(steps_of(16384, 2048), 'adam')})
+        >>> sorted(optimizer.init({'fast': jnp.ones(2), 'slow': jnp.ones(2)}).inner_states)
+        ['adam_every_8', 'sgd_every_1']
+    """
+
+    period: int
+    optimizer: str
+
+
+Periods = PyTree | Callable[[str], int | Level]
 
 
 class LevelState(NamedTuple):
@@ -21,7 +55,7 @@ class LevelState(NamedTuple):
     inner_state: optax.OptState  # advances once an update
 
 
-def by_level(inner: Inner, periods: Periods) -> optax.GradientTransformationExtraArgs:
+def by_level(inner: Inner | Mapping[str, Inner], periods: Periods, *, average: bool = False) -> optax.GradientTransformationExtraArgs:
     r"""Update each level of the parameters at its own frequency, with any optimizer.
 
     A parameter of period :math:`n` keeps still for :math:`n - 1` steps while its gradients are summed, and every :math:`n`-th step takes
@@ -32,26 +66,21 @@ def by_level(inner: Inner, periods: Periods) -> optax.GradientTransformationExtr
         \eta \sum_{t=i-n+1}^{i} \nabla L_t & \text{if } i \equiv 0 \bmod n \\
         0 & \text{otherwise} \end{cases}
 
-    The inner optimizer's state (moments, step count) advances with its updates and not in between. A parameter of period 1 is updated
-    as by the inner optimizer alone, to the bit. Parameters of one period share one inner optimizer, so one that looks across parameters
-    (clipping by global norm, for one) sees those of its own period only: chain it before `by_level` to have it see all.
-
-    Weight decay is applied once an update. A schedule inside counts a level's own updates: give a function of the period, and pass its
-    schedules through `stretch`, to have them follow the global step.
-
-    The inner update runs under one `jax.lax.cond` for each period above 1: the steps in between cost an addition, whatever the optimizer
-    does (Newton-Schulz, say).
+    The module's docstring says what the inner optimizer sees, and when.
 
     Args:
-        inner: the optimizer, or a function from a level's period to its optimizer.
+        inner: the optimizer, or a function from a level's period to its optimizer; or several by name, for periods given as `Level`.
         periods: steps between two updates: a pytree of integers that is a prefix of the parameters', or a function of a parameter's path,
-            such as 'blocks/channel/level_1/up'. `optax.tree.map_params` needs the pytree.
+            such as 'blocks/channel/level_1/up'. `optax.tree.map_params` needs the pytree. `Level(period, name)` in place of an integer
+            chooses among several optimizers. For a period in tokens, `steps_of` gives the steps.
+        average: hand on the mean of a period's gradients, not their sum.
 
     Returns:
-        The transformation. Its state is optax's for `partition`, under the keys 'every_<n>', with a `LevelState` for n above 1.
+        The transformation. Its state is optax's for `partition`, under the keys 'every_<n>' or '<name>_every_<n>', with a `LevelState`
+        for n above 1.
 
     Raises:
-        ValueError: at `init`, if a period is not an integer of at least 1.
+        ValueError: at `init`, if a period is not an integer of at least 1, or no optimizer has the name.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -67,12 +96,12 @@ def by_level(inner: Inner, periods: Periods) -> optax.GradientTransformationExtr
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 7.1
     """
-    make_inner = inner if callable(inner) else lambda _: inner
+    inners = inner if isinstance(inner, Mapping) else {None: inner}
 
     def partitioned(tree):
-        steps = _periods_of(tree, periods)
-        transforms = {f'every_{n}': summed(make_inner(n), n) for n in sorted(set(jax.tree.leaves(steps)))}
-        return optax.partition(transforms, jax.tree.map(lambda n: f'every_{n}', steps))
+        levels = _periods_of(tree, periods, inners)
+        transforms = {_label(level): _transform(level, inners, average) for level in jax.tree.leaves(levels)}
+        return optax.partition(transforms, jax.tree.map(_label, levels))
 
     def init_fn(params):
         return partitioned(params).init(params)
@@ -83,14 +112,15 @@ def by_level(inner: Inner, periods: Periods) -> optax.GradientTransformationExtr
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def summed(inner: optax.GradientTransformation, period: int) -> optax.GradientTransformationExtraArgs:
-    """Hand `inner` the sum of every `period` gradients, with zero updates in between.
+def summed(inner: optax.GradientTransformation, period: int, *, average: bool = False) -> optax.GradientTransformationExtraArgs:
+    """Hand `inner` the sum, or the average, of every `period` gradients, with zero updates in between.
 
-    `optax.MultiSteps` with `use_grad_mean=False` gives the same numbers, and runs the inner optimizer at every step.
+    `optax.MultiSteps` gives the same numbers, and runs the inner optimizer at every step.
 
     Args:
         inner: the optimizer.
         period: steps between two updates; 1 returns `inner` itself.
+        average: divide the sum by the period.
 
     Returns:
         The transformation, with a `LevelState` where the period is above 1.
@@ -100,14 +130,14 @@ def summed(inner: optax.GradientTransformation, period: int) -> optax.GradientTr
         return inner
 
     def init_fn(params):
-        sums = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params)
-        return LevelState(jnp.zeros((), jnp.int32), sums, inner.init(params))
+        return LevelState(jnp.zeros((), jnp.int32), zeros_for(params), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         sums = jax.tree.map(lambda total, gradient: total + gradient.astype(total.dtype), state.sums, updates)
 
         def step(sums, inner_state):
-            gradients = jax.tree.map(lambda total, gradient: total.astype(gradient.dtype), sums, updates)
+            share = 1 / period if average else 1
+            gradients = jax.tree.map(lambda total, gradient: (share * total).astype(gradient.dtype), sums, updates)
             new_updates, inner_state = inner.update(gradients, inner_state, params, **extra_args)
             return new_updates, LevelState(jnp.zeros_like(state.count), jax.tree.map(jnp.zeros_like, sums), inner_state)
 
@@ -147,32 +177,51 @@ def steps_of(period: int, tokens_per_step: int) -> int:
         tokens_per_step: of the whole batch.
 
     Raises:
-        ValueError: if either is below 1.
+        ValueError: if either is not an integer of at least 1.
 
     Examples:
         >>> steps_of(512, 2048), steps_of(16384, 2048), steps_of(5000, 2048)
         (1, 8, 3)
     """
-    for name, value in (('period', period), ('tokens_per_step', tokens_per_step)):
-        if value < 1:
-            raise ValueError(f'{name} is {value}, allowed is an integer of at least 1')
+    check_integer('period', period, 1)
+    check_integer('tokens_per_step', tokens_per_step, 1)
     return math.ceil(period / tokens_per_step)
 
 
-def _periods_of(tree: PyTree, periods: Periods) -> PyTree:
+def _transform(level: int | Level, inners: Mapping[str | None, Inner], average: bool) -> optax.GradientTransformation:
+    inner, period = inners[_name(level)], _steps(level)
+    return summed(inner(period) if callable(inner) else inner, period, average=average)
+
+
+def _steps(level: int | Level) -> int:
+    return level.period if isinstance(level, Level) else level
+
+
+def _name(level: int | Level) -> str | None:
+    return level.optimizer if isinstance(level, Level) else None
+
+
+def _label(level: int | Level) -> str:
+    return f'{level.optimizer}_every_{level.period}' if isinstance(level, Level) else f'every_{level}'
+
+
+def _periods_of(tree: PyTree, periods: Periods, inners: Mapping[str | None, Inner]) -> PyTree:
     """The period of each leaf. Of a tree without leaves, such as the placeholder of `optax.tree.map_params`, the periods as given."""
     if callable(periods):
         named = lambda path, _: periods(jax.tree_util.keystr(path, simple=True, separator='/'))
-        return _checked(jax.tree_util.tree_map_with_path(named, tree))
-    _checked(periods)
+        return _checked(jax.tree_util.tree_map_with_path(named, tree), inners)
+    _checked(periods, inners)
     if not jax.tree.leaves(tree):
         return periods
     # One for each leaf: masks inside the inner optimizer are trees like the parameters, and would not fit a subtree masked as one.
     return jax.tree.map(lambda period, part: jax.tree.map(lambda _: period, part), periods, tree)
 
 
-def _checked(periods: PyTree) -> PyTree:
-    for path, period in jax.tree_util.tree_leaves_with_path(periods):
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise ValueError(f'periods at {jax.tree_util.keystr(path)} is {period!r}, allowed is an integer of at least 1')
-    return periods
+def _checked(levels: PyTree, inners: Mapping[str | None, Inner]) -> PyTree:
+    for path, level in jax.tree_util.tree_leaves_with_path(levels):
+        where = jax.tree_util.keystr(path)
+        check_integer(f'periods at {where}', _steps(level), 1)
+        if _name(level) not in inners:
+            allowed = 'an integer, for the one optimizer' if None in inners else f'a Level with one of {sorted(inners)}'
+            raise ValueError(f'periods at {where} is {level!r}, allowed is {allowed}')
+    return levels

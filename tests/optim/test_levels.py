@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from nested_jax.optim.levels import LevelState, by_level, steps_of, stretch
+from nested_jax.optim.levels import Level, LevelState, by_level, steps_of, stretch
 
 PERIODS = {'fast': 1, 'middle': 2, 'slow': 3}
 INNER = {
@@ -87,6 +87,49 @@ def test_gradient_descent_takes_the_sum():
         np.testing.assert_array_equal(after[1], before)
         np.testing.assert_allclose(after[2], before - 0.1 * gradient[:3].sum(0), rtol=1e-6)
         np.testing.assert_allclose(after[5], before - 0.1 * gradient.sum(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', INNER)
+def test_average_equals_multi_steps(name):
+    inner, params = INNER[name](0.1), make_params()
+    gradients = make_gradients(7, params)
+    history, _ = run(by_level(inner, PERIODS, average=True), params, gradients)
+    for level, period in PERIODS.items():
+        expected, _ = run(optax.MultiSteps(inner, period).gradient_transformation(), params[level], gradients[level])
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), history[level], expected)
+
+
+@pytest.mark.parametrize('by_path', [False, True])
+def test_an_optimizer_for_each_group(by_path):
+    """Two groups of one period, and one optimizer at two periods, one of them given in tokens."""
+    params = make_params()
+    gradients = make_gradients(7, params)
+    several = {'sgd': optax.sgd(0.1, 0.9), 'adam': lambda period: optax.adam(0.01 * period)}
+    levels = {'fast': Level(2, 'sgd'), 'middle': Level(2, 'adam'), 'slow': Level(steps_of(5000, 2048), 'adam')}
+    optimizer = by_level(several, (lambda path: levels[path.split('/')[0]]) if by_path else levels)
+    assert sorted(optimizer.init(params).inner_states) == ['adam_every_2', 'adam_every_3', 'sgd_every_2']
+    history, _ = run(optimizer, params, gradients)
+    for name, inner, period in (('fast', optax.sgd(0.1, 0.9), 2), ('middle', optax.adam(0.02), 2), ('slow', optax.adam(0.03), 3)):
+        expected, _ = run(by_level(inner, period), params[name], gradients[name])
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), history[name], expected)
+
+
+@pytest.mark.parametrize(
+    ('inner', 'periods', 'message'),
+    [
+        (
+            {'sgd': optax.sgd(0.1)},
+            Level(2, 'adam'),
+            r"periods at  is Level\(period=2, optimizer='adam'\), allowed is a Level with one of \['sgd'\]",
+        ),
+        ({'sgd': optax.sgd(0.1)}, 2, 'periods at  is 2, allowed is a Level'),
+        (optax.sgd(0.1), Level(2, 'sgd'), 'allowed is an integer, for the one optimizer'),
+        ({'sgd': optax.sgd(0.1)}, Level(0, 'sgd'), 'periods at  is 0, allowed is an integer of at least 1'),
+    ],
+)
+def test_levels_and_optimizers_must_fit(inner, periods, message):
+    with pytest.raises(ValueError, match=message):
+        by_level(inner, periods).init(jnp.zeros(()))
 
 
 def test_periods_by_path_by_prefix_and_by_tree_agree():

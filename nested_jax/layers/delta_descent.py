@@ -1,0 +1,87 @@
+"""Delta gradient descent for the Dense layers of a flax.linen model without changing its code: interceptors of its methods."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.typing import ArrayLike
+
+from nested_jax.optim.delta_descent import with_delta
+
+PyTree = Any
+COLLECTION = 'delta_inputs'
+
+
+def delta_dense(learning_rate: ArrayLike, reduction: str = 'mean') -> Callable:
+    """Put `nested_jax.optim.with_delta` under every `nn.Dense` inside the context; biases keep their own gradient.
+
+    Args:
+        learning_rate: eta, a number or a traced scalar.
+        reduction: how the loss adds up samples: 'mean' or 'sum'.
+
+    Returns:
+        An interceptor.
+
+    Examples:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model, x = nn.Dense(2), jnp.ones((4, 3))
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> with nn.intercept_methods(delta_dense(0.1)):
+        ...     gradients = jax.grad(lambda variables: model.apply(variables, x).mean())(variables)
+    """
+
+    def interceptor(next_fun, args, kwargs, context):
+        if not _is_dense(context) or context.module.is_initializing():
+            return next_fun(*args, **kwargs)
+        return _dense(context.module, *args, **kwargs, wrap=lambda dense: with_delta(dense, learning_rate, reduction))
+
+    return interceptor
+
+
+def capture_inputs(next_fun: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+    """Interceptor that keeps the input of every `nn.Dense` in the collection 'delta_inputs', for the exact form.
+
+    A lifted transformation (`nn.scan`, `nn.vmap`) passes on the collections it names only: name this one there.
+    """
+    if _is_dense(context):
+        (x,) = (*args, *kwargs.values())
+        context.module.sow(COLLECTION, 'kernel', x)
+    return next_fun(*args, **kwargs)
+
+
+def inputs_for(params: PyTree, captured: PyTree) -> PyTree:
+    """What `delta_gradient_descent` takes as `inputs`: the captured input of each kernel, None for every other leaf.
+
+    Args:
+        params: the model's parameters.
+        captured: the collection 'delta_inputs' of `model.apply(..., mutable='delta_inputs')`.
+
+    Raises:
+        ValueError: if a layer was called more than once: its inputs then have no single shape.
+    """
+
+    def find(path, _):
+        node = captured
+        for key in path:
+            node = node.get(key.key) if isinstance(node, dict) else None
+        if node is not None and len(node) > 1:
+            name = jax.tree_util.keystr(path, simple=True, separator='/')
+            raise ValueError(f'captured at {name!r} has {len(node)} calls, allowed is one')
+        return node[0] if node else None
+
+    return jax.tree_util.tree_map_with_path(find, params)
+
+
+def _is_dense(context: nn.module.InterceptorContext) -> bool:
+    return isinstance(context.module, nn.Dense) and context.method_name == '__call__'
+
+
+def _dense(module: nn.Dense, inputs: jax.Array, *, wrap: Callable) -> jax.Array:
+    """What `nn.Dense` computes, with its product wrapped."""
+    read = lambda name: module.get_variable('params', name)
+    inputs, kernel, bias = module.promote_dtype(inputs, read('kernel'), read('bias') if module.use_bias else None, dtype=module.dtype)
+    product = module.dot_general_cls() if module.dot_general_cls else module.dot_general or jax.lax.dot_general
+    contract = (((inputs.ndim - 1,), (0,)), ((), ()))
+    output = wrap(lambda x, weight: product(x, weight, contract, precision=module.precision))(inputs, kernel)
+    return output if bias is None else output + bias.reshape((1,) * (output.ndim - 1) + bias.shape)

@@ -1,0 +1,219 @@
+"""The orthogonal polar factor of matrices and stacks of matrices, by Newton-Schulz iterations or exactly.
+
+Shapes: (..., m, n). Einsum letters: m and k rows, n columns.
+"""
+
+import collections
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from nested_jax.optim.checks import check_choice, check_integer
+from nested_jax.optim.matrices import widened, working_dtype
+from nested_jax.optim.sharding import Layout, constrain, layouts_of, moves_to_batch, run_in_auto_mode
+
+PyTree = Any
+
+# Coefficients of X, (X X^T) X and (X X^T)^2 X for each step; the last ones serve all later steps.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+_COEFFICIENTS = {
+    'quintic': ((3.4445, -4.7750, 2.0315),),
+    'cubic': ((1.5, -0.5),),
+    # Rounding may leave a singular value above 1, where the first polynomials grow: they are made for an interval 1 % wider.
+    'polar_express': (*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS), (1.875, -1.25, 0.375)),
+}
+METHODS = (*_COEFFICIENTS, 'svd')
+
+
+def orthogonalize(x: jax.Array, *, method: str = 'quintic', steps: int = 5, sharding: NamedSharding | None = None) -> jax.Array:
+    r"""The nearest matrix whose rows, or columns if it is tall, are orthonormal: :math:`U V^\top` of :math:`X = U S V^\top`.
+
+    The iterations start from :math:`X_0 = X / \|X\|_F` and apply an odd polynomial to the singular values,
+
+    .. math::
+      X_{i+1} = a_i X_i + b_i (X_i X_i^\top) X_i + c_i (X_i X_i^\top)^2 X_i .
+
+    'quintic' is Muon's: fast, and its singular values settle between about 0.7 and 1.2 instead of at 1. 'cubic' (a, b, c = 3/2, -1/2, 0)
+    is one gradient step of Eq. (44), arXiv:2512.24695v1, with :math:`\zeta = 1/4`; it converges to 1, slowly. 'polar_express' takes the
+    best polynomial for the interval each step leaves. 'svd' is exact, with singular values that vanish left at zero.
+
+    The result does not depend on the scale of `x`, a matrix of zeros gives zeros, and derivatives are finite there. The steps are scanned.
+    Products of 16-bit matrices accumulate in float32.
+
+    A matrix axis that is split over a mesh axis hands it to a batch axis where that divides: all-to-alls and no gather. Else the longer
+    matrix axis takes it and partial products are summed.
+
+    Args:
+        x: (..., m, n), real floating point; each matrix is orthogonalised alone.
+        method: 'quintic', 'cubic', 'polar_express' or 'svd'.
+        steps: iterations, at least 1; 'svd' takes none.
+        sharding: of `x` on Auto meshes, whose compiled programs cannot ask for it; on Explicit meshes it is known from the type.
+
+    Returns:
+        (..., m, n) in the dtype of `x`.
+
+    Raises:
+        ValueError: if `x` is no stack of real matrices, `method` is unknown or `steps` is not an integer of at least 1.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x = orthogonalize(jnp.array([[3.0, 0.0], [4.0, 5.0]]), method='polar_express', steps=8)
+        >>> print(jnp.round(jnp.abs(x.T @ x), 3))
+        [[1. 0.]
+         [0. 1.]]
+
+    References:
+        Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
+
+        Amsel et al., `The Polar Express <https://arxiv.org/abs/2505.16932>`_, 2025
+    """
+    return orthogonalize_tree(x, method=method, steps=steps, shardings=sharding)
+
+
+def orthogonalize_tree(tree: PyTree, *, method: str = 'quintic', steps: int = 5, shardings: PyTree | None = None) -> PyTree:
+    """`orthogonalize` for all leaves of a pytree, those of equal shape in one stack: less to compile and fewer, larger products.
+
+    Args:
+        tree: leaves (..., m, n). A leaf and another's transpose are of equal shape.
+        method: as for `orthogonalize`.
+        steps: as for `orthogonalize`.
+        shardings: of the leaves on Auto meshes, a pytree of NamedSharding that is a prefix of `tree`; see `orthogonalize`.
+
+    Returns:
+        The same pytree, orthogonalised.
+
+    Raises:
+        ValueError: as `orthogonalize`.
+
+    Examples:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> tree = orthogonalize_tree({'up': jnp.ones((2, 3)), 'down': jnp.zeros((3, 2))}, method='svd')
+        >>> print(np.round(np.asarray(tree['up']), 3), float(tree['down'].sum()))
+        [[0.408 0.408 0.408]
+         [0.408 0.408 0.408]] 0.0
+    """
+    check_method(method, steps)
+    leaves, structure = jax.tree.flatten(tree)
+    for leaf in leaves:
+        _check_matrices(leaf)
+    run = functools.partial(orthogonalize_all, layouts=layouts_of(tree, shardings), method=method, steps=steps)
+    return structure.unflatten(run_in_auto_mode(run, (leaves,), like=leaves))
+
+
+def orthogonalize_all(matrices: list[jax.Array], layouts: list[Layout | None], method: str, steps: int) -> list[jax.Array]:
+    """The same for a list, inside of Auto mode and with arguments already checked."""
+    groups = collections.defaultdict(list)
+    for index, (x, layout) in enumerate(zip(matrices, layouts, strict=True)):
+        tall = x.shape[-2] > x.shape[-1]
+        if tall and layout is not None:
+            layout = layout.transposed((*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))
+        wide = x.mT if tall else x
+        groups[wide.shape, wide.dtype, layout].append((index, tall, wide))
+    results = {}
+    for (_, _, layout), members in groups.items():
+        indices, tall, wide = zip(*members, strict=True)
+        for index, flip, x in zip(indices, tall, _orthogonalize_equal(wide, layout, method, steps), strict=True):
+            results[index] = x.mT if flip else x
+    return [results[index] for index in range(len(matrices))]
+
+
+def check_method(method: str, steps: int, steps_name: str = 'steps') -> None:
+    """Raises ValueError if `method` or `steps` is not what `orthogonalize` takes."""
+    check_choice('method', method, METHODS)
+    check_integer(steps_name, steps, 1)
+
+
+def _check_matrices(x: jax.Array) -> None:
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f'x has shape {x.shape} and dtype {x.dtype}, allowed are real matrices, (..., m, n)')
+
+
+def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None, method: str, steps: int) -> list[jax.Array]:
+    """Matrices of one shape and layout, not tall, in one stack."""
+    polar = _polar_factor if method == 'svd' else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    if len(matrices) == 1:
+        return [_in_layouts(polar, matrices[0], layout)]
+    return list(_in_layouts(polar, jnp.stack(matrices), layout and layout.stacked()))
+
+
+def _in_layouts(function, x: jax.Array, layout: Layout | None) -> jax.Array:
+    """`function(x)` with the matrices whole on a device as far as their number allows, and laid out as before afterwards."""
+    moves = moves_to_batch(layout, x.shape) if layout else []
+    for move in moves:
+        x = constrain(x, move)
+    x = function(x)
+    for move in reversed(moves):
+        x = constrain(x, move)
+    return x
+
+
+def _coefficients(method: str, steps: int) -> tuple[tuple[float, ...], ...]:
+    table = _COEFFICIENTS[method]
+    return tuple(table[min(step, len(table) - 1)] for step in range(steps))
+
+
+def _newton_schulz(x: jax.Array, coefficients: tuple[tuple[float, ...], ...]) -> jax.Array:
+    dtype, accumulator = x.dtype, working_dtype(x)
+    product = lambda letters, a, b: jnp.einsum(letters, a.astype(dtype), b.astype(dtype), preferred_element_type=accumulator)
+
+    def step(x, row):
+        gram = product('...mn,...kn->...mk', x, x)
+        polynomial = row[1] * gram
+        if len(row) == 3:
+            polynomial += row[2] * product('...mk,...kn->...mn', gram, gram)
+        return (row[0] * x + product('...mk,...kn->...mn', polynomial, x)).astype(dtype), None
+
+    return jax.lax.scan(step, normalized(x), jnp.asarray(coefficients, accumulator))[0]
+
+
+def normalized(x: jax.Array) -> jax.Array:
+    """Matrices of Frobenius norm 1, or zero.
+
+    The division by the largest entry keeps squares in range. The result does not depend on it, so it takes no part in derivatives.
+    """
+    scaled = widened(x)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(scaled), axis=(-2, -1), keepdims=True, initial=0.0))
+    scaled /= jnp.where(largest > 0, largest, 1.0)
+    squares = jnp.sum(jnp.square(scaled), axis=(-2, -1), keepdims=True)
+    return (scaled / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _polar_factor(x: jax.Array) -> jax.Array:
+    u, s, vt = _svd(x)
+    return ((u * _kept(s, x.shape)[..., None, :]) @ vt).astype(x.dtype)
+
+
+@_polar_factor.defjvp
+def _polar_factor_jvp(primals, tangents):
+    """The derivative divides by sums of singular values; that of the SVD itself divides by their differences."""
+    (x,), (dx,) = primals, tangents
+    u, s, vt = _svd(x)
+    kept = _kept(s, x.shape)
+    u, vt, dx = u * kept[..., None, :], vt * kept[..., :, None], dx.astype(s.dtype)
+    sums = s[..., :, None] + s[..., None, :]
+    inside = u.mT @ dx @ vt.mT
+    rotation = (inside - inside.mT) / jnp.where(sums > 0, sums, 1.0)
+    outside = (u.mT @ dx - inside @ vt) / jnp.where(kept > 0, s, 1.0)[..., :, None]
+    return ((u * kept[..., None, :]) @ vt).astype(x.dtype), (u @ (rotation @ vt + outside)).astype(x.dtype)
+
+
+def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return jnp.linalg.svd(widened(x), full_matrices=False)
+
+
+def _kept(s: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """1 for singular values above rounding, else 0."""
+    threshold = jnp.max(s, axis=-1, keepdims=True, initial=0.0) * max(shape[-2:]) * jnp.finfo(s.dtype).eps
+    return (s > threshold).astype(s.dtype)

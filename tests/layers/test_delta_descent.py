@@ -1,0 +1,109 @@
+"""A linen model under the interceptors, whose code does not change, against the same computation written out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.layers.delta_descent import capture_inputs, delta_dense, inputs_for
+from nested_jax.optim.delta_descent import delta_gradient_descent
+
+
+class Perceptron(nn.Module):
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm(dtype=self.dtype)(nn.Dense(6, dtype=self.dtype, name='up')(x))
+        return nn.Dense(3, use_bias=False, dtype=self.dtype, name='down')(nn.gelu(x))
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        body = lambda module, carry, _: (nn.tanh(nn.Dense(5, name='dense')(carry)), None)
+        return nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True}, length=3)(self, x, None)[0]
+
+
+def setup(model=None, dtype=None):
+    model = model or Perceptron(dtype)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
+    return model, x, model.init(jax.random.key(0), x)['params']
+
+
+def loss_of(model, x):
+    return lambda params: jnp.mean(jnp.sum(model.apply({'params': params}, x) ** 2, -1))
+
+
+def layer_inputs(model, params, x):
+    _, state = model.apply({'params': params}, x, capture_intermediates=True, mutable=['intermediates'])
+    return {'up': x, 'down': nn.gelu(state['intermediates']['LayerNorm_0']['__call__'][0])}
+
+
+def test_gradients_are_the_cheap_form():
+    model, x, params = setup()
+    loss = loss_of(model, x)
+    value, plain = jax.value_and_grad(loss)(params)
+    with nn.intercept_methods(delta_dense(0.3)):
+        intercepted, gradients = jax.value_and_grad(loss)(params)
+        assert jax.tree.structure(model.init(jax.random.key(0), x)['params']) == jax.tree.structure(params)
+    assert intercepted == value
+    for name, rows in layer_inputs(model, params, x).items():
+        a = rows.T @ rows / 4
+        expected = (plain[name].pop('kernel') + a @ params[name]['kernel']) / (1 + 0.3 * jnp.trace(a))
+        np.testing.assert_allclose(gradients[name].pop('kernel'), expected, rtol=1e-5, atol=1e-7)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), gradients, plain)  # biases and the norm
+
+
+def test_captured_inputs_give_the_exact_form():
+    model, x, params = setup()
+
+    def loss(params):
+        with nn.intercept_methods(capture_inputs):
+            y, state = model.apply({'params': params}, x, mutable='delta_inputs')
+        return jnp.mean(jnp.sum(y**2, -1)), inputs_for(params, state['delta_inputs'])
+
+    gradients, inputs = jax.grad(loss, has_aux=True)(params)
+    for name, rows in layer_inputs(model, params, x).items():
+        np.testing.assert_allclose(inputs[name]['kernel'], rows, rtol=1e-6)
+    assert len(jax.tree.leaves(inputs)) == 2
+    optimizer = delta_gradient_descent(0.3)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params, inputs=inputs)
+    kernel, rows = params['up']['kernel'], inputs['up']['kernel']
+    expected = jnp.linalg.solve(jnp.eye(5) + 0.3 * rows.T @ rows / 4, kernel - 0.3 * gradients['up']['kernel'])
+    np.testing.assert_allclose(kernel + updates['up']['kernel'], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(updates['up']['bias'], -0.3 * gradients['up']['bias'], rtol=1e-6)
+
+
+def test_scanned_and_rematerialised_layers():
+    model, x, params = setup(Scanned())
+    loss = loss_of(model, x)
+    with nn.intercept_methods(delta_dense(0.3)):
+        gradients, remat = jax.grad(loss)(params), jax.grad(jax.checkpoint(loss))(params)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7), gradients, remat)
+    kernel, bias = params['dense']['kernel'], params['dense']['bias']
+    last = x
+    for layer in range(2):
+        last = jnp.tanh(last @ kernel[layer] + bias[layer][None])
+    a, plain = last.T @ last / 4, jax.grad(loss)(params)['dense']['kernel']
+    np.testing.assert_allclose(gradients['dense']['kernel'][2], (plain[2] + a @ kernel[2]) / (1 + 0.3 * jnp.trace(a)), rtol=1e-4, atol=1e-6)
+
+
+def test_low_precision_and_traced_rates():
+    model, x, params = setup(dtype=jnp.bfloat16)
+
+    @jax.jit
+    def gradients(params, rate):
+        with nn.intercept_methods(delta_dense(rate)):
+            return jax.grad(lambda params: loss_of(model, x)(params).astype(jnp.float32))(params)
+
+    small, large = gradients(params, 0.0), gradients(params, 10.0)
+    assert {leaf.dtype for leaf in jax.tree.leaves(small)} == {jnp.dtype('float32')}
+    assert jnp.linalg.norm(large['up']['kernel']) < 0.5 * jnp.linalg.norm(small['up']['kernel'])
+
+
+def test_a_layer_called_twice_is_refused():
+    params = {'up': {'kernel': jnp.ones((5, 6))}}
+    with pytest.raises(ValueError, match="captured at 'up/kernel' has 2 calls, allowed is one"):
+        inputs_for(params, {'up': {'kernel': (jnp.ones((4, 5)), jnp.ones((4, 5)))}})

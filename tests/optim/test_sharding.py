@@ -1,0 +1,154 @@
+"""On eight devices: the updates of one, nothing gathered, and state that stays where it was put."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nested_jax.optim import (
+    BlockSpec,
+    adam_as_memory,
+    by_level,
+    deep_momentum,
+    delta_momentum,
+    feature_momentum,
+    m3,
+    muon,
+    preconditioned_momentum,
+    state_shardings,
+)
+from nested_jax.optim.sharding import Layout, moves_to_batch
+
+AXIS_TYPES = {'explicit': jax.sharding.AxisType.Explicit, 'auto': jax.sharding.AxisType.Auto}
+SHAPES = {'qkv': (8, 16, 48), 'up': (8, 16, 32), 'down': (8, 32, 16), 'embedding': (32, 16), 'bias': (16,)}
+SPECS = {
+    'qkv': (None, 'data', 'model'),
+    'up': (None, 'data', 'model'),
+    'down': (None, 'model', 'data'),
+    'embedding': ('model', 'data'),
+    'bias': ('model',),
+}
+ORTHOGONAL = {'muon': muon, 'm3': functools.partial(m3, periods=(2,))}
+OTHERS = {
+    'delta_momentum': functools.partial(delta_momentum, erase_rate=optax.linear_schedule(0.1, 0.0, 10)),
+    'preconditioned_momentum': preconditioned_momentum,
+    'feature_momentum': feature_momentum,
+    'deep_momentum': deep_momentum,
+    'adam_as_memory': adam_as_memory,
+}
+
+
+def fused(path, leaf):
+    return BlockSpec(-1, (16, 16, 16)) if path == 'qkv' else 'matrix' if len(leaf.shape) == 3 else 'adam'
+
+
+def make_mesh(kind):
+    return jax.make_mesh((2, 4), ('data', 'model'), axis_types=(AXIS_TYPES[kind],) * 2)
+
+
+def make_params(mesh, dtype=jnp.float32):
+    """Parameters on one device and on the mesh, and the shardings there."""
+    draw = np.random.default_rng(0).normal
+    params = {name: jnp.asarray(draw(size=shape), dtype) for name, shape in SHAPES.items()}
+    shardings = {name: jax.NamedSharding(mesh, jax.P(*spec)) for name, spec in SPECS.items()}
+    return params, jax.tree.map(jax.device_put, params, shardings), shardings
+
+
+def make_optimizer(name, shardings=None):
+    return ORTHOGONAL[name](0.1, labels=fused, shardings=shardings) if name in ORTHOGONAL else OTHERS[name](0.1)
+
+
+def three_steps(optimizer, params):
+    step, state = jax.jit(optimizer.update), optimizer.init(params)
+    for _ in range(3):
+        updates, state = step(params, state, params)
+        params = jax.jit(optax.apply_updates)(params, updates)
+    return updates, state
+
+
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-4), (jnp.float64, 1e-9)])
+@pytest.mark.parametrize('name', [*ORTHOGONAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_updates_are_those_of_one_device(name, dtype, tolerance, kind):
+    with jax.enable_x64(dtype == jnp.float64):
+        mesh = make_mesh(kind)
+        alone, sharded, shardings = make_params(mesh, dtype)
+        expected, _ = three_steps(make_optimizer(name), alone)
+        with jax.set_mesh(mesh):
+            updates, state = three_steps(make_optimizer(name, None if kind == 'explicit' else shardings), sharded)
+        for leaf, update in updates.items():
+            assert update.sharding.is_equivalent_to(shardings[leaf], update.ndim)
+            assert np.abs(update - expected[leaf]).max() <= tolerance * np.abs(expected[leaf]).max()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in SHAPES), None)
+            assert leaf.shape != SHAPES.get(name) or leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
+
+
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize('name', ORTHOGONAL)
+def test_nothing_is_gathered(name, kind):
+    """Fused axes that are sharded move their blocks by permutes, stacks by all-to-alls."""
+    mesh = make_mesh(kind)
+    _, params, shardings = make_params(mesh)
+    optimizer = make_optimizer(name, None if kind == 'explicit' else shardings)
+    with jax.set_mesh(mesh):
+        text = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile().as_text()
+    assert set(re.findall(r' (all-\w[a-z-]*|collective-permute|reduce-scatter)\(', text)) == {'all-to-all', 'collective-permute'}
+
+
+@pytest.mark.parametrize(
+    ('shape', 'names', 'expected'),
+    [
+        ((8, 4, 8), ((), ('a',), ('b',)), [((), ('a',), ('b',)), (('b',), ('a',), ()), (('b', 'a'), (), ())]),
+        ((2, 4, 8), ((), ('a',), ('b',)), [((), ('a',), ('b',)), (('a',), (), ('b',))]),
+        ((3, 4, 8), ((), ('a',), ('b',)), [((), ('a',), ('b',)), ((), (), ('b', 'a'))]),
+        ((3, 4, 12), ((), ('a',), ('b',)), [((), ('a',), ('b',))]),
+        ((2, 4, 8, 8), (('a',), (), (), ('b',)), [(('a',), (), (), ('b',)), (('a',), ('b',), (), ())]),
+        ((8, 5, 8), ((), ('a',), ('b',)), [((), (), ('b',)), (('b',), (), ())]),
+    ],
+)
+def test_mesh_axes_move_one_at_a_time(shape, names, expected):
+    mesh = jax.sharding.AbstractMesh((2, 4), ('a', 'b'), axis_types=(AXIS_TYPES['auto'],) * 2)
+    assert [move.names for move in moves_to_batch(Layout(mesh, names), shape)] == expected
+
+
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        muon(0.1),
+        m3(0.1),
+        optax.adamw(0.1),
+        by_level(optax.adamw(0.1), lambda path: 1 + (path == 'up')),
+        optax.adafactor(0.1, min_dim_size_to_factor=4),
+        deep_momentum(0.1, 8),
+    ],
+    ids=['muon', 'm3', 'adamw', 'by_level', 'adafactor', 'deep_momentum'],
+)
+def test_state_shardings_are_kept_by_init_and_update(optimizer):
+    _, params, shardings = make_params(make_mesh('auto'))
+    placed = state_shardings(optimizer, params, shardings)
+    state = jax.jit(optimizer.init, out_shardings=placed)(params)
+    assert jax.tree.structure(state) == jax.tree.structure(placed)
+    _, after = jax.jit(optimizer.update, out_shardings=(shardings, placed))(params, state, params)
+    jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim) or pytest.fail(str(sharding)), after, placed)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else None
+        if leaf.shape == SHAPES.get(name):
+            assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
+
+
+def test_state_of_another_shape_is_spread_over_the_mesh():
+    """What leading axes do not keep, the first axis it divides takes."""
+    shapes = {'rows': (8, 16), 'square': (8, 48, 48), 'small': (8, 3), 'none': (3,), 'count': ()}
+    memory = optax.GradientTransformation(
+        lambda params: {'w': {name: jnp.zeros(shape) for name, shape in shapes.items()}, 'other': jnp.zeros(16)}, lambda *_: None
+    )
+    sharding = jax.NamedSharding(make_mesh('auto'), jax.P('data', None, 'model'))
+    placed = state_shardings(memory, {'w': jax.ShapeDtypeStruct((8, 16, 48), jnp.float32)}, {'w': sharding})
+    specs = {name: tuple(filter(None, place.spec)) for name, place in placed['w'].items()}
+    assert specs == {'rows': ('data',), 'square': ('data', 'model'), 'small': ('data',), 'none': (), 'count': ()}
+    assert placed['other'].spec == jax.P()
