@@ -17,6 +17,24 @@ its momentum of 0.9. A run has arrived at the first of 10 steps in a row with ps
 
 Nor does the paper say whether (r, theta) is a column of weights, so that the momentum is erased along the gradient (layout column, as
 above), or a row, all of which one gradient erases: |g|^2 m in the place of g (g . m).
+
+Measured in 36 landscapes at 41 learning rates, at most 10,000 steps, as a column (rows in results/curvature_toy.jsonl; a row of weights
+gives the same order). Steps are relative to heavy ball's, with the median's 95 % interval; the last column is a reproduction's setting:
+
+                     arrives in   each at its best rate             both at every rate                steps at k = 10, a = 1,
+                                  faster/slower  median             faster/slower  median             omega = 2, rate 0.004
+    heavy-ball       35                                                                               670
+    printed          17           0 / 17         8.26 [4.36, 28.6]  1 / 90         1.03 [1.02, 1.03]  diverges
+    clipped          35           32 / 3         0.73 [0.69, 0.76]  310 / 247      1.00 [0.96, 1.01]  719
+    normalised       35           28 / 6         0.90 [0.84, 0.97]  176 / 387      1.01 [1.00, 1.01]  740
+    normalised-half  33           10 / 23        2.09 [1.18, 2.70]  30 / 325       5.71 [5.25, 5.94]  4556
+    proximal         35           2 / 33         1.75 [1.34, 2.29]  6 / 555        1.27 [1.18, 1.42]  1121
+
+So delta momentum is faster in two of its forms, clipped and normalised, once each method has its own learning rate (clipped takes a
+larger one in 19 landscapes, a smaller one in 4); at equal rates their median is heavy ball's within 1 %. The printed form is stable for
+eta |g|^2 <= 1.9, which steep landscapes allow to rates too small to arrive with. Erasing half of the momentum along every gradient
+costs more steps than it saves, and so does the proximal form, which never diverges: it shortens the gradient too. No best rate is at the
+grid's edge; no method arrives at k = 30, a = 2, omega = 3. Half a minute on one CPU core.
 """
 
 import dataclasses
