@@ -101,7 +101,8 @@ def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penal
         >>> print(optimal_memory(jnp.array([1.0, 0.0]), jnp.array([4.0, 0.0]), jnp.array([2.0, 0.0]), 0.0))
         [0.5 0. ]
     """
-    return divide(first * target, second + penalty)
+    # The product of M and P leaves the range of floating point long before their quotients do.
+    return first * divide(target, second + penalty)
 
 
 TARGETS: dict[str, Target] = {'root': root, 'square': lambda second: second}

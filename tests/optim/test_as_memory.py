@@ -119,6 +119,14 @@ def test_float32_sizes(scale):
     assert_close(run(scale_by_adam_as_memory(), gradients), run(optax.scale_by_adam(), gradients), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize('scale', [1e-15, 1e15])
+def test_the_square_as_target_in_float32(scale):
+    """Where its product with the momentum has no place in float32."""
+    gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_gradients(scale))
+    expected = run(optax.ema(0.9), gradients)
+    assert_close(run(scale_by_adam_as_memory(eps=0.0, target='square'), gradients), expected, rtol=1e-4, atol=1e-6 * scale)
+
+
 OPTIMIZERS = {'adam': adam_as_memory, 'adagrad': adagrad_as_memory}
 
 
