@@ -88,7 +88,7 @@ def memory_loss(
 
 
 def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penalty: ArrayLike) -> jax.Array:
-    """The minimum of `memory_loss`, Eq. (102): M P / (H + lambda), and zero where the denominator is.
+    """The minimum of `memory_loss`, Eq. (102): M P / (H + lambda), and zero where the denominator is zero or has overflowed.
 
     Args:
         first: M, the weighted sum of the gradients.
@@ -102,7 +102,8 @@ def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penal
         [0.5 0. ]
     """
     # The product of M and P leaves the range of floating point long before their quotients do.
-    return first * divide(target, second + penalty)
+    denominator = second + penalty
+    return first * jnp.where(jnp.isinf(denominator), 0, divide(target, denominator))
 
 
 TARGETS: dict[str, Target] = {'root': root, 'square': lambda second: second}

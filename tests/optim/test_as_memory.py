@@ -127,6 +127,12 @@ def test_the_square_as_target_in_float32(scale):
     assert_close(run(scale_by_adam_as_memory(eps=0.0, target='square'), gradients), expected, rtol=1e-4, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize(('ours', 'reference'), [(adam_as_memory, optax.adam), (adagrad_as_memory, optax.adagrad)])
+def test_survives_an_overflow_as_optax_does(ours, reference):
+    gradients = {'w': jnp.array([[1.0], [3e20], [1.0], [1.0]], jnp.float32)}
+    assert_close(run(ours(0.1), gradients), run(reference(0.1), gradients), rtol=1e-6)
+
+
 OPTIMIZERS = {'adam': adam_as_memory, 'adagrad': adagrad_as_memory}
 
 
