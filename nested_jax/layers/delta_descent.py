@@ -1,6 +1,6 @@
 """Delta gradient descent for the Dense layers of a flax.linen model without changing its code: interceptors of its methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -58,19 +58,28 @@ def inputs_for(params: PyTree, captured: PyTree) -> PyTree:
         captured: the collection 'delta_inputs' of `model.apply(..., mutable='delta_inputs')`.
 
     Raises:
-        ValueError: if a layer was called more than once: its inputs then have no single shape.
+        ValueError: if a layer was called more than once: its inputs then have no single shape; or if an input has no parameter, as when
+            the two are nested differently.
     """
+    if extra := _names(captured) - _names(params):
+        raise ValueError(f'captured holds {sorted(extra)}, allowed are inputs of parameters: {sorted(_names(params))}')
 
     def find(path, _):
         node = captured
         for key in path:
-            node = node.get(key.key) if isinstance(node, dict) else None
+            node = node.get(key.key) if isinstance(node, Mapping) else None
         if node is not None and len(node) > 1:
             name = jax.tree_util.keystr(path, simple=True, separator='/')
             raise ValueError(f'captured at {name!r} has {len(node)} calls, allowed is one')
         return node[0] if node else None
 
     return jax.tree_util.tree_map_with_path(find, params)
+
+
+def _names(tree: PyTree) -> set[str]:
+    """Paths of dictionary keys."""
+    keys = lambda path: [key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return {jax.tree_util.keystr(keys(path), simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _is_dense(context: nn.module.InterceptorContext) -> bool:

@@ -88,7 +88,7 @@ def memory_loss(
 
 
 def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penalty: ArrayLike) -> jax.Array:
-    """The minimum of `memory_loss`, Eq. (102): M P / (H + lambda), and zero where the denominator is.
+    """The minimum of `memory_loss`, Eq. (102): M P / (H + lambda), and zero where the denominator is zero or has overflowed.
 
     Args:
         first: M, the weighted sum of the gradients.
@@ -101,7 +101,9 @@ def optimal_memory(first: jax.Array, second: jax.Array, target: jax.Array, penal
         >>> print(optimal_memory(jnp.array([1.0, 0.0]), jnp.array([4.0, 0.0]), jnp.array([2.0, 0.0]), 0.0))
         [0.5 0. ]
     """
-    return divide(first * target, second + penalty)
+    # The product of M and P leaves the range of floating point long before their quotients do.
+    denominator = second + penalty
+    return first * jnp.where(jnp.isinf(denominator), 0, divide(target, denominator))
 
 
 TARGETS: dict[str, Target] = {'root': root, 'square': lambda second: second}

@@ -23,7 +23,7 @@ its initial value and not to zero, where two layers would stay for ever.
 
 State: one memory for each matrix, 2 * out * h numbers with h = min(hidden_size, in / 2) and at least 1. That is 512 * out bytes at
 h = 64 in float32, and no more than the matrix has from two rows on. The linear part adds in * out. Under an Explicit mesh the memory's
-long axis is sharded as the leaf's last. Time: about 10 * in * out * h operations a step.
+long axis is sharded as the leaf's last. Time: 12 * in * out * h operations a step, with 'l2' 14.
 """
 
 import functools

@@ -152,10 +152,14 @@ def with_delta(dense: Dense, learning_rate: ArrayLike, reduction: str = 'mean') 
     with c = 1 / n for a loss that is a mean over the n samples, 1 for a sum. The trace bounds the largest eigenvalue of A, so eta times
     it stays below 1 and a step never overshoots; where inputs fill many dimensions it is loose, and steps shorter than the exact form's.
 
+    That holds for one call with the whole batch. Directions of several calls add up, and so may overshoot: under a `jax.vmap` over
+    samples, with one weight used k times, and for a convolution, whose weight sees each input once for each of its taps.
+
     Cost: no product; one addition over the output, which is kept for it, and one sum of squares over the input. Reverse mode only.
 
     Args:
-        dense: a function of the input (..., in) and a weight to the output, linear in the weight: a product, a convolution. No bias.
+        dense: a function of the input (..., in) and a weight to the output, linear in the weight, that uses each entry of the input once
+            for each output: a product. No bias.
         learning_rate: eta, a number or a traced scalar; the optimizer's at this step.
         reduction: how the loss adds up samples: 'mean' or 'sum'.
 

@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from nested_jax.optim.checks import check_choice, check_decay, check_integer, check_range, check_real
-from nested_jax.optim.matrices import Mask, root, widened, with_learning_rate, zeros_for
+from nested_jax.optim.matrices import Mask, divide, root, widened, with_learning_rate, zeros_for
 from nested_jax.optim.matrix_specs import Labels, label_tree, map_matrices
 from nested_jax.optim.orthogonalize import check_method, normalized, orthogonalize_all
 
@@ -253,7 +253,7 @@ class _Algorithm:
 
     def _divided(self, total: jax.Array, nu: jax.Array) -> jax.Array:
         """Orthogonalised momenta are not zero where all gradients were; divided by eps alone they would be huge."""
-        quotient = total / (root(nu) + self.eps)
+        quotient = divide(total, root(nu) + self.eps)
         return quotient if self.literal else jnp.where(nu > 0, quotient, 0.0)
 
     def _corrected(self, moment: PyTree, decay: ArrayLike, count: jax.Array) -> PyTree:

@@ -46,6 +46,7 @@ from nested_jax.optim.matrices import (
     working_dtype,
     zeros_for,
 )
+from nested_jax.optim.orthogonalize import normalized
 from nested_jax.optim.sharding import run_in_auto_mode
 
 PyTree = Any
@@ -428,9 +429,9 @@ def _delta_step(gradient: jax.Array, trace: jax.Array, written: jax.Array, rate:
 
 
 def _erased(key: jax.Array, memory: jax.Array, form: str) -> jax.Array:
+    key = normalized(key) if form == 'normalised' else key
     wide = key.shape[-1] > key.shape[-2]
-    erased = (key @ key.mT) @ memory if wide else key @ (key.mT @ memory)
-    return divide(erased, jnp.sum(jnp.square(key), (-2, -1), keepdims=True)) if form == 'normalised' else erased
+    return (key @ key.mT) @ memory if wide else key @ (key.mT @ memory)
 
 
 def _precondition(preconditioner: Preconditioner, gradients: PyTree) -> PyTree:

@@ -46,7 +46,9 @@ def state_shardings(optimizer: optax.GradientTransformation, params: PyTree, par
     mesh = jax.tree.leaves(param_shardings)[0].mesh
 
     def place(path, leaf):
-        owner = max((name for name in owners if _contains(path, name)), key=len, default=None)
+        # Indices of a chain or a list look alike: of equally long paths the one whose parameter fits, then the one further inside.
+        rank = lambda name: (len(name), owners[name][0].shape == leaf.shape, _position(path, name))
+        owner = max((name for name in owners if _position(path, name) >= 0), key=rank, default=None)
         return NamedSharding(mesh, jax.P() if owner is None or not leaf.shape else _state_spec(leaf.shape, *owners[owner]))
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, abstract))
@@ -133,8 +135,10 @@ def _names(spec: jax.P, ndim: int) -> tuple[Names, ...]:
     return (*entries, *[()] * (ndim - len(entries)))
 
 
-def _contains(path: tuple, part: tuple) -> bool:
-    return any(path[start : start + len(part)] == part for start in range(len(path) - len(part) + 1))
+def _position(path: tuple, part: tuple) -> int:
+    """Where `part` begins in `path` for the last time, or -1."""
+    starts = range(len(path) - len(part), -1, -1)
+    return next((start for start in starts if path[start : start + len(part)] == part), -1)
 
 
 def _state_spec(shape: tuple[int, ...], param: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.P:

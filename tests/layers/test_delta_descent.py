@@ -1,5 +1,6 @@
 """A linen model under the interceptors, whose code does not change, against the same computation written out."""
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -107,3 +108,17 @@ def test_a_layer_called_twice_is_refused():
     params = {'up': {'kernel': jnp.ones((5, 6))}}
     with pytest.raises(ValueError, match="captured at 'up/kernel' has 2 calls, allowed is one"):
         inputs_for(params, {'up': {'kernel': (jnp.ones((4, 5)), jnp.ones((4, 5)))}})
+
+
+def test_inputs_of_no_parameter_are_refused():
+    """Else every gradient would be taken as it is, silently."""
+    params, captured = {'up': {'kernel': jnp.ones((5, 6))}}, {'up': {'kernel': (jnp.ones((4, 5)),)}}
+    with pytest.raises(ValueError, match=r"captured holds \['delta_inputs/up/kernel'\], allowed are inputs of parameters: \['up/kernel'\]"):
+        inputs_for(params, {'delta_inputs': captured})
+    with pytest.raises(ValueError, match=r"captured holds \['up/kernel'\]"):
+        inputs_for({'params': params}, captured)
+
+
+def test_frozen_collections_are_read():
+    params, rows = flax.core.freeze({'up': {'kernel': jnp.ones((5, 6))}}), jnp.ones((4, 5))
+    assert inputs_for(params, flax.core.freeze({'up': {'kernel': (rows,)}}))['up']['kernel'] is rows

@@ -128,6 +128,20 @@ def test_float32_sizes(scale):
     assert_close(run(scale_by_adam_as_memory(), gradients), run(optax.scale_by_adam(), gradients), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize('scale', [1e-15, 1e15])
+def test_the_square_as_target_in_float32(scale):
+    """Where its product with the momentum has no place in float32."""
+    gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_gradients(scale))
+    expected = run(optax.ema(0.9), gradients)
+    assert_close(run(scale_by_adam_as_memory(eps=0.0, target='square'), gradients), expected, rtol=1e-4, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize(('ours', 'reference'), [(adam_as_memory, optax.adam), (adagrad_as_memory, optax.adagrad)])
+def test_survives_an_overflow_as_optax_does(ours, reference):
+    gradients = {'w': jnp.array([[1.0], [3e20], [1.0], [1.0]], jnp.float32)}
+    assert_close(run(ours(0.1), gradients), run(reference(0.1), gradients), rtol=1e-6)
+
+
 OPTIMIZERS = {'adam': adam_as_memory, 'adagrad': adagrad_as_memory}
 
 

@@ -208,3 +208,9 @@ def test_small_gradients_of_16_bits_are_averaged_in_float32():
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         scale_by_m3(**arguments)
+
+
+def test_without_epsilon_meta_gradients_are_finite_at_zero():
+    optimizer = scale_by_m3(eps=0.0, periods=(2,))
+    norm = lambda g: jnp.sum(jnp.square(optimizer.update(g, optimizer.init(g))[0]))
+    assert jnp.isfinite(jax.grad(norm)(jnp.zeros((2, 3)))).all()

@@ -148,6 +148,15 @@ def test_bounded_on_large_gradients(form, rate):
         assert largest <= bound * 1.001
 
 
+@pytest.mark.parametrize('scale', [1e-25, 1e13, 1e25])
+def test_normalised_form_does_not_depend_on_the_scale(scale):
+    """Where squares of float32 vanish or overflow, too."""
+    gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_gradients(5))
+    optimizer = scale_by_delta_momentum(1.0, form='normalised')
+    expected, scaled = run(optimizer, gradients), run(optimizer, jax.tree.map(lambda leaf: scale * leaf, gradients))
+    jax.tree.map(lambda s, e: np.testing.assert_allclose(s / scale, e, rtol=1e-4, atol=1e-5), scaled, expected)
+
+
 def test_printed_form_is_stable_up_to_its_condition_and_not_beyond():
     gradient = {'w': jnp.ones((200, 2, 2))}  # squared spectral norm 4
     norm = lambda rate: float(jnp.abs(run(scale_by_delta_momentum(rate, 0.9), gradient)['w'][-1]).max())

@@ -152,3 +152,14 @@ def test_state_of_another_shape_is_spread_over_the_mesh():
     specs = {name: tuple(filter(None, place.spec)) for name, place in placed['w'].items()}
     assert specs == {'rows': ('data',), 'square': ('data', 'model'), 'small': ('data',), 'none': (), 'count': ()}
     assert placed['other'].spec == jax.P()
+
+
+def test_state_shardings_of_parameters_in_a_list():
+    """Their indices are also those of the transformations in a chain."""
+    mesh = make_mesh('auto')
+    specs = [jax.P('data', None), jax.P(None, 'model')]
+    params = [jax.ShapeDtypeStruct((4, 4), jnp.float32)] * 2
+    chain = optax.chain(optax.trace(0.9), optax.scale_by_adam())
+    shardings = state_shardings(chain, params, [jax.NamedSharding(mesh, spec) for spec in specs])
+    for moment in (shardings[0].trace, shardings[1].mu, shardings[1].nu):
+        assert [sharding.spec for sharding in moment] == specs
