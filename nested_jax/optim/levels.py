@@ -5,7 +5,8 @@ the inner optimizer alone, to the bit. Parameters of one period share one inner 
 by global norm, for one) sees those of its own period only: chain it before `by_level` to have it see all.
 
 Weight decay is applied once an update. A schedule inside counts a level's own updates: give a function of the period, and pass its
-schedules through `stretch`, to have them follow the global step.
+schedules through `stretch`, to have them follow the global step. Extra arguments of `update` that reach it are those of the step that
+updates: the inputs that delta gradient descent takes, for one, and not the sum of a period's.
 
 The inner update runs under one `jax.lax.cond` for each period above 1: the steps in between cost an addition, whatever the optimizer
 does (Newton-Schulz, say).

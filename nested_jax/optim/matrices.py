@@ -65,9 +65,10 @@ def with_learning_rate(
     weight_decay: ArrayLike,
     weight_decay_mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction with decoupled weight decay, times the negative learning rate."""
+    """The direction with decoupled weight decay, times the negative learning rate, in the parameters' dtypes."""
     decayed = optax.add_decayed_weights(weight_decay, weight_decay_mask)
-    return optax.chain(direction, decayed, optax.scale_by_learning_rate(learning_rate))
+    cast = optax.stateless(lambda updates, params: optax.tree.cast_like(updates, params))
+    return optax.chain(direction, decayed, optax.scale_by_learning_rate(learning_rate), cast)
 
 
 def root(x: jax.Array) -> jax.Array:

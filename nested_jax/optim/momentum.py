@@ -24,7 +24,7 @@ the QR decomposition of an (in + out, min(in, out)) matrix.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +235,7 @@ def scale_by_preconditioned_momentum(
 def preconditioned_momentum(
     learning_rate: optax.ScalarOrSchedule,
     decay: ArrayLike = 0.9,
-    preconditioner: Preconditioner | optax.GradientTransformation = None,
+    preconditioner: Preconditioner | optax.GradientTransformation | Literal['learned'] = 'learned',
     weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
@@ -245,7 +245,7 @@ def preconditioned_momentum(
     Args:
         learning_rate: a constant or a schedule.
         decay: alpha, from 0 to 1.
-        preconditioner: P; by default one learned by `scale_by_learned_preconditioner`.
+        preconditioner: P, as in `scale_by_preconditioned_momentum`, or 'learned' for `scale_by_learned_preconditioner`.
         weight_decay: decoupled, times the learning rate.
         weight_decay_mask: tree of booleans, or a function of the parameters to one: where weight decay acts.
         mu_dtype: of the trace; by default the parameters', and float32 at least.
@@ -267,7 +267,8 @@ def preconditioned_momentum(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (38)-(41), (46)-(47)
     """
-    if preconditioner is None:
+    if isinstance(preconditioner, str):
+        check_choice('preconditioner', preconditioner, ('learned',))
         preconditioner = scale_by_learned_preconditioner(mu_dtype=mu_dtype)
     direction = scale_by_preconditioned_momentum(preconditioner, decay, mu_dtype)
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)

@@ -302,3 +302,10 @@ def test_types_are_stable_on_an_explicit_mesh(case):
 def test_examples_run(module):
     failures, _ = doctest.testmod(importlib.import_module(f'nested_jax.optim.{module}'))
     assert failures == 0
+
+
+def test_updates_have_the_dtype_of_parameters_whatever_that_of_gradients(case):
+    params, optimizer = make_params(jnp.bfloat16), case.make(0.1)
+    gradients = optax.tree.cast(params, jnp.float32)
+    updates = jax.eval_shape(optimizer.update, gradients, jax.eval_shape(optimizer.init, params), params)[0]
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
