@@ -54,7 +54,7 @@ VARIANTS = {
     'delta_momentum_normalised': Case(functools.partial(delta_momentum, form='normalised'), 1e-3),
     'preconditioned_momentum': Case(preconditioned_momentum, 1e-4, 40_000),
     'feature_momentum': Case(feature_momentum, 1e-4, 40_000),
-    'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 1e-4, 40_000),
+    'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 3e-3, 40_000),
     'delta_gradient_descent': Case(functools.partial(delta_gradient_descent, exact=False), 1e-3, 40_000),
     'adam_as_memory': Case(adam_as_memory, 1e-3, 40_000),
     'adagrad_as_memory': Case(adagrad_as_memory, 1.0),
