@@ -6,6 +6,8 @@ say its value there. The slots between hold a filler. Two layers of width 64 wit
 
     hope-linear     self-modifying matrix memories (delta gradient descent, token-wise gradients)
     dgd-static      the same memory; keys, values, targets and rates are static projections
+    hope-linear-zero, dgd-static-zero
+                    both, decaying to zero as the paper has it; all others of ours decay to their learned initial states
     hope            self-modifying MLP memories
     gated-deltanet, transformer, transformer-conv (with the memories' short convolutions)
 
@@ -48,6 +50,8 @@ _MATRIX = dict(kind='matrix', gradient='token', momentum=False, decay_to='init')
 ARMS = {
     'hope-linear': dict(mixer='self-modifying', memory=MemoryConfig(**_MATRIX)),
     'dgd-static': dict(mixer='self-modifying', memory=MemoryConfig(**_MATRIX, self_modified=())),
+    'hope-linear-zero': dict(mixer='self-modifying', memory=MemoryConfig(**_MATRIX | dict(decay_to='zero'))),
+    'dgd-static-zero': dict(mixer='self-modifying', memory=MemoryConfig(**_MATRIX | dict(decay_to='zero'), self_modified=())),
     'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'gated-deltanet': dict(mixer='gated-delta-rule'),
     'transformer': dict(mixer='attention'),
@@ -62,7 +66,12 @@ TESTS = ((64, 4), (64, 8), (64, 16), (128, 16), (128, 32), (256, 32), (256, 64))
 class Args:
     """Train two-layer models on associative recall and test them on longer sequences with more pairs."""
 
-    arms: tuple[Literal['hope-linear', 'dgd-static', 'hope', 'gated-deltanet', 'transformer', 'transformer-conv'], ...] = tuple(ARMS)
+    arms: tuple[
+        Literal[
+            'hope-linear', 'dgd-static', 'hope-linear-zero', 'dgd-static-zero', 'hope', 'gated-deltanet', 'transformer', 'transformer-conv'
+        ],
+        ...,
+    ] = tuple(ARMS)
     """Token mixers."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of every arm for each."""
