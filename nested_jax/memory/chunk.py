@@ -136,7 +136,12 @@ def erasure_inverse(decays: ChunkDecays, inputs: jax.Array, erase: jax.Array, *,
         (..., C, C) inverse of I + tril(A_{t-1,j} epsilon_j x_t.x_j, -1).
     """
     gram = overlaps(inputs, inputs) if gram is None else gram
-    return invert_unit_lower(decays.spans_before * erase[..., None, :] * gram)
+    return invert_unit_lower(_erasure_system(decays, erase, gram))
+
+
+def _erasure_system(decays: ChunkDecays, erase: jax.Array, gram: jax.Array) -> jax.Array:
+    """The triangular system of a chunk's erasures without its unit diagonal, (..., C, C)."""
+    return decays.spans_before * erase[..., None, :] * gram
 
 
 def layer_writes(
@@ -163,7 +168,7 @@ def layer_writes(
         weight: (..., D_in, D_out) W at the chunk's start.
         momentum: (..., D_in, D_out) S at the chunk's start, or None.
         erase: (..., C) DGD rates epsilon_t, or None for plain gradient descent.
-        inverse: the matching `erasure_inverse`, computed here when None.
+        inverse: the matching `erasure_inverse` if it is known; the system is solved here when None.
         gram: `overlaps(inputs, inputs)`, computed here when None.
         outputs: (..., C, D_out) rows x_t W of the chunk's starting weight, computed here when None.
         rest: (..., D_in, D_out) what retention decays to, zero when None.
@@ -175,13 +180,16 @@ def layer_writes(
     if erase is None:
         return LayerWrites(inputs, pushes, None)
     gram = overlaps(inputs, inputs) if gram is None else gram
-    inverse = erasure_inverse(decays, inputs, erase, gram=gram) if inverse is None else inverse
     outputs = inputs @ weight if outputs is None else outputs
     seen = _start(decays.kept_before[..., None], outputs, None if rest is None else inputs @ rest)
     if momentum is not None:
         seen += decays.pushed_before[..., None] * (inputs @ momentum)
     seen -= (decays.push_spans_before * gram) @ pushes
-    return LayerWrites(inputs, pushes, erase[..., None] * jnp.matmul(inverse, seen, precision=_HIGHEST))
+    if inverse is None:
+        solved = solve_unit_lower(_erasure_system(decays, erase, gram), seen)
+    else:
+        solved = jnp.matmul(inverse, seen, precision=_HIGHEST)
+    return LayerWrites(inputs, pushes, erase[..., None] * solved)
 
 
 def weight_after(
@@ -296,3 +304,32 @@ def _invert_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Arra
 
 
 invert_unit_lower.defvjp(_invert_forward, _invert_backward)
+
+
+@jax.custom_vjp
+def solve_unit_lower(strict: jax.Array, rows: jax.Array) -> jax.Array:
+    """(I + `strict`)^-1 `rows`. The derivative is written out because it needs no product of two inverses.
+
+    Args:
+        strict: (..., C, C) strictly lower triangular, float32 or float64.
+        rows: (..., C, D).
+
+    Returns:
+        (..., C, D).
+    """
+    return jnp.matmul(invert_unit_lower(strict), rows, precision=_HIGHEST)
+
+
+def _solve_forward(strict: jax.Array, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    inverse = invert_unit_lower(strict)
+    solved = jnp.matmul(inverse, rows, precision=_HIGHEST)
+    return solved, (inverse, solved)
+
+
+def _solve_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse, solved = saved
+    rows = jnp.matmul(inverse.mT, cotangent, precision=_HIGHEST)
+    return -jnp.tril(jnp.matmul(rows, solved.mT, precision=_HIGHEST), -1), rows
+
+
+solve_unit_lower.defvjp(_solve_forward, _solve_backward)

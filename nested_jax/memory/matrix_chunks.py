@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory import grid
-from nested_jax.memory.chunk import chunk_decays, invert_unit_lower
+from nested_jax.memory.chunk import chunk_decays
+from nested_jax.memory.chunk import solve_unit_lower as _solve
 
 # On CPU, chunks go in groups of about this many key elements, rematerialised one by one: the working set stays in the
 # cache, so that the cost of a token does not grow with the length.
@@ -229,27 +230,6 @@ def _scalar_chunks(rule: Rule, tokens: _Tokens, fresh, segments, anchor_offset):
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=_HIGHEST)
-
-
-@jax.custom_vjp
-def _solve(strict: jax.Array, rows: jax.Array) -> jax.Array:
-    """(I + strict)^-1 rows. The derivative is written out because it needs no product of two inverses."""
-    return _matmul(invert_unit_lower(strict), rows)
-
-
-def _solve_forward(strict, rows):
-    inverse = invert_unit_lower(strict)
-    solved = _matmul(inverse, rows)
-    return solved, (inverse, solved)
-
-
-def _solve_backward(saved, cotangent):
-    inverse, solved = saved
-    rows = _matmul(inverse.mT, cotangent)
-    return -jnp.tril(_matmul(rows, solved.mT), -1), rows
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
 
 
 def _channel_chunks(q, k, log_decay, segments) -> _Chunks:

@@ -206,17 +206,24 @@ def _activate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.jvp(jax.nn.silu, (z,), (jnp.ones_like(z),))
 
 
-def _hidden(rule: Rule, first: jax.Array, x: jax.Array) -> jax.Array:
-    """First layers of MLP memories at x, (..., c, D) -> (..., m + 2, c, F) before the activation."""
-    z = x @ first
-    return jnp.moveaxis(z.reshape(*z.shape[:-1], rule.wide + _GATES, -1), -2, -3)
+def _by_memory(rule: Rule, rows: jax.Array) -> jax.Array:
+    """Rows of all first layers, (..., c, (m + 2) F) -> (..., m + 2, c, F).
+
+    As cuts, not a reshape and a transposition: XLA's CPU backend computes these element by element within what it fuses them with.
+    """
+    return jnp.stack(jnp.split(rows, rule.wide + _GATES, -1), -3)
+
+
+def _side_by_side(rows: jax.Array) -> jax.Array:
+    """Inverse of `_by_memory`, (..., m + 2, c, F) -> (..., c, (m + 2) F)."""
+    return jnp.concatenate(list(jnp.moveaxis(rows, -3, 0)), -1)
 
 
 def _outputs(rule: Rule, memories: Memories, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """f(x) of all memories, (..., c, D) -> (..., m, c, D) and (..., c, 2)."""
     if rule.kind == 'matrix':
         return _split(rule, x @ memories.first)
-    hidden = jax.nn.silu(_hidden(rule, memories.first, x))
+    hidden = jax.nn.silu(_by_memory(rule, x @ memories.first))
     gates = hidden[..., rule.wide :, :, :] @ memories.gate
     return hidden[..., : rule.wide, :, :] @ memories.wide, jnp.moveaxis(gates[..., 0], -2, -1)
 
@@ -295,25 +302,33 @@ def _read_columns(decays, writes: chunk.LayerWrites, queries, weight, momentum, 
 def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Memories, momentum: Memories | None, rest: Memories | None):
     """Outputs and (running, momentum) after a chunk of writes to MLP memories, each layer by its own input."""
     key, eta, rate = generated.key, generated.eta, _push_rate(generated)
-    hidden, slope = _activate(_hidden(rule, anchor.first, key))
-    wide_error = hidden[..., : rule.wide, :, :] @ anchor.wide - generated.wide_target
-    gate_error = hidden[..., rule.wide :, :, :] @ anchor.gate - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
+    to_hidden = key @ anchor.first
+    hidden, slope = _activate(_by_memory(rule, to_hidden))
+    wide_output = hidden[..., : rule.wide, :, :] @ anchor.wide
+    gate_output = hidden[..., rule.wide :, :, :] @ anchor.gate
+    wide_error = wide_output - generated.wide_target
+    gate_error = gate_output - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
     back = jnp.concatenate([wide_error @ anchor.wide.mT, gate_error @ anchor.gate.mT], -3) * slope
     back *= _damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none')[..., None]
-    back = jnp.moveaxis(back, -3, -2)
-    first_error = back.reshape(*back.shape[:-2], -1)
+    # Rows that the erasures would compute again, if the weights are those of the anchor.
+    known = (to_hidden, wide_output, gate_output) if anchor is running else (None,) * 3
     decays = chunk.chunk_decays(generated.log_alpha, generated.log_momentum)
     layers = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
     (first, *second), erase = list(layers), None if rule.dgd == 'none' else eta
-    first_writes = chunk.layer_writes(decays, key, first_error, rate, *first[:2], erase=erase, rest=first[2])
+    first_writes = chunk.layer_writes(
+        decays, key, _side_by_side(back), rate, *first[:2], erase=erase, outputs=known[0], rest=first[2]
+    )  # fmt: skip
     after = [chunk.weight_after(decays, first_writes, *first[:2], rest=first[2])]
     inner = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
     writes = []
-    for part, error, weights in ((slice(None, rule.wide), wide_error, second[0]), (slice(rule.wide, None), gate_error, second[1])):
+    parts = ((slice(None, rule.wide), wide_error, known[1]), (slice(rule.wide, None), gate_error, known[2]))
+    for (part, error, outputs), weights in zip(parts, second, strict=True):
         rows = hidden[..., part, :, :]
         shrink = _damping(rule, eta[..., None, :], square_norms(rows), erased=rule.dgd == 'per_layer')
         erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
-        writes.append(chunk.layer_writes(inner, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, rest=weights[2]))
+        writes.append(
+            chunk.layer_writes(inner, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, outputs=outputs, rest=weights[2])
+        )
         after.append(chunk.weight_after(inner, writes[-1], *weights[:2], rest=weights[2]))
     y = _read_mlp(rule, generated.query, anchor, decays, first_writes, writes[0], first, second[0])
     return y, tuple(None if part[0] is None else Memories(*part) for part in zip(*after, strict=True))
@@ -417,7 +432,7 @@ def _layer_inputs(rule: Rule, at: Memories, key: jax.Array, eta: jax.Array) -> t
     """Each layer's own input at one key, its learning rate and its rate of erasure, broadcastable to the layer."""
     if rule.kind == 'matrix':
         return Memories(key, None, None), Memories(eta, None, None), Memories(eta, None, None)
-    hidden, slope = _activate(_hidden(rule, at.first, key[None]))
+    hidden, slope = _activate(_by_memory(rule, key[None] @ at.first))
     first = eta * _damping(rule, eta, _steepness(at, slope)[:, 0], erased=rule.dgd != 'none')
     hidden = hidden[:, 0]
     rates = (eta * _damping(rule, eta, jnp.sum(hidden**2, -1), erased=rule.dgd == 'per_layer'))[:, None, None]
