@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory import grid
-from nested_jax.memory.chunk import chunk_decays
-from nested_jax.memory.chunk import solve_unit_lower as _solve
+from nested_jax.memory.chunk import chunk_decays, solve_unit_lower
 
 # On CPU, chunks go in groups of about this many key elements, rematerialised one by one: the working set stays in the
 # cache, so that the cost of a token does not grow with the length.
@@ -224,7 +223,7 @@ def _scalar_chunks(rule: Rule, tokens: _Tokens, fresh, segments, anchor_offset):
     if rule.anchored and anchor_offset is not None:
         anchored_rate = _divide(segments, rate)[0][0]
         rows = rows.at[0].add(-anchored_rate[..., None] * _matmul(wide_k[0], anchor_offset))
-    solved = _solve(erase[..., None] * spans_before * gram, jnp.concatenate([rows, carried[..., None] * wide_k], -1))
+    solved = solve_unit_lower(erase[..., None] * spans_before * gram, jnp.concatenate([rows, carried[..., None] * wide_k], -1))
     return chunks, solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
 
 

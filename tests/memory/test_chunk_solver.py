@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from nested_jax.memory import chunk as chunks
-from nested_jax.memory import matrix_chunks
 
 SIZE, DIM = 64, 32
 
@@ -34,7 +33,7 @@ def test_solution_and_its_derivative(case):
     """The written-out derivatives, in float32, against the formula in float64."""
     strict, rng = system(case), np.random.default_rng(1)
     rows, weights = (rng.normal(size=(3, SIZE, 5)).astype(np.float32) for _ in range(2))
-    solved, pull = jax.vjp(matrix_chunks._solve, jnp.asarray(strict), jnp.asarray(rows))
+    solved, pull = jax.vjp(chunks.solve_unit_lower, jnp.asarray(strict), jnp.asarray(rows))
     got = (solved, *pull(jnp.asarray(weights)))
     inverse = np.linalg.inv(np.eye(SIZE) + strict.astype(np.float64))
     exact = inverse @ rows
