@@ -1,0 +1,249 @@
+"""The race: lanes against a run alone, the search and its edge rule, what counts as a difference, the controls, and a run of a few steps."""
+
+import functools
+import importlib.util
+import json
+import math
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import optimizer_race, race_tasks, racing
+from experiments.racing import Optimizer, Setting
+
+DUMMY = Optimizer(lambda *_: None, 1e-2, 'beta', (0.9, 0.8, 0.95))
+
+
+# --- lanes and costs
+
+
+def test_a_lane_is_the_run_alone():
+    """Each lane has its own seed and setting; the period of m3's slow momentum ends within the run."""
+    task, optimizer = race_tasks.stream(12), optimizer_race.OPTIMIZERS['m3']
+    settings = [Setting(0.1, 0.1, 1.0), Setting(0.03, 0.0, 0.1), Setting(0.03, 0.0, 1.0)]
+    found = racing.Runs(task, optimizer, 2)([7, 7, 8], settings)
+    alone = jax.jit(functools.partial(racing.train_one, task, optimizer))
+    expected = [float(alone({}, np.uint32(seed), setting)) for seed, setting in zip([7, 7, 8], settings, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=2e-6)
+    assert len(set(found)) == 3
+
+
+def test_flops_count_loops_by_their_length_and_the_dearest_branch():
+    product = lambda x: x @ x
+    loop = lambda x: jax.lax.scan(lambda carry, _: (product(carry), None), x, length=5)[0]
+    either = lambda x: jax.lax.cond(x[0, 0] > 0, loop, product, x)
+    count = lambda function, shape=(4, 4): racing.matrix_flops(jax.make_jaxpr(function)(jnp.ones(shape)).jaxpr)
+    assert [count(product), count(loop), count(either), count(jax.jit(jax.vmap(product)), (3, 4, 4))] == [128, 640, 640, 384]
+    assert count(lambda x: jnp.linalg.qr(x)[0], (6, 4)) == pytest.approx(4 * 6 * 16 - 4 / 3 * 64)
+
+
+def test_schedule_warms_up_stays_and_falls_to_zero():
+    task = race_tasks.stream(20)
+    plateau = racing.rate_schedule(task, 2.0)
+    assert [float(plateau(count)) for count in (0, 1, 5, 19)] == [1.0, 2.0, 2.0, 2.0]
+    falling = racing.rate_schedule(racing.dataclasses.replace(task, decay_share=0.5), 2.0)
+    assert [float(falling(count)) for count in (0, 10, 15, 20)] == [1.0, 2.0, 1.0, 0.0]
+
+
+# --- the search
+
+
+def bowl(best: float, **others):
+    """Losses whose lowest is at a learning rate, a weight decay and a knob; and the list of what was asked for."""
+    asked = []
+
+    def evaluate(settings):
+        asked.append(list(settings))
+        return [abs(math.log10(s.rate / best)) + sum(abs(getattr(s, name) - value) for name, value in others.items()) for s in settings]
+
+    return evaluate, asked
+
+
+def test_search_refines_around_the_best_and_tries_decay_and_knob():
+    evaluate, asked = bowl(1.7e-2, weight_decay=0.01, knob=0.9)
+    trials = racing.search(evaluate, DUMMY)
+    assert trials.best == Setting(pytest.approx(1e-2 * 10**0.25, rel=1e-5), 0.01, 0.9) and not trials.at_edge
+    assert [len(settings) for settings in asked] == [5, 4, 4] and len(trials.losses) == 13
+    assert {setting.knob for setting in asked[2]} == {0.8, 0.9, 0.95}
+
+
+@pytest.mark.parametrize('best', [1e-5, 3e-1, 40.0])
+def test_search_extends_the_grid_until_the_best_is_inside(best):
+    evaluate, asked = bowl(best)
+    trials = racing.search(evaluate, DUMMY)
+    rates = sorted(setting.rate for setting in trials.losses)
+    assert not trials.at_edge and rates[0] < trials.best.rate < rates[-1]
+    assert abs(math.log10(trials.best.rate / best)) < 0.07
+    assert len(asked) > 3
+
+
+def test_search_says_that_the_best_is_still_at_the_edge():
+    trials = racing.search(lambda settings: [setting.rate for setting in settings], DUMMY)
+    assert trials.at_edge and len(trials.losses) == 13 + 2 * racing.MAX_EXTENSIONS
+
+
+def test_the_baseline_s_budget_is_the_largest():
+    evaluate, _ = bowl(1e-2)
+    assert len(racing.search(evaluate, DUMMY, extra=True).losses) == 17
+    for optimizer in optimizer_race.OPTIMIZERS.values():
+        assert len(set(optimizer.knobs)) == 3
+
+
+# --- what counts as a difference
+
+
+def test_interval_is_student_s():
+    mean, half = racing.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    assert mean == 5.5 and half == pytest.approx(2.262157 * statistics.stdev(range(10)) / math.sqrt(10), rel=1e-4)
+
+
+def test_paired_p_of_known_numbers():
+    # Student's sleep data, t = -4.0621 with 9 degrees of freedom.
+    gaps = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert racing.paired_p(gaps) == pytest.approx(0.00283289, rel=1e-3)
+    assert racing.paired_p([0.0, 0.0]) == 1 and racing.paired_p([0.5, 0.5]) == 0
+
+
+@pytest.mark.parametrize(('gap', 'verdict'), [(1.45, 'better'), (1.3, 'equal'), (-1.45, 'worse'), (-1.3, 'equal')])
+def test_a_difference_counts_from_3_09_sigma(gap, verdict):
+    """With ten seeds each the resolvable difference is 3.09 sigma / sqrt(5) = 1.382 sigma."""
+    baseline = 3 + 0.1 * np.random.default_rng(0).normal(size=10)
+    losses = baseline - 0.1 * gap + 0.001 * np.random.default_rng(1).permutation(np.linspace(-1, 1, 10))
+    result = racing.compare(losses, baseline, 0.1)
+    assert result['verdict'] == verdict and result['wins'] == (10 if gap > 0 else 0)
+    assert result['resolvable'] == pytest.approx(0.1382, rel=1e-3) and result['difference'] == pytest.approx(0.1 * gap)
+
+
+def test_a_difference_that_the_seeds_do_not_share_does_not_count():
+    """Above 3.09 sigma of adamw's runs, but the other's own runs are spread too far."""
+    baseline = np.full(10, 3.0)
+    assert racing.compare(baseline - np.array([5.0] + [0.0] * 9), baseline, 0.1)['verdict'] == 'equal'
+
+
+# --- controls and the table
+
+
+def row(name: str, losses, **metrics) -> dict:
+    return dict(model=name, config=dict(task='stream'), metrics=dict(losses=list(map(float, losses))) | metrics)
+
+
+def race(again: float = 0.0, flipped: float = 0.5, **metrics) -> list[dict]:
+    drawn = np.random.default_rng(0).normal(size=(4, 10)) * 0.1 + 3
+    means = {'adamw': 0.0, 'adamw-again': again, 'adamw-flipped': flipped, 'muon': -0.5}
+    return [row(name, losses + mean, **metrics) for (name, mean), losses in zip(means.items(), drawn, strict=True)]
+
+
+def test_controls_that_come_out_as_they_must():
+    assert optimizer_race.problems(race()) == []
+
+
+@pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+        (dict(again=0.5), 'adamw-again came out worse, not equal'),
+        (dict(again=-0.5), 'adamw-again came out better, not equal'),
+        (dict(flipped=0.0), 'adamw-flipped came out equal, not worse'),
+        (dict(flipped=-0.5), 'adamw-flipped came out better, not worse'),
+        (dict(at_edge=True), 'at the edge of its grid'),
+    ],
+)
+def test_controls_that_do_not(changes, said):
+    assert any(said in problem for problem in optimizer_race.problems(race(**changes)))
+
+
+def test_adamw_against_itself_is_seldom_told_apart():
+    drawn = np.random.default_rng(1).normal(size=(300, 2, 10))
+    told = [racing.compare(a, b, float(np.std(b, ddof=1)))['verdict'] != 'equal' for a, b in drawn]
+    assert np.mean(told) < 0.02
+
+
+def test_table_has_the_best_first_and_the_verdicts(tmp_path):
+    lines = optimizer_race.table(race(), 'stream')
+    assert [line.split()[0] for line in lines] == ['stream', 'muon', *sorted(['adamw', 'adamw-again']), 'adamw-flipped'] or (
+        lines[1].startswith('muon') and lines[-1].startswith('adamw-flipped')
+    )
+    assert 'better 10' in lines[1] and 'worse 0' in lines[-1]
+    optimizer_race.draw(race(), tmp_path / 'race.png')
+    assert (tmp_path / 'race.png').stat().st_size > 1000
+
+
+def test_the_latest_row_of_an_optimizer_counts():
+    assert optimizer_race.latest([row('sgd', [1]), row('sgd', [2])], 'stream')['sgd']['losses'] == [2.0]
+
+
+# --- tasks
+
+
+def test_stream_is_of_orthogonal_tasks_and_judged_on_all_of_them():
+    task, key = race_tasks.stream(9), jax.random.key(3)
+    inputs = [np.asarray(task.draw({}, key, jnp.int32(step))[0]) for step in (0, 2, 3, 8)]
+    overlap = lambda a, b: np.abs(a @ b.T).max()
+    assert overlap(inputs[0], inputs[1]) > 0.1
+    assert max(overlap(inputs[1], inputs[2]), overlap(inputs[0], inputs[3]), overlap(inputs[2], inputs[3])) < 1e-5
+    drawn = np.concatenate([np.asarray(task.draw({}, key, jnp.int32(step))[0]) for step in range(9)])
+    target = np.linalg.lstsq(drawn, np.concatenate([task.draw({}, key, jnp.int32(step))[1] for step in range(9)]), rcond=None)[0]
+    wrong = np.random.default_rng(0).normal(size=target.shape)
+    many = np.concatenate([np.asarray(jax.vmap(lambda i: task.draw({}, key, i)[0])(jnp.arange(9) + 9 * 0))] * 1).reshape(-1, 48)
+    expected = np.mean((many @ (wrong - target)) ** 2)
+    assert float(task.loss({'kernel': jnp.asarray(wrong, jnp.float32)}, task.heldout({}, key))) == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('sklearn') is None, reason='needs the extra race')
+def test_digits_are_split():
+    task = race_tasks.digits(3)
+    assert [part['labels'].size for part in task.data.values()] == [1438, 359]
+    batch = task.draw(task.data, jax.random.key(0), jnp.int32(0))
+    assert batch['images'].shape == (64, 8, 8) and 0 <= float(batch['images'].min()) <= float(batch['images'].max()) == 1
+    assert float(task.loss(task.init(jax.random.key(0)), batch)) == pytest.approx(math.log(10), abs=0.7)
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    'arguments', [['--seeds', '1'], ['--lanes', '0'], ['--steps-share', '0'], ['--tasks', 'imagenet'], ['--optimizers', 'adam']]
+)
+def test_wrong_input_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        optimizer_race.main(['--tasks', 'stream', *arguments])
+    assert stop.value.code == 2 and arguments[0].strip('-').replace('-', '_') in capsys.readouterr().err.replace('-', '_')
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        optimizer_race.main(['--tasks', 'digits'])
+    assert stop.value.code == 2 and '[race]' in capsys.readouterr().err
+
+
+def test_smoke_run_races_and_stores_nothing(tmp_path, capsys):
+    arguments = ['--smoke', '--tasks', 'stream', '--optimizers', 'delta-gradient-descent', '--results', str(tmp_path / 'rows.jsonl')]
+    assert optimizer_race.main(arguments) == 0
+    said = capsys.readouterr().out
+    for name in ('adamw ', 'adamw-again', 'adamw-flipped', 'delta-gradient-descent'):
+        assert name in said
+    assert 'nan' not in said and list(tmp_path.iterdir()) == []
+
+
+def test_a_race_stores_one_row_for_each_entry(tmp_path, monkeypatch):
+    results = tmp_path / 'rows.jsonl'
+    losses = dict(adamw=3.0, muon=2.5)
+
+    def enter(args, task, name):
+        found = dict(setting=Setting(0.1, 0.0, 0.9)._asdict(), knob='b2', searched=[], at_edge=False, sensitivity=[1.0, 2.0, 3.0])
+        spread = np.linspace(-0.1, 0.1, args.seeds) + losses[name]
+        return found | dict(losses=spread.tolist(), cpu_seconds=0.1, flops=1e6, state_bytes=8.0), 1.0
+
+    measured = lambda runs, setting, seeds: dict(losses=[3.0 + 0.5 * (runs.optimizer is optimizer_race.CONTROL)] * len(seeds))
+    monkeypatch.setattr(optimizer_race, '_enter', enter)
+    monkeypatch.setattr(optimizer_race, 'measure', measured)
+    assert optimizer_race.main(['--tasks', 'stream', '--optimizers', 'muon', '--results', str(results)]) == 0
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [found['model'] for found in rows] == ['adamw', 'adamw-again', 'adamw-flipped', 'muon']
+    assert len({found['config_digest'] for found in rows}) == 4 and results.with_suffix('.png').exists()
+    losses['muon'] = 3.5
+    monkeypatch.setattr(optimizer_race, 'measure', lambda runs, setting, seeds: dict(losses=[3.0] * len(seeds)))
+    assert optimizer_race.main(['--tasks', 'stream', '--optimizers', 'muon', '--results', str(results)]) == 1
