@@ -15,9 +15,10 @@ Four tasks (`experiments/race_tasks.py`), each with a fixed model, batch size, n
                                layers are not nn.Dense, so that their inputs cannot be had without changing the model
 
 Every optimizer has the same search (`racing.search`): learning rates on a grid of half decades, extended while the best is at its edge,
-refined, then weight decay and one hyper-parameter of its own, in one seed; adamw gets four runs more (both at once). The best setting runs with ten
-fresh seeds, of initial values and of data. The held-out loss at the last step is what is searched and what is compared. A difference
-counts when it is 3.09 standard deviations of adamw's runs, times the root of 2 / 10, and the test paired by seed agrees (p < 0.01).
+refined, then weight decay and one hyper-parameter of its own, in one seed; adamw gets four runs more, with both changed. The best
+setting runs with ten fresh seeds, of initial values and of data. The held-out loss at the last step is what is searched and what is
+compared. A difference counts when it is 3.09 standard deviations of adamw's runs, times the root of 2 / 10, and the test paired by
+seed agrees (p < 0.01).
 
 Two controls run at adamw's setting: adamw-again, with other seeds, must come out equal, and adamw-flipped, whose momentum has the wrong
 sign, worse. The exit code is 1 where one does not, or where a best learning rate is still at an edge. Rows are in
@@ -86,9 +87,8 @@ def _sgd(rate, weight_decay, decay):
 
 
 def _delta_momentum(rate, weight_decay, decay):
-    return _clipped(
-        delta_momentum(rate, decay, weight_decay=weight_decay, weight_decay_mask=matrices, form='proximal', mask=matrices)
-    )  # fmt: skip
+    decayed = dict(weight_decay=weight_decay, weight_decay_mask=matrices)
+    return _clipped(delta_momentum(rate, decay, **decayed, form='proximal', mask=matrices))
 
 
 def _deep_momentum(rate, weight_decay, decay):
@@ -217,7 +217,8 @@ def measure(runs: Runs, setting: Setting, seeds: Sequence[int]) -> dict[str, Any
 
 
 def _stored(args: Args, task_name: str, label: str, task: Task, metrics: dict, wall_s: float) -> dict:
-    config = dict(task=task_name, optimizer=label, steps=task.steps, decay_share=task.decay_share, seeds=args.seeds, lanes=args.lanes)
+    fixed = dict(steps=task.steps, decay_share=task.decay_share, source=task.source)
+    config = dict(task=task_name, optimizer=label, seeds=args.seeds, lanes=args.lanes) | fixed
     row = make_row(
         experiment=EXPERIMENT, model=label, seed=0, config=config, metrics=metrics, hardware=hardware_name(jax.devices()), wall_s=wall_s
     )  # fmt: skip

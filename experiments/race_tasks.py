@@ -1,6 +1,5 @@
 """What the optimizers race on: character-level language modelling, digits, associative recall and a stream of orthogonal tasks."""
 
-import functools
 import importlib
 import importlib.util
 import math
@@ -19,7 +18,6 @@ from nested_jax.models.loss import model_loss
 
 HELD_OUT = 2**31  # folded into a key: apart from every training step
 LENGTH, BATCH = 64, 16  # of the language model, in bytes
-TRAINING_BYTES = 2**22
 RECALL = (32, 2, 4)  # length, fewest and most pairs
 PATCH, VIT_WIDTH, VIT_HEADS, VIT_BLOCKS = 2, 48, 4, 2
 STREAM_RANK, STREAM_OUTPUTS, STREAM_TASKS = 16, 16, 3
@@ -53,7 +51,8 @@ class _SelfAttention(nn.Module):
 def char_lm(steps: int) -> Task:
     """Bytes of the running Python's standard library: a Transformer of two layers of width 64 on windows of 64."""
     corpus, model = load_corpus(), LanguageModel(recall.model_config('transformer'))
-    data = {name: jnp.asarray(np.frombuffer(text[:TRAINING_BYTES], np.uint8)) for name, text in _halves(corpus).items()}
+    texts = dict(train=corpus.train_bytes(), heldout=corpus.heldout_bytes())
+    data = {name: jnp.asarray(np.frombuffer(text, np.uint8)) for name, text in texts.items()}
 
     def draw(data, key, step):
         return _windows(data['train'], jax.random.fold_in(key, step), BATCH)
@@ -61,7 +60,7 @@ def char_lm(steps: int) -> Task:
     def heldout(data, key):
         return _windows(data['heldout'], jax.random.key(HELD_OUT), 128)
 
-    return Task(steps, data, _init_of(model), draw, heldout, _token_loss(model), math.log(256), decay_share=0.5, dense=False)
+    return Task(steps, data, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5, dense=False, source=corpus.digest)
 
 
 def associative_recall(steps: int) -> Task:
@@ -74,7 +73,7 @@ def associative_recall(steps: int) -> Task:
     def heldout(data, key):
         return recall.draw_sequences(jax.random.key(HELD_OUT), 512, *RECALL)
 
-    return Task(steps, {}, _init_of(model), draw, heldout, _token_loss(model), math.log(256), decay_share=0.5, dense=False)
+    return Task(steps, {}, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5, dense=False)
 
 
 def digits(steps: int) -> Task:
@@ -100,7 +99,7 @@ def digits(steps: int) -> Task:
         return -jnp.take_along_axis(scores, batch['labels'][:, None], 1).mean()
 
     init = lambda key: model.init(key, jnp.zeros((1, 8, 8)))['params']
-    return Task(steps, data, init, draw, lambda data, key: data['heldout'], loss, math.log(10), decay_share=0.5, dense=True)
+    return Task(steps, data, init, draw, lambda data, key: data['heldout'], loss, math.log(10), 0.5, dense=True)
 
 
 def check_digits() -> None:
@@ -113,11 +112,11 @@ def stream(steps: int) -> Task:
     """Three regressions one after the other, on inputs from orthogonal subspaces (Eq. 45, arXiv:2512.24695v1); held out are all three.
 
     The gradients of one are orthogonal to the weights of the others: only what an optimizer remembers goes on with an earlier one, or
-    spoils it. Each run draws its own subspaces and targets. Inputs have variances of a power law, so that no part ends all the way down,
-    and the learning rate stays on its plateau, so that no regression is the favoured one.
+    spoils it. Each run draws its own subspaces and targets. Inputs have variances of a power law, so that no regression is done when
+    its time is over, and the learning rate stays on its plateau, so that none is favoured.
     """
     size, model = STREAM_RANK * STREAM_TASKS, nn.Dense(STREAM_OUTPUTS, use_bias=False)
-    variances = np.arange(1, STREAM_RANK + 1) ** -1.0
+    variances = np.arange(1, STREAM_RANK + 1) ** -2.0
     scales = jnp.asarray(np.sqrt(variances / variances.sum()), jnp.float32)
 
     def problem(key):
@@ -147,10 +146,6 @@ def stream(steps: int) -> Task:
 
 TASKS: dict[str, Callable[[int], Task]] = {'char-lm': char_lm, 'digits': digits, 'recall': associative_recall, 'stream': stream}
 STEPS = {'char-lm': 200, 'digits': 200, 'recall': 200, 'stream': 300}
-
-
-def _halves(corpus) -> dict[str, bytes]:
-    return dict(train=corpus.train_bytes(), heldout=corpus.heldout_bytes())
 
 
 def _windows(text: jax.Array, key: jax.Array, count: int) -> dict[str, jax.Array]:

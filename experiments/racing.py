@@ -45,6 +45,7 @@ class Task:
     ceiling: float  # the loss of knowing nothing, with which a diverged run counts
     decay_share: float  # of the steps, at the end, over which the learning rate falls to zero
     dense: bool  # whether its layers are nn.Dense, in which delta gradient descent finds its inputs
+    source: str = ''  # digest of data that are not the same everywhere
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""The race: lanes against a run alone, the search and its edge rule, what counts as a difference, the controls, and a run of a few steps."""
+"""The race: lanes against a run alone, the search and its edge rule, differences that count, the controls, and a run of a few steps."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -31,6 +32,13 @@ def test_a_lane_is_the_run_alone():
     assert len(set(found)) == 3
 
 
+def test_lanes_compute_the_slow_momentum_once_a_period():
+    """The count of steps is the same in all lanes, so that the branch stays a branch."""
+    one = functools.partial(racing.train_one, race_tasks.stream(12), optimizer_race.OPTIMIZERS['m3'])
+    lanes = jax.make_jaxpr(jax.vmap(one, (None, 0, 0)))({}, np.arange(2, dtype=np.uint32), Setting(*np.ones((3, 2), np.float32)))
+    assert ' cond[' in str(lanes)
+
+
 def test_flops_count_loops_by_their_length_and_the_dearest_branch():
     product = lambda x: x @ x
     loop = lambda x: jax.lax.scan(lambda carry, _: (product(carry), None), x, length=5)[0]
@@ -44,7 +52,7 @@ def test_schedule_warms_up_stays_and_falls_to_zero():
     task = race_tasks.stream(20)
     plateau = racing.rate_schedule(task, 2.0)
     assert [float(plateau(count)) for count in (0, 1, 5, 19)] == [1.0, 2.0, 2.0, 2.0]
-    falling = racing.rate_schedule(racing.dataclasses.replace(task, decay_share=0.5), 2.0)
+    falling = racing.rate_schedule(dataclasses.replace(task, decay_share=0.5), 2.0)
     assert [float(falling(count)) for count in (0, 10, 15, 20)] == [1.0, 2.0, 1.0, 0.0]
 
 
@@ -162,9 +170,8 @@ def test_adamw_against_itself_is_seldom_told_apart():
 
 def test_table_has_the_best_first_and_the_verdicts(tmp_path):
     lines = optimizer_race.table(race(), 'stream')
-    assert [line.split()[0] for line in lines] == ['stream', 'muon', *sorted(['adamw', 'adamw-again']), 'adamw-flipped'] or (
-        lines[1].startswith('muon') and lines[-1].startswith('adamw-flipped')
-    )
+    names = [line.split()[0] for line in lines]
+    assert names[:2] == ['stream', 'muon'] and names[-1] == 'adamw-flipped' and {'adamw', 'adamw-again'} == set(names[2:4])
     assert 'better 10' in lines[1] and 'worse 0' in lines[-1]
     optimizer_race.draw(race(), tmp_path / 'race.png')
     assert (tmp_path / 'race.png').stat().st_size > 1000
@@ -179,16 +186,15 @@ def test_the_latest_row_of_an_optimizer_counts():
 
 def test_stream_is_of_orthogonal_tasks_and_judged_on_all_of_them():
     task, key = race_tasks.stream(9), jax.random.key(3)
-    inputs = [np.asarray(task.draw({}, key, jnp.int32(step))[0]) for step in (0, 2, 3, 8)]
-    overlap = lambda a, b: np.abs(a @ b.T).max()
-    assert overlap(inputs[0], inputs[1]) > 0.1
-    assert max(overlap(inputs[1], inputs[2]), overlap(inputs[0], inputs[3]), overlap(inputs[2], inputs[3])) < 1e-5
-    drawn = np.concatenate([np.asarray(task.draw({}, key, jnp.int32(step))[0]) for step in range(9)])
-    target = np.linalg.lstsq(drawn, np.concatenate([task.draw({}, key, jnp.int32(step))[1] for step in range(9)]), rcond=None)[0]
-    wrong = np.random.default_rng(0).normal(size=target.shape)
-    many = np.concatenate([np.asarray(jax.vmap(lambda i: task.draw({}, key, i)[0])(jnp.arange(9) + 9 * 0))] * 1).reshape(-1, 48)
-    expected = np.mean((many @ (wrong - target)) ** 2)
-    assert float(task.loss({'kernel': jnp.asarray(wrong, jnp.float32)}, task.heldout({}, key))) == pytest.approx(expected, rel=0.2)
+    inputs, targets = map(np.asarray, jax.vmap(lambda step: task.draw({}, key, step))(jnp.arange(9)))
+    largest = np.abs(np.einsum('sbi,tci->stbc', inputs, inputs)).max((2, 3))
+    same = np.arange(9)[:, None] // 3 == np.arange(9)[None] // 3
+    assert largest[same].min() > 0.1 and largest[~same].max() < 1e-5
+    target = np.linalg.lstsq(inputs.reshape(-1, 48), targets.reshape(-1, 16), rcond=None)[0]
+    many = np.asarray(jax.vmap(lambda step: race_tasks.stream(900).draw({}, key, step)[0])(jnp.arange(900))).reshape(-1, 48)
+    kernel = np.random.default_rng(0).normal(size=target.shape)
+    expected = np.mean((many @ (kernel - target)) ** 2)
+    assert float(task.loss({'kernel': jnp.asarray(kernel, jnp.float32)}, task.heldout({}, key))) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('sklearn') is None, reason='needs the extra race')
