@@ -179,17 +179,17 @@ def _race(args: Args, name: str) -> list[dict]:
     for optimizer in args.entrants:
         if OPTIMIZERS[optimizer].delta and not task.dense:
             continue
-        rows.append(_stored(args, name, optimizer, task, *_enter(args, task, optimizer)))
+        runs = Runs(task, OPTIMIZERS[optimizer], args.lanes)
+        rows.append(_stored(args, name, optimizer, task, *_enter(args, runs, optimizer)))
         if optimizer == 'adamw':
-            rows += _controls(args, name, task, Setting(**rows[0]['metrics']['setting']))
+            rows += _controls(args, name, runs, Setting(**rows[0]['metrics']['setting']))
     return rows
 
 
-def _enter(args: Args, task: Task, name: str) -> tuple[dict, float]:
-    began, optimizer = time.monotonic(), OPTIMIZERS[name]
-    runs = Runs(task, optimizer, args.lanes)
+def _enter(args: Args, runs: Runs, name: str) -> tuple[dict, float]:
+    began, optimizer = time.monotonic(), runs.optimizer
     trials = search(lambda settings: runs([SEARCH_SEED] * len(settings), settings), optimizer, extra=name == 'adamw')
-    metrics = measure(runs, trials.best, range(args.seeds)) | costs(task, optimizer)
+    metrics = measure(runs, trials.best, range(args.seeds)) | costs(runs.task, optimizer)
     shifted = [trials.best._replace(rate=trials.best.rate * factor) for factor in SENSITIVITY]
     few = range(2)
     pairs = [(seed, setting) for setting in shifted for seed in few]
@@ -200,13 +200,13 @@ def _enter(args: Args, task: Task, name: str) -> tuple[dict, float]:
     return metrics | found, time.monotonic() - began
 
 
-def _controls(args: Args, name: str, task: Task, setting: Setting) -> list[dict]:
-    entries = {AGAIN: (OPTIMIZERS['adamw'], range(AGAIN_OFFSET, AGAIN_OFFSET + args.seeds)), FLIPPED: (CONTROL, range(args.seeds))}
+def _controls(args: Args, name: str, adamw: Runs, setting: Setting) -> list[dict]:
+    fresh, same = range(AGAIN_OFFSET, AGAIN_OFFSET + args.seeds), range(args.seeds)
     rows = []
-    for label, (optimizer, seeds) in entries.items():
+    for label, runs, seeds in ((AGAIN, adamw, fresh), (FLIPPED, Runs(adamw.task, CONTROL, args.lanes), same)):
         began = time.monotonic()
-        metrics = measure(Runs(task, optimizer, args.lanes), setting, seeds) | dict(setting=setting._asdict())
-        rows.append(_stored(args, name, label, task, metrics, time.monotonic() - began))
+        metrics = measure(runs, setting, seeds) | dict(setting=setting._asdict())
+        rows.append(_stored(args, name, label, adamw.task, metrics, time.monotonic() - began))
     return rows
 
 
