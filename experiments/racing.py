@@ -19,6 +19,7 @@ PyTree = Any
 WARMUP_SHARE = 0.1  # of the steps
 GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and around the best
 MAX_EXTENSIONS = 8
+PLATEAU = 1e-3  # of the grid's range of losses; an edge that gains less is none: delta gradient descent has no largest useful rate
 WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 DEVIATIONS = 3.09  # one-sided p = 0.001 of a normal distribution
 P_LIMIT = 0.01  # of the paired t-test
@@ -130,8 +131,8 @@ def rate_schedule(task: Task, rate: jax.Array) -> optax.Schedule:
 def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Optimizer, *, extra: bool = False) -> Trials:
     """The best setting, within a budget that is the same for every optimizer.
 
-    Five learning rates, extended by two wherever the best is at an edge, until it is not; four around the best; then two weight decays
-    and two values of the optimizer's own hyper-parameter, each alone.
+    Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off; four around
+    the best; then two weight decays and two values of the optimizer's own hyper-parameter, each alone.
 
     Args:
         evaluate: settings -> losses.
@@ -148,11 +149,8 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
 
     grid = [-2, -1, 0, 1, 2]
     measure(_rates(first, GRID_STEP, grid))
-    while at_edge := best() in _rates(first, GRID_STEP, [min(grid), max(grid)]):
-        if len(grid) >= 5 + 2 * MAX_EXTENSIONS:
-            break
-        low = best() == _rates(first, GRID_STEP, [min(grid)])[0]
-        beyond = [min(grid) - 2, min(grid) - 1] if low else [max(grid) + 1, max(grid) + 2]
+    while (edge := _edge(losses, _rates(first, GRID_STEP, sorted(grid)))) and len(grid) < 5 + 2 * MAX_EXTENSIONS:
+        beyond = [min(grid) - 2, min(grid) - 1] if edge < 0 else [max(grid) + 1, max(grid) + 2]
         grid += beyond
         measure(_rates(first, GRID_STEP, beyond))
     measure(_rates(best(), FINE_STEP, [-2, -1, 1, 2]))
@@ -161,7 +159,16 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     measure(others + [found._replace(knob=value) for value in optimizer.knobs[1:]])
     if extra:
         measure([other._replace(knob=value) for other in others for value in optimizer.knobs[1:]])
-    return Trials(best(), losses, at_edge)
+    return Trials(best(), losses, bool(edge))
+
+
+def _edge(losses: dict[Setting, float], grid: list[Setting]) -> int:
+    """-1 where the lowest rate of a grid is the best, or all have diverged; 1 where the highest is; 0 where one between is as good."""
+    ordered = [losses[setting] for setting in grid]
+    lowest, highest, scale = ordered[0], ordered[-1], max(ordered) - min(ordered)
+    if scale > 0 and min(ordered[1:-1]) - min(lowest, highest) <= PLATEAU * scale:
+        return 0
+    return 1 if highest < lowest else -1
 
 
 def _rates(setting: Setting, ratio: float, exponents: Sequence[int]) -> list[Setting]:

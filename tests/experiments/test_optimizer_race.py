@@ -89,8 +89,19 @@ def test_search_extends_the_grid_until_the_best_is_inside(best):
 
 
 def test_search_says_that_the_best_is_still_at_the_edge():
-    trials = racing.search(lambda settings: [setting.rate for setting in settings], DUMMY)
+    trials = racing.search(lambda settings: [math.log(setting.rate) for setting in settings], DUMMY)
     assert trials.at_edge and len(trials.losses) == 13 + 2 * racing.MAX_EXTENSIONS
+
+
+def test_search_stops_where_losses_have_levelled_off():
+    trials = racing.search(lambda settings: [1 / (1 + 100 * setting.rate) for setting in settings], DUMMY)
+    rates = sorted(setting.rate for setting in trials.losses)
+    assert not trials.at_edge and 30 < trials.best.rate <= rates[-1] < 1e3
+
+
+def test_search_goes_down_where_everything_has_diverged():
+    evaluate = lambda settings: [min(2.0, abs(math.log10(setting.rate / 1e-6))) for setting in settings]
+    assert racing.search(evaluate, DUMMY).best.rate == pytest.approx(1e-6, rel=1e-5)
 
 
 def test_the_baseline_s_budget_is_the_largest():
