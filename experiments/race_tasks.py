@@ -16,7 +16,7 @@ from nested_jax.data.corpora import load_corpus
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 
-HELD_OUT = 2**31  # folded into a key: apart from every training step
+HELD_OUT = 2**31  # a key's seed, or folded into a key: apart from every training step
 LENGTH, BATCH = 64, 16  # of the language model, in bytes
 RECALL = (32, 2, 4)  # length, fewest and most pairs
 PATCH, VIT_WIDTH, VIT_HEADS, VIT_BLOCKS = 2, 48, 4, 2
@@ -58,7 +58,8 @@ def char_lm(steps: int) -> Task:
         return _windows(data['train'], jax.random.fold_in(key, step), BATCH)
 
     def heldout(data, key):
-        return _windows(data['heldout'], jax.random.key(HELD_OUT), 128)
+        rows = _windows(data['heldout'], jax.random.key(HELD_OUT), 256)
+        return jax.tree.map(lambda leaf: leaf[:128], rows), jax.tree.map(lambda leaf: leaf[128:], rows)
 
     return Task(steps, data, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5, dense=False, source=corpus.digest)
 
@@ -71,13 +72,14 @@ def associative_recall(steps: int) -> Task:
         return recall.draw_sequences(jax.random.fold_in(key, step), 32, *RECALL)
 
     def heldout(data, key):
-        return recall.draw_sequences(jax.random.key(HELD_OUT), 512, *RECALL)
+        draw = lambda index: recall.draw_sequences(jax.random.fold_in(jax.random.key(HELD_OUT), index), 512, *RECALL)
+        return draw(0), draw(1)
 
     return Task(steps, {}, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5, dense=False)
 
 
 def digits(steps: int) -> Task:
-    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a fifth of them held out: a small vision transformer.
+    """Scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, a fifth for the search and a fifth held out: a small vision transformer.
 
     Raises:
         ValueError: without scikit-learn.
@@ -86,9 +88,11 @@ def digits(steps: int) -> Task:
     found = importlib.import_module('sklearn.datasets').load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     images, labels = found.images[order].astype(np.float32) / 16, found.target[order].astype(np.int32)
-    split = len(order) // 5
-    part = lambda where: dict(images=jnp.asarray(images[where]), labels=jnp.asarray(labels[where]))
-    data, model = dict(train=part(slice(split, None)), heldout=part(slice(split))), VisionTransformer()
+    parts = dict(
+        zip(('search', 'comparison', 'train'), np.split(np.arange(len(order)), [len(order) // 5, 2 * len(order) // 5]), strict=True)
+    )
+    data = {name: dict(images=jnp.asarray(images[part]), labels=jnp.asarray(labels[part])) for name, part in parts.items()}
+    model = VisionTransformer()
 
     def draw(data, key, step):
         chosen = jax.random.randint(jax.random.fold_in(key, step), (64,), 0, data['train']['labels'].size)
@@ -99,7 +103,7 @@ def digits(steps: int) -> Task:
         return -jnp.take_along_axis(scores, batch['labels'][:, None], 1).mean()
 
     init = lambda key: model.init(key, jnp.zeros((1, 8, 8)))['params']
-    return Task(steps, data, init, draw, lambda data, key: data['heldout'], loss, math.log(10), 0.5, dense=True)
+    return Task(steps, data, init, draw, lambda data, key: (data['search'], data['comparison']), loss, math.log(10), 0.5, dense=True)
 
 
 def check_digits() -> None:
@@ -134,7 +138,7 @@ def stream(steps: int) -> Task:
     def heldout(data, key):
         basis, target = problem(key)  # the expectation over inputs, exactly: each direction once, as long as its standard deviation
         inputs = math.sqrt(STREAM_RANK) * (basis * scales[None, None]).reshape(size, size).T
-        return inputs, inputs @ target
+        return (inputs, inputs @ target), (inputs, inputs @ target)
 
     def loss(params, batch):
         inputs, targets = batch

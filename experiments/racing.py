@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import stats
 
 from nested_jax.layers.delta_descent import delta_dense
 
@@ -23,6 +24,7 @@ PLATEAU = 1e-3  # of the grid's range of losses; an edge that gains less is none
 WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 DEVIATIONS = 3.09  # one-sided p = 0.001 of a normal distribution
 P_LIMIT = 0.01  # of the paired t-test
+POINTS = 10  # of a run's curve of losses; they divide its steps
 
 
 class Setting(NamedTuple):
@@ -41,7 +43,7 @@ class Task:
     data: PyTree  # arrays that all runs read
     init: Callable[[jax.Array], PyTree]  # key -> parameters
     draw: Callable[[PyTree, jax.Array, jax.Array], PyTree]  # data, the run's key, step -> batch
-    heldout: Callable[[PyTree, jax.Array], PyTree]  # data, the run's key -> the batch on which runs are compared
+    heldout: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]  # data, the run's key -> batches for the search, for the comparison
     loss: Callable[[PyTree, PyTree], jax.Array]  # parameters, batch -> scalar
     ceiling: float  # the loss of knowing nothing, with which a diverged run counts
     decay_share: float  # of the steps, at the end, over which the learning rate falls to zero
@@ -60,6 +62,13 @@ class Optimizer:
     delta: bool = False  # delta gradient descent: the gradient of nn.Dense is that of the cheap form
 
 
+class Losses(NamedTuple):
+    """Of one run, on text, images or sequences that it was not trained on."""
+
+    search: jax.Array  # at the last step, for choosing a setting
+    curve: jax.Array  # (POINTS,), on other data, at equal distances and the last step, for comparing optimizers
+
+
 class Trials(NamedTuple):
     """What a search has found."""
 
@@ -76,22 +85,32 @@ class Runs:
         one = functools.partial(train_one, task, optimizer)
         self._together = jax.jit(jax.vmap(one, (None, 0, Setting(0, 0, 0))))
 
-    def __call__(self, seeds: Sequence[int], settings: Sequence[Setting]) -> np.ndarray:
-        """Held-out losses, one for each pair of a seed and a setting; a last call of too few is filled up with its last run."""
-        losses = []
+    def __call__(self, seeds: Sequence[int], settings: Sequence[Setting]) -> Losses:
+        """Losses, stacked, one for each pair of a seed and a setting; a last call of too few is filled up with its last run."""
+        parts = []
         for start in range(0, len(seeds), self.lanes):
             chosen = [min(index, len(seeds) - 1) for index in range(start, start + self.lanes)]
             stacked = Setting(*(np.array([settings[index][field] for index in chosen], np.float32) for field in range(3)))
-            losses.append(np.asarray(self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked)))
-        return np.concatenate(losses)[: len(seeds)].astype(float)
+            parts.append(self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked))
+        return jax.tree.map(lambda *part: np.concatenate(part)[: len(seeds)].astype(float), *parts)
 
 
-def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting) -> jax.Array:
-    """One run from its initial values to its held-out loss, a scalar; that of knowing nothing where it has diverged."""
-    one = lambda carry, index: (advance(task, optimizer, data, seed, setting, carry, index), None)
-    (params, _), _ = jax.lax.scan(one, begin(task, optimizer, seed, setting), jnp.arange(task.steps))
-    loss = task.loss(params, task.heldout(data, jax.random.key(seed)))
-    return jnp.where(loss < task.ceiling, loss, task.ceiling)  # which NaN is not
+def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting) -> Losses:
+    """One run from its initial values to its last step; its loss is that of knowing nothing where it has diverged."""
+    for_search, for_comparison = task.heldout(data, jax.random.key(seed))
+
+    def loss(params, batch):
+        value = task.loss(params, batch)
+        return jnp.where(value < task.ceiling, value, task.ceiling)  # which NaN is not
+
+    def to_next_point(carry, indices):
+        step = lambda carry, index: (advance(task, optimizer, data, seed, setting, carry, index), None)
+        carry, _ = jax.lax.scan(step, carry, indices)
+        return carry, loss(carry[0], for_comparison)
+
+    indices = jnp.arange(task.steps).reshape(POINTS, -1)
+    (params, _), curve = jax.lax.scan(to_next_point, begin(task, optimizer, seed, setting), indices)
+    return Losses(loss(params, for_search), curve)
 
 
 def begin(task: Task, optimizer: Optimizer, seed: jax.Array, setting: Setting) -> tuple[PyTree, PyTree]:
@@ -178,8 +197,16 @@ def _rates(setting: Setting, ratio: float, exponents: Sequence[int]) -> list[Set
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % confidence interval by Student's t; at least two values."""
-    count = len(values)
-    return float(np.mean(values)), _t_quantile(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def share_to_reach(target: float, curve: Sequence[float]) -> float | None:
+    """Share of a run's steps after which its curve, straight between its points, first is at a loss or below; None where it never is."""
+    for index, loss in enumerate(curve):
+        if loss <= target:
+            done = (curve[index - 1] - target) / (curve[index - 1] - loss) if index else 1.0
+            return (index + done) / len(curve)
+    return None
 
 
 def compare(losses: Sequence[float], baseline: Sequence[float], sigma: float) -> dict[str, Any]:
@@ -208,23 +235,9 @@ def compare(losses: Sequence[float], baseline: Sequence[float], sigma: float) ->
 
 def paired_p(gaps: Sequence[float]) -> float:
     """Two-sided p of Student's t-test that the mean of the gaps is zero."""
-    count, mean, deviation = len(gaps), float(np.mean(gaps)), float(np.std(gaps, ddof=1))
-    if deviation == 0:
-        return float(mean == 0)
-    return _t_tail(abs(mean) / (deviation / math.sqrt(count)), count - 1)
-
-
-def _t_tail(t: float, freedom: int) -> float:
-    return float(jax.scipy.special.betainc(freedom / 2, 0.5, freedom / (freedom + t**2)))
-
-
-@functools.cache
-def _t_quantile(freedom: int, tail: float = 0.05) -> float:
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_tail(middle, freedom) > tail else (low, middle)
-    return high
+    if np.ptp(gaps) == 0:  # which the test is not made for
+        return float(gaps[0] == 0)
+    return float(stats.ttest_1samp(gaps, 0).pvalue)
 
 
 def costs(task: Task, optimizer: Optimizer, steps: int = 10, repeats: int = 3) -> dict[str, float]:

@@ -23,18 +23,38 @@ DUMMY = Optimizer(lambda *_: None, 1e-2, 'beta', (0.9, 0.8, 0.95))
 
 def test_a_lane_is_the_run_alone():
     """Each lane has its own seed and setting; the period of m3's slow momentum ends within the run."""
-    task, optimizer = race_tasks.stream(12), optimizer_race.OPTIMIZERS['m3']
+    task, optimizer = race_tasks.stream(20), optimizer_race.OPTIMIZERS['m3']
     settings = [Setting(0.1, 0.1, 1.0), Setting(0.03, 0.0, 0.1), Setting(0.03, 0.0, 1.0)]
     found = racing.Runs(task, optimizer, 2)([7, 7, 8], settings)
     alone = jax.jit(functools.partial(racing.train_one, task, optimizer))
-    expected = [float(alone({}, np.uint32(seed), setting)) for seed, setting in zip([7, 7, 8], settings, strict=True)]
-    np.testing.assert_allclose(found, expected, rtol=2e-6)
-    assert len(set(found)) == 3
+    for lane, (seed, setting) in enumerate(zip([7, 7, 8], settings, strict=True)):
+        expected = alone({}, np.uint32(seed), setting)
+        np.testing.assert_allclose(found.search[lane], expected.search, rtol=2e-6)
+        np.testing.assert_allclose(found.curve[lane], expected.curve, rtol=2e-6)
+    assert len(set(found.search)) == 3
+
+
+def test_a_curve_ends_with_the_last_step():
+    """Step by step by hand, with the losses of the points in between."""
+    task, optimizer, setting = race_tasks.stream(20), optimizer_race.OPTIMIZERS['sgd'], Setting(0.1, 0.0, 0.9)
+    found = jax.jit(functools.partial(racing.train_one, task, optimizer))({}, np.uint32(3), setting)
+    advance = jax.jit(lambda carry, index: racing.advance(task, optimizer, {}, np.uint32(3), setting, carry, index))
+    carry, losses = racing.begin(task, optimizer, np.uint32(3), setting), []
+    for index in range(20):
+        carry = advance(carry, index)
+        losses.append(float(task.loss(carry[0], task.heldout({}, jax.random.key(3))[1])))
+    np.testing.assert_allclose(found.curve, losses[1::2], rtol=1e-5)
+
+
+def test_a_run_that_diverges_counts_as_knowing_nothing():
+    task, optimizer = race_tasks.stream(20), optimizer_race.OPTIMIZERS['sgd']
+    found = jax.jit(functools.partial(racing.train_one, task, optimizer))({}, np.uint32(3), Setting(1e20, 0.0, 0.9))
+    assert float(found.search) == float(found.curve[-1]) == task.ceiling
 
 
 def test_lanes_compute_the_slow_momentum_once_a_period():
     """The count of steps is the same in all lanes, so that the branch stays a branch."""
-    one = functools.partial(racing.train_one, race_tasks.stream(12), optimizer_race.OPTIMIZERS['m3'])
+    one = functools.partial(racing.train_one, race_tasks.stream(20), optimizer_race.OPTIMIZERS['m3'])
     lanes = jax.make_jaxpr(jax.vmap(one, (None, 0, 0)))({}, np.arange(2, dtype=np.uint32), Setting(*np.ones((3, 2), np.float32)))
     assert ' cond[' in str(lanes)
 
@@ -126,6 +146,12 @@ def test_paired_p_of_known_numbers():
     assert racing.paired_p([0.0, 0.0]) == 1 and racing.paired_p([0.5, 0.5]) == 0
 
 
+@pytest.mark.parametrize(('target', 'share'), [(4.5, 0.25), (4.0, 0.25), (3.5, 0.375), (2.0, 0.75), (1.9, None)])
+def test_share_to_reach_a_loss(target, share):
+    """At 0.25 of the steps 4, at 0.5 3, at 0.75 2, then back to 3."""
+    assert racing.share_to_reach(target, [4.0, 3.0, 2.0, 3.0]) == share
+
+
 @pytest.mark.parametrize(('gap', 'verdict'), [(1.45, 'better'), (1.3, 'equal'), (-1.45, 'worse'), (-1.3, 'equal')])
 def test_a_difference_counts_from_3_09_sigma(gap, verdict):
     """With ten seeds each the resolvable difference is 3.09 sigma / sqrt(5) = 1.382 sigma."""
@@ -153,6 +179,12 @@ def race(again: float = 0.0, flipped: float = 0.5, **metrics) -> list[dict]:
     drawn = np.random.default_rng(0).normal(size=(4, 10)) * 0.1 + 3
     means = {'adamw': 0.0, 'adamw-again': again, 'adamw-flipped': flipped, 'muon': -0.5}
     return [row(name, losses + mean, **metrics) for (name, mean), losses in zip(means.items(), drawn, strict=True)]
+
+
+def test_char_lm_searches_and_compares_on_different_held_out_text():
+    task = race_tasks.char_lm(10)
+    search, comparison = (np.asarray(part['tokens']) for part in task.heldout(task.data, jax.random.key(0)))
+    assert search.shape == comparison.shape == (128, 64) and len(np.unique(np.concatenate([search, comparison]), axis=0)) == 256
 
 
 def test_controls_that_come_out_as_they_must():
@@ -188,6 +220,14 @@ def test_table_has_the_best_first_and_the_verdicts(tmp_path):
     assert (tmp_path / 'race.png').stat().st_size > 1000
 
 
+def test_costs_to_adamw_s_loss_are_shares_of_its_run():
+    adamw = dict(losses=[3.0, 5.0], curve=[6.0, 4.0], cpu_seconds=1.0, flops=10.0)
+    entry = dict(losses=[1.0, 1.0], curve=[4.0, 1.0], cpu_seconds=3.0, flops=20.0)
+    assert optimizer_race.shares_to_reach(entry, adamw) == dict(steps=0.5, cpu_seconds=1.5, flops=1.0)
+    assert optimizer_race.shares_to_reach(adamw, adamw) == dict(steps=1.0, cpu_seconds=1.0, flops=1.0)
+    assert optimizer_race.shares_to_reach(entry | dict(curve=[9.0, 5.0]), adamw) is None
+
+
 def test_the_latest_row_of_an_optimizer_counts():
     assert optimizer_race.latest([row('sgd', [1]), row('sgd', [2])], 'stream')['sgd']['losses'] == [2.0]
 
@@ -205,13 +245,15 @@ def test_stream_is_of_orthogonal_tasks_and_judged_on_all_of_them():
     many = np.asarray(jax.jit(jax.vmap(lambda step: long.draw({}, key, step)[0]))(jnp.arange(900))).reshape(-1, 48)
     kernel = np.random.default_rng(0).normal(size=target.shape)
     expected = np.mean((many @ (kernel - target)) ** 2)
-    assert float(task.loss({'kernel': jnp.asarray(kernel, jnp.float32)}, task.heldout({}, key))) == pytest.approx(expected, rel=0.02)
+    assert float(task.loss({'kernel': jnp.asarray(kernel, jnp.float32)}, task.heldout({}, key)[1])) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('sklearn') is None, reason='needs the extra race')
 def test_digits_are_split():
     task = race_tasks.digits(3)
-    assert [part['labels'].size for part in task.data.values()] == [1438, 359]
+    assert [part['labels'].size for part in task.data.values()] == [359, 359, 1079]
+    images = [part['images'] for part in (*task.heldout(task.data, jax.random.key(0)), task.data['train'])]
+    assert len(np.unique(np.concatenate(images).reshape(-1, 64), axis=0)) == 1797
     batch = task.draw(task.data, jax.random.key(0), jnp.int32(0))
     assert batch['images'].shape == (64, 8, 8) and 0 <= float(batch['images'].min()) <= float(batch['images'].max()) == 1
     untrained = jax.jit(lambda key: task.loss(task.init(key), batch))(jax.random.key(0))
@@ -251,7 +293,9 @@ def test_a_race_stores_one_row_for_each_entry(tmp_path, monkeypatch):
     losses = dict(adamw=3.0, muon=2.5)
 
     def enter(args, runs, name):
-        found = dict(setting=Setting(0.1, 0.0, 0.9)._asdict(), knob='b2', searched=[], at_edge=False, sensitivity=[1.0, 2.0, 3.0])
+        found = dict(
+            setting=Setting(0.1, 0.0, 0.9)._asdict(), knob='b2', searched=[], at_edge=False, sensitivity=[1.0, 2.0, 3.0], curve=[3.0]
+        )
         spread = np.linspace(-0.1, 0.1, args.seeds) + losses[name]
         return found | dict(losses=spread.tolist(), cpu_seconds=0.1, flops=1e6, state_bytes=8.0), 1.0
 
