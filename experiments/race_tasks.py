@@ -88,9 +88,8 @@ def digits(steps: int) -> Task:
     found = importlib.import_module('sklearn.datasets').load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     images, labels = found.images[order].astype(np.float32) / 16, found.target[order].astype(np.int32)
-    parts = dict(
-        zip(('search', 'comparison', 'train'), np.split(np.arange(len(order)), [len(order) // 5, 2 * len(order) // 5]), strict=True)
-    )
+    fifth, names = len(order) // 5, ('search', 'comparison', 'train')
+    parts = dict(zip(names, (slice(fifth), slice(fifth, 2 * fifth), slice(2 * fifth, None)), strict=True))
     data = {name: dict(images=jnp.asarray(images[part]), labels=jnp.asarray(labels[part])) for name, part in parts.items()}
     model = VisionTransformer()
 
