@@ -1,0 +1,287 @@
+"""Fair races of optimizers: many runs as lanes of one compiled program, an equal search for each, and what counts as a difference."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import stats
+
+from nested_jax.layers.delta_descent import delta_dense
+
+PyTree = Any
+WARMUP_SHARE = 0.1  # of the steps
+GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and around the best
+MAX_EXTENSIONS = 8
+PLATEAU = 1e-3  # of the grid's range of losses; an edge that gains less is none: delta gradient descent has no largest useful rate
+WEIGHT_DECAYS = (0.0, 0.01, 0.1)
+DEVIATIONS = 3.09  # one-sided p = 0.001 of a normal distribution
+P_LIMIT = 0.01  # of the paired t-test
+POINTS = 10  # of a run's curve of losses; they divide its steps
+
+
+class Setting(NamedTuple):
+    """What is searched."""
+
+    rate: float
+    weight_decay: float
+    knob: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, its data and a number of steps, the same for every optimizer."""
+
+    steps: int
+    data: PyTree  # arrays that all runs read
+    init: Callable[[jax.Array], PyTree]  # key -> parameters
+    draw: Callable[[PyTree, jax.Array, jax.Array], PyTree]  # data, the run's key, step -> batch
+    heldout: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]  # data, the run's key -> batches for the search, for the comparison
+    loss: Callable[[PyTree, PyTree], jax.Array]  # parameters, batch -> scalar
+    ceiling: float  # the loss of knowing nothing, with which a diverged run counts
+    decay_share: float  # of the steps, at the end, over which the learning rate falls to zero
+    dense: bool  # whether its layers are nn.Dense, in which delta gradient descent finds its inputs
+    source: str = ''  # digest of data that are not the same everywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer and where its search begins."""
+
+    make: Callable[[optax.Schedule, jax.Array, jax.Array], optax.GradientTransformation]  # learning rate, weight decay, knob
+    rate: float  # in the middle of the first grid
+    knob: str  # name of its own hyper-parameter
+    knobs: tuple[float, ...]  # the default, then what is tried in its place
+    delta: bool = False  # delta gradient descent: the gradient of nn.Dense is that of the cheap form
+
+
+class Losses(NamedTuple):
+    """Of one run, on text, images or sequences that it was not trained on."""
+
+    search: jax.Array  # at the last step, for choosing a setting
+    curve: jax.Array  # (POINTS,), on other data, at equal distances and the last step, for comparing optimizers
+
+
+class Trials(NamedTuple):
+    """What a search has found."""
+
+    best: Setting
+    losses: dict[Setting, float]
+    at_edge: bool  # no setting inside the grid was the best, however far it was extended
+
+
+class Runs:
+    """Runs of one optimizer on one task: `lanes` of them side by side, in one compiled program."""
+
+    def __init__(self, task: Task, optimizer: Optimizer, lanes: int):
+        self.task, self.optimizer, self.lanes = task, optimizer, lanes
+        one = functools.partial(train_one, task, optimizer)
+        self._together = jax.jit(jax.vmap(one, (None, 0, Setting(0, 0, 0))))
+
+    def __call__(self, seeds: Sequence[int], settings: Sequence[Setting]) -> Losses:
+        """Losses, stacked, one for each pair of a seed and a setting; a last call of too few is filled up with its last run."""
+        parts = []
+        for start in range(0, len(seeds), self.lanes):
+            chosen = [min(index, len(seeds) - 1) for index in range(start, start + self.lanes)]
+            stacked = Setting(*(np.array([settings[index][field] for index in chosen], np.float32) for field in range(3)))
+            parts.append(self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked))
+        return jax.tree.map(lambda *part: np.concatenate(part)[: len(seeds)].astype(float), *parts)
+
+
+def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting) -> Losses:
+    """One run from its initial values to its last step; its loss is that of knowing nothing where it has diverged."""
+    for_search, for_comparison = task.heldout(data, jax.random.key(seed))
+
+    def loss(params, batch):
+        value = task.loss(params, batch)
+        return jnp.where(value < task.ceiling, value, task.ceiling)  # which NaN is not
+
+    def to_next_point(carry, indices):
+        step = lambda carry, index: (advance(task, optimizer, data, seed, setting, carry, index), None)
+        carry, _ = jax.lax.scan(step, carry, indices)
+        return carry, loss(carry[0], for_comparison)
+
+    indices = jnp.arange(task.steps).reshape(POINTS, -1)
+    (params, _), curve = jax.lax.scan(to_next_point, begin(task, optimizer, seed, setting), indices)
+    return Losses(loss(params, for_search), curve)
+
+
+def begin(task: Task, optimizer: Optimizer, seed: jax.Array, setting: Setting) -> tuple[PyTree, PyTree]:
+    """Parameters and the optimizer's state before the first step."""
+    params = task.init(jax.random.fold_in(jax.random.key(seed), task.steps))
+    return params, _transformation(task, optimizer, setting).init(params)
+
+
+def advance(
+    task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting, carry: tuple[PyTree, PyTree], index: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """One step of a run, with the batch that is its own."""
+    return learn(task, optimizer, setting, carry, index, task.draw(data, jax.random.key(seed), index))
+
+
+def learn(
+    task: Task, optimizer: Optimizer, setting: Setting, carry: tuple[PyTree, PyTree], index: jax.Array, batch: PyTree
+) -> tuple[PyTree, PyTree]:
+    """One step on a batch: parameters and the optimizer's state, before and after."""
+    params, state = carry
+    if optimizer.delta:
+        with nn.intercept_methods(delta_dense(rate_schedule(task, setting.rate)(index))):
+            gradient = jax.grad(task.loss)(params, batch)
+    else:
+        gradient = jax.grad(task.loss)(params, batch)
+    updates, state = _transformation(task, optimizer, setting).update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def rate_schedule(task: Task, rate: jax.Array) -> optax.Schedule:
+    """Linear warm-up, a plateau, and a linear decay to zero over the task's share of the steps."""
+    warmup, decay = max(1, round(WARMUP_SHARE * task.steps)), max(1, round(task.decay_share * task.steps))
+    ending = lambda count: jnp.minimum(1.0, (task.steps - count) / decay) if task.decay_share else 1.0
+    return lambda count: rate * jnp.minimum(1.0, (count + 1) / warmup) * ending(count)
+
+
+def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Optimizer, *, extra: bool = False) -> Trials:
+    """The best setting, within a budget that is the same for every optimizer.
+
+    Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off; four around
+    the best; then two weight decays and two values of the optimizer's own hyper-parameter, each alone.
+
+    Args:
+        evaluate: settings -> losses.
+        optimizer: whose settings are tried.
+        extra: their four combinations too, for the baseline.
+    """
+    losses: dict[Setting, float] = {}
+    best = lambda: min(losses, key=losses.get)
+    first = Setting(optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0])
+
+    def measure(settings: list[Setting]) -> None:
+        new = [setting for setting in settings if setting not in losses]
+        losses.update(zip(new, map(float, evaluate(new)), strict=True))
+
+    grid = [-2, -1, 0, 1, 2]
+    measure(_rates(first, GRID_STEP, grid))
+    while (edge := _edge(losses, _rates(first, GRID_STEP, sorted(grid)))) and len(grid) < 5 + 2 * MAX_EXTENSIONS:
+        beyond = [min(grid) - 2, min(grid) - 1] if edge < 0 else [max(grid) + 1, max(grid) + 2]
+        grid += beyond
+        measure(_rates(first, GRID_STEP, beyond))
+    measure(_rates(best(), FINE_STEP, [-2, -1, 1, 2]))
+    found = best()
+    others = [found._replace(weight_decay=value) for value in WEIGHT_DECAYS[1:]]
+    measure(others + [found._replace(knob=value) for value in optimizer.knobs[1:]])
+    if extra:
+        measure([other._replace(knob=value) for other in others for value in optimizer.knobs[1:]])
+    return Trials(best(), losses, bool(edge))
+
+
+def _edge(losses: dict[Setting, float], grid: list[Setting]) -> int:
+    """-1 where the lowest rate of a grid is the best, or all have diverged; 1 where the highest is; 0 where one between is as good."""
+    ordered = [losses[setting] for setting in grid]
+    lowest, highest, scale = ordered[0], ordered[-1], max(ordered) - min(ordered)
+    if scale > 0 and min(ordered[1:-1]) - min(lowest, highest) <= PLATEAU * scale:
+        return 0
+    return 1 if highest < lowest else -1
+
+
+def _rates(setting: Setting, ratio: float, exponents: Sequence[int]) -> list[Setting]:
+    # Rounded, so that a rate reached on two ways is one rate.
+    return [setting._replace(rate=float(f'{setting.rate * ratio**exponent:.6g}')) for exponent in exponents]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % confidence interval by Student's t; at least two values."""
+    return float(np.mean(values)), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def share_to_reach(target: float, curve: Sequence[float]) -> float | None:
+    """Share of a run's steps after which its curve, straight between its points, first is at a loss or below; None where it never is."""
+    for index, loss in enumerate(curve):
+        if loss <= target:
+            done = (curve[index - 1] - target) / (curve[index - 1] - loss) if index else 1.0
+            return (index + done) / len(curve)
+    return None
+
+
+def compare(losses: Sequence[float], baseline: Sequence[float], sigma: float) -> dict[str, Any]:
+    """Whether one optimizer's losses are another's, by seed.
+
+    A is better than B only if :math:`(mean_B - mean_A) / \\sqrt{1/n_A + 1/n_B} \\ge 3.09 \\sigma` and the paired t-test agrees with p
+    below 0.01; worse likewise.
+
+    Args:
+        losses: of A, one for each seed.
+        baseline: of B, of the same seeds.
+        sigma: standard deviation over seeds, of the runs of the race's baseline.
+
+    Returns:
+        'difference' of the means (above 0: A is better), the 'resolvable' one, 'wins' of A, 'p' of the paired t-test, and the
+        'verdict': 'better', 'worse' or 'equal', the last for what cannot be told apart.
+    """
+    gaps = np.subtract(baseline, losses)
+    difference = float(gaps.mean())
+    resolvable = DEVIATIONS * sigma * math.sqrt(1 / len(losses) + 1 / len(baseline))
+    p = paired_p(gaps)
+    told = abs(difference) >= resolvable and p < P_LIMIT
+    verdict = ('better' if difference > 0 else 'worse') if told else 'equal'
+    return dict(difference=difference, resolvable=resolvable, wins=int((gaps > 0).sum()), p=p, verdict=verdict)
+
+
+def paired_p(gaps: Sequence[float]) -> float:
+    """Two-sided p of Student's t-test that the mean of the gaps is zero."""
+    if np.ptp(gaps) == 0:  # which the test is not made for
+        return float(gaps[0] == 0)
+    return float(stats.ttest_1samp(gaps, 0).pvalue)
+
+
+def costs(task: Task, optimizer: Optimizer, steps: int = 10, repeats: int = 3) -> dict[str, float]:
+    """What one step of one run costs: CPU seconds of all threads (the fastest of `repeats`), FLOPs, and the state's bytes a parameter."""
+    setting = Setting(*map(jnp.float32, (optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0])))
+    carry = jax.jit(functools.partial(begin, task, optimizer))(jnp.uint32(0), setting)
+    batch = task.draw(task.data, jax.random.key(0), jnp.int32(0))
+    flops = matrix_flops(jax.make_jaxpr(functools.partial(learn, task, optimizer))(setting, carry, jnp.int32(0), batch).jaxpr)
+
+    @jax.jit
+    def several(data, setting, carry):
+        one = lambda carry, index: (advance(task, optimizer, data, jnp.uint32(0), setting, carry, index), None)
+        return jax.lax.scan(one, carry, jnp.arange(steps))[0]
+
+    seconds = []
+    for _ in range(1 + repeats):
+        began = time.process_time()
+        jax.block_until_ready(several(task.data, setting, carry))
+        seconds.append((time.process_time() - began) / steps)
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    count = sum(leaf.size for leaf in jax.tree.leaves(carry[0]))
+    return dict(cpu_seconds=min(seconds[1:]), flops=flops, state_bytes=size(carry[1]) / count, parameters=count)
+
+
+def matrix_flops(jaxpr: Any) -> float:
+    """FLOPs of the matrix products and QR decompositions in a jaxpr, loops as often as they run and of branches the dearest.
+
+    The cost analysis of a compiled program counts the body of a loop once, and Newton-Schulz is a loop; it does not see into LAPACK.
+    """
+    return float(sum(_flops(equation) for equation in jaxpr.eqns))
+
+
+def _flops(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == 'dot_general':
+        contracted = params['dimension_numbers'][0][0]
+        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    if name == 'qr':
+        *batch, rows, columns = equation.invars[0].aval.shape
+        return math.prod(batch) * (4 * rows - 4 * columns / 3) * columns**2  # the factor and its orthonormal columns
+    bodies = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else [value])]
+    bodies = [matrix_flops(getattr(part, 'jaxpr', part)) for part in bodies if hasattr(part, 'jaxpr') or hasattr(part, 'eqns')]
+    return max(bodies, default=0) if name == 'cond' else sum(bodies) * params.get('length', 1) if name == 'scan' else sum(bodies)
+
+
+def _transformation(task: Task, optimizer: Optimizer, setting: Setting) -> optax.GradientTransformation:
+    return optimizer.make(rate_schedule(task, setting.rate), setting.weight_decay, setting.knob)

@@ -1,0 +1,311 @@
+"""The race: lanes against a run alone, the search and its edge rule, differences that count, the controls, and a run of a few steps."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import optimizer_race, race_tasks, racing
+from experiments.racing import Optimizer, Setting
+
+DUMMY = Optimizer(lambda *_: None, 1e-2, 'beta', (0.9, 0.8, 0.95))
+
+
+# --- lanes and costs
+
+
+def test_a_lane_is_the_run_alone():
+    """Each lane has its own seed and setting; the period of m3's slow momentum ends within the run."""
+    task, optimizer = race_tasks.stream(20), optimizer_race.OPTIMIZERS['m3']
+    settings = [Setting(0.1, 0.1, 1.0), Setting(0.03, 0.0, 0.1), Setting(0.03, 0.0, 1.0)]
+    found = racing.Runs(task, optimizer, 2)([7, 7, 8], settings)
+    alone = jax.jit(functools.partial(racing.train_one, task, optimizer))
+    for lane, (seed, setting) in enumerate(zip([7, 7, 8], settings, strict=True)):
+        expected = alone({}, np.uint32(seed), setting)
+        np.testing.assert_allclose(found.search[lane], expected.search, rtol=2e-6)
+        np.testing.assert_allclose(found.curve[lane], expected.curve, rtol=2e-6)
+    assert len(set(found.search)) == 3
+
+
+def test_a_curve_ends_with_the_last_step():
+    """Step by step by hand, with the losses of the points in between."""
+    task, optimizer, setting = race_tasks.stream(20), optimizer_race.OPTIMIZERS['sgd'], Setting(0.1, 0.0, 0.9)
+    found = jax.jit(functools.partial(racing.train_one, task, optimizer))({}, np.uint32(3), setting)
+    advance = jax.jit(lambda carry, index: racing.advance(task, optimizer, {}, np.uint32(3), setting, carry, index))
+    carry, losses = racing.begin(task, optimizer, np.uint32(3), setting), []
+    for index in range(20):
+        carry = advance(carry, index)
+        losses.append(float(task.loss(carry[0], task.heldout({}, jax.random.key(3))[1])))
+    np.testing.assert_allclose(found.curve, losses[1::2], rtol=1e-5)
+
+
+def test_a_run_that_diverges_counts_as_knowing_nothing():
+    task, optimizer = race_tasks.stream(20), optimizer_race.OPTIMIZERS['sgd']
+    found = jax.jit(functools.partial(racing.train_one, task, optimizer))({}, np.uint32(3), Setting(1e20, 0.0, 0.9))
+    assert float(found.search) == float(found.curve[-1]) == task.ceiling
+
+
+def test_lanes_compute_the_slow_momentum_once_a_period():
+    """The count of steps is the same in all lanes, so that the branch stays a branch."""
+    one = functools.partial(racing.train_one, race_tasks.stream(20), optimizer_race.OPTIMIZERS['m3'])
+    lanes = jax.make_jaxpr(jax.vmap(one, (None, 0, 0)))({}, np.arange(2, dtype=np.uint32), Setting(*np.ones((3, 2), np.float32)))
+    assert ' cond[' in str(lanes)
+
+
+def test_flops_count_loops_by_their_length_and_the_dearest_branch():
+    product = lambda x: x @ x
+    loop = lambda x: jax.lax.scan(lambda carry, _: (product(carry), None), x, length=5)[0]
+    either = lambda x: jax.lax.cond(x[0, 0] > 0, loop, product, x)
+    count = lambda function, shape=(4, 4): racing.matrix_flops(jax.make_jaxpr(function)(jnp.ones(shape)).jaxpr)
+    assert [count(product), count(loop), count(either), count(jax.jit(jax.vmap(product)), (3, 4, 4))] == [128, 640, 640, 384]
+    assert count(lambda x: jnp.linalg.qr(x)[0], (6, 4)) == pytest.approx(4 * 6 * 16 - 4 / 3 * 64)
+
+
+def test_schedule_warms_up_stays_and_falls_to_zero():
+    task = race_tasks.stream(20)
+    plateau = racing.rate_schedule(task, 2.0)
+    assert [float(plateau(count)) for count in (0, 1, 5, 19)] == [1.0, 2.0, 2.0, 2.0]
+    falling = racing.rate_schedule(dataclasses.replace(task, decay_share=0.5), 2.0)
+    assert [float(falling(count)) for count in (0, 10, 15, 20)] == [1.0, 2.0, 1.0, 0.0]
+
+
+# --- the search
+
+
+def bowl(best: float, **others):
+    """Losses whose lowest is at a learning rate, a weight decay and a knob; and the list of what was asked for."""
+    asked = []
+
+    def evaluate(settings):
+        asked.append(list(settings))
+        return [abs(math.log10(s.rate / best)) + sum(abs(getattr(s, name) - value) for name, value in others.items()) for s in settings]
+
+    return evaluate, asked
+
+
+def test_search_refines_around_the_best_and_tries_decay_and_knob():
+    evaluate, asked = bowl(1.7e-2, weight_decay=0.01, knob=0.9)
+    trials = racing.search(evaluate, DUMMY)
+    assert trials.best == Setting(pytest.approx(1e-2 * 10**0.25, rel=1e-5), 0.01, 0.9) and not trials.at_edge
+    assert [len(settings) for settings in asked] == [5, 4, 4] and len(trials.losses) == 13
+    assert {setting.knob for setting in asked[2]} == {0.8, 0.9, 0.95}
+
+
+@pytest.mark.parametrize('best', [1e-5, 3e-1, 40.0])
+def test_search_extends_the_grid_until_the_best_is_inside(best):
+    evaluate, asked = bowl(best)
+    trials = racing.search(evaluate, DUMMY)
+    rates = sorted(setting.rate for setting in trials.losses)
+    assert not trials.at_edge and rates[0] < trials.best.rate < rates[-1]
+    assert abs(math.log10(trials.best.rate / best)) < 0.07
+    assert len(asked) > 3
+
+
+def test_search_says_that_the_best_is_still_at_the_edge():
+    trials = racing.search(lambda settings: [math.log(setting.rate) for setting in settings], DUMMY)
+    assert trials.at_edge and len(trials.losses) == 13 + 2 * racing.MAX_EXTENSIONS
+
+
+def test_search_stops_where_losses_have_levelled_off():
+    trials = racing.search(lambda settings: [1 / (1 + 100 * setting.rate) for setting in settings], DUMMY)
+    rates = sorted(setting.rate for setting in trials.losses)
+    assert not trials.at_edge and 30 < trials.best.rate <= rates[-1] < 1e3
+
+
+def test_search_goes_down_where_everything_has_diverged():
+    evaluate = lambda settings: [min(2.0, abs(math.log10(setting.rate / 1e-6))) for setting in settings]
+    assert racing.search(evaluate, DUMMY).best.rate == pytest.approx(1e-6, rel=1e-5)
+
+
+def test_the_baseline_s_budget_is_the_largest():
+    evaluate, _ = bowl(1e-2)
+    assert len(racing.search(evaluate, DUMMY, extra=True).losses) == 17
+    for optimizer in optimizer_race.OPTIMIZERS.values():
+        assert len(set(optimizer.knobs)) == 3
+
+
+# --- what counts as a difference
+
+
+def test_interval_is_student_s():
+    mean, half = racing.interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
+    assert mean == 5.5 and half == pytest.approx(2.262157 * statistics.stdev(range(10)) / math.sqrt(10), rel=1e-4)
+
+
+def test_paired_p_of_known_numbers():
+    # Student's sleep data, t = -4.0621 with 9 degrees of freedom.
+    gaps = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert racing.paired_p(gaps) == pytest.approx(0.00283289, rel=1e-3)
+    assert racing.paired_p([0.0, 0.0]) == 1 and racing.paired_p([0.5, 0.5]) == 0
+
+
+@pytest.mark.parametrize(('target', 'share'), [(4.5, 0.25), (4.0, 0.25), (3.5, 0.375), (2.0, 0.75), (1.9, None)])
+def test_share_to_reach_a_loss(target, share):
+    """At 0.25 of the steps 4, at 0.5 3, at 0.75 2, then back to 3."""
+    assert racing.share_to_reach(target, [4.0, 3.0, 2.0, 3.0]) == share
+
+
+@pytest.mark.parametrize(('gap', 'verdict'), [(1.45, 'better'), (1.3, 'equal'), (-1.45, 'worse'), (-1.3, 'equal')])
+def test_a_difference_counts_from_3_09_sigma(gap, verdict):
+    """With ten seeds each the resolvable difference is 3.09 sigma / sqrt(5) = 1.382 sigma."""
+    baseline = 3 + 0.1 * np.random.default_rng(0).normal(size=10)
+    losses = baseline - 0.1 * gap + 0.001 * np.random.default_rng(1).permutation(np.linspace(-1, 1, 10))
+    result = racing.compare(losses, baseline, 0.1)
+    assert result['verdict'] == verdict and result['wins'] == (10 if gap > 0 else 0)
+    assert result['resolvable'] == pytest.approx(0.1382, rel=1e-3) and result['difference'] == pytest.approx(0.1 * gap)
+
+
+def test_a_difference_that_the_seeds_do_not_share_does_not_count():
+    """Above 3.09 sigma of adamw's runs, but the other's own runs are spread too far."""
+    baseline = np.full(10, 3.0)
+    assert racing.compare(baseline - np.array([5.0] + [0.0] * 9), baseline, 0.1)['verdict'] == 'equal'
+
+
+# --- controls and the table
+
+
+def row(name: str, losses, **metrics) -> dict:
+    return dict(model=name, config=dict(task='stream'), metrics=dict(losses=list(map(float, losses))) | metrics)
+
+
+def race(again: float = 0.0, flipped: float = 0.5, **metrics) -> list[dict]:
+    drawn = np.random.default_rng(0).normal(size=(4, 10)) * 0.1 + 3
+    means = {'adamw': 0.0, 'adamw-again': again, 'adamw-flipped': flipped, 'muon': -0.5}
+    return [row(name, losses + mean, **metrics) for (name, mean), losses in zip(means.items(), drawn, strict=True)]
+
+
+def test_char_lm_searches_and_compares_on_different_held_out_text():
+    task = race_tasks.char_lm(10)
+    search, comparison = (np.asarray(part['tokens']) for part in task.heldout(task.data, jax.random.key(0)))
+    assert search.shape == comparison.shape == (128, 64) and len(np.unique(np.concatenate([search, comparison]), axis=0)) == 256
+
+
+def test_controls_that_come_out_as_they_must():
+    assert optimizer_race.problems(race()) == []
+
+
+@pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+        (dict(again=0.5), 'adamw-again came out worse, not equal'),
+        (dict(again=-0.5), 'adamw-again came out better, not equal'),
+        (dict(flipped=0.0), 'adamw-flipped came out equal, not worse'),
+        (dict(flipped=-0.5), 'adamw-flipped came out better, not worse'),
+        (dict(at_edge=True), 'at the edge of its grid'),
+    ],
+)
+def test_controls_that_do_not(changes, said):
+    assert any(said in problem for problem in optimizer_race.problems(race(**changes)))
+
+
+def test_adamw_against_itself_is_seldom_told_apart():
+    drawn = np.random.default_rng(1).normal(size=(300, 2, 10))
+    told = [racing.compare(a, b, float(np.std(b, ddof=1)))['verdict'] != 'equal' for a, b in drawn]
+    assert np.mean(told) < 0.02
+
+
+def test_table_has_the_best_first_and_the_verdicts(tmp_path):
+    lines = optimizer_race.table(race(), 'stream')
+    names = [line.split()[0] for line in lines]
+    assert names[:2] == ['stream', 'muon'] and names[-1] == 'adamw-flipped' and {'adamw', 'adamw-again'} == set(names[2:4])
+    assert 'better 10' in lines[1] and 'worse 0' in lines[-1]
+    optimizer_race.draw(race(), tmp_path / 'race.png')
+    assert (tmp_path / 'race.png').stat().st_size > 1000
+
+
+def test_costs_to_adamw_s_loss_are_shares_of_its_run():
+    adamw = dict(losses=[3.0, 5.0], curve=[6.0, 4.0], cpu_seconds=1.0, flops=10.0)
+    entry = dict(losses=[1.0, 1.0], curve=[4.0, 1.0], cpu_seconds=3.0, flops=20.0)
+    assert optimizer_race.shares_to_reach(entry, adamw) == dict(steps=0.5, cpu_seconds=1.5, flops=1.0)
+    assert optimizer_race.shares_to_reach(adamw, adamw) == dict(steps=1.0, cpu_seconds=1.0, flops=1.0)
+    assert optimizer_race.shares_to_reach(entry | dict(curve=[9.0, 5.0]), adamw) is None
+
+
+def test_the_latest_row_of_an_optimizer_counts():
+    assert optimizer_race.latest([row('sgd', [1]), row('sgd', [2])], 'stream')['sgd']['losses'] == [2.0]
+
+
+# --- tasks
+
+
+def test_stream_is_of_orthogonal_tasks_and_judged_on_all_of_them():
+    task, long, key = race_tasks.stream(9), race_tasks.stream(900), jax.random.key(3)
+    inputs, targets = map(np.asarray, jax.jit(jax.vmap(lambda step: task.draw({}, key, step)))(jnp.arange(9)))
+    largest = np.abs(np.einsum('sbi,tci->stbc', inputs, inputs)).max((2, 3))
+    same = np.arange(9)[:, None] // 3 == np.arange(9)[None] // 3
+    assert largest[same].min() > 0.1 and largest[~same].max() < 1e-5
+    target = np.linalg.lstsq(inputs.reshape(-1, 48), targets.reshape(-1, 16), rcond=None)[0]
+    many = np.asarray(jax.jit(jax.vmap(lambda step: long.draw({}, key, step)[0]))(jnp.arange(900))).reshape(-1, 48)
+    kernel = np.random.default_rng(0).normal(size=target.shape)
+    expected = np.mean((many @ (kernel - target)) ** 2)
+    assert float(task.loss({'kernel': jnp.asarray(kernel, jnp.float32)}, task.heldout({}, key)[1])) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('sklearn') is None, reason='needs the extra race')
+def test_digits_are_split():
+    task = race_tasks.digits(3)
+    assert [part['labels'].size for part in task.data.values()] == [359, 359, 1079]
+    images = [part['images'] for part in (*task.heldout(task.data, jax.random.key(0)), task.data['train'])]
+    assert len(np.unique(np.concatenate(images).reshape(-1, 64), axis=0)) == 1797
+    batch = task.draw(task.data, jax.random.key(0), jnp.int32(0))
+    assert batch['images'].shape == (64, 8, 8) and 0 <= float(batch['images'].min()) <= float(batch['images'].max()) == 1
+    untrained = jax.jit(lambda key: task.loss(task.init(key), batch))(jax.random.key(0))
+    assert float(untrained) == pytest.approx(math.log(10), abs=0.7)
+
+
+# --- the command line
+
+
+@pytest.mark.parametrize(
+    'arguments', [['--seeds', '1'], ['--lanes', '0'], ['--steps-share', '0'], ['--tasks', 'imagenet'], ['--optimizers', 'adam']]
+)
+def test_wrong_input_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        optimizer_race.main(['--tasks', 'stream', *arguments])
+    assert stop.value.code == 2 and arguments[0].strip('-').replace('-', '_') in capsys.readouterr().err.replace('-', '_')
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        optimizer_race.main(['--tasks', 'digits'])
+    assert stop.value.code == 2 and '[race]' in capsys.readouterr().err
+
+
+def test_smoke_run_races_and_stores_nothing(tmp_path, capsys):
+    arguments = ['--smoke', '--tasks', 'stream', '--optimizers', 'delta-gradient-descent', '--results', str(tmp_path / 'rows.jsonl')]
+    assert optimizer_race.main(arguments) == 0
+    said = capsys.readouterr().out
+    for name in ('adamw ', 'adamw-again', 'adamw-flipped', 'delta-gradient-descent'):
+        assert name in said
+    assert 'nan' not in said and list(tmp_path.iterdir()) == []
+
+
+def test_a_race_stores_one_row_for_each_entry(tmp_path, monkeypatch):
+    results = tmp_path / 'rows.jsonl'
+    losses = dict(adamw=3.0, muon=2.5)
+
+    def enter(args, runs, name):
+        found = dict(
+            setting=Setting(0.1, 0.0, 0.9)._asdict(), knob='b2', searched=[], at_edge=False, sensitivity=[1.0, 2.0, 3.0], curve=[3.0]
+        )
+        spread = np.linspace(-0.1, 0.1, args.seeds) + losses[name]
+        return found | dict(losses=spread.tolist(), cpu_seconds=0.1, flops=1e6, state_bytes=8.0), 1.0
+
+    measured = lambda runs, setting, seeds: dict(losses=[3.0 + 0.5 * (runs.optimizer is optimizer_race.CONTROL)] * len(seeds))
+    monkeypatch.setattr(optimizer_race, '_enter', enter)
+    monkeypatch.setattr(optimizer_race, 'measure', measured)
+    assert optimizer_race.main(['--tasks', 'stream', '--optimizers', 'muon', '--results', str(results)]) == 0
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [found['model'] for found in rows] == ['adamw', 'adamw-again', 'adamw-flipped', 'muon']
+    assert len({found['config_digest'] for found in rows}) == 4 and results.with_suffix('.png').exists()
+    losses['muon'] = 3.5
+    monkeypatch.setattr(optimizer_race, 'measure', lambda runs, setting, seeds: dict(losses=[3.0] * len(seeds)))
+    assert optimizer_race.main(['--tasks', 'stream', '--optimizers', 'muon', '--results', str(results)]) == 1
