@@ -13,9 +13,12 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments import optimizer_race
+from experiments.racing import interval
 from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
 README, RESULTS = ROOT / 'README.md', ROOT / 'experiments' / 'results'
+VERDICTS = dict(better='+', worse='−', equal='=')
 BEGIN, END = '<!-- made by scripts/make_tables.py -->\n', '<!-- end -->'
 
 
@@ -23,7 +26,9 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     """All tables as Markdown."""
     pretraining = best_runs(read_rows(results / 'hope_pretrain.jsonl'))
     speeds = speed_table(read_rows(results / 'bench_cpu.jsonl'))
-    return '\n'.join([*pretraining_table(pretraining), '', *speeds, '', *parity_table(read_rows(results / 'parity.jsonl'))]) + '\n'
+    parity = parity_table(read_rows(results / 'parity.jsonl'))
+    race = race_table(read_rows(results / 'optimizer_race.jsonl'))
+    return '\n'.join([*pretraining_table(pretraining), '', *speeds, '', *parity, '', *race]) + '\n'
 
 
 def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:
@@ -63,6 +68,27 @@ def parity_table(rows: list[dict]) -> list[str]:
         if len(shares) >= 3:
             lines.append(f'| {arm} | {size} | {decay_to} | {", ".join(f"{100 * share:.4g}" for _, share in sorted(shares.items()))} % |')
     return lines
+
+
+def race_table(rows: list[dict]) -> list[str]:
+    """Lines of the table of the optimizers' last losses, the latest rows of every task, in the order in which they ran."""
+    tasks = list(dict.fromkeys(row['config']['task'] for row in rows))
+    entries = {task: optimizer_race.latest(rows, task) for task in tasks}
+    lines = [f'| optimizer | {" | ".join(tasks)} | state, bytes a parameter |', '| --- ' * (len(tasks) + 2) + '|']
+    for name in dict.fromkeys(row['model'] for row in rows):
+        cells = [_race_cell(entries[task], name) for task in tasks]
+        sizes = [entries[task][name].get('state_bytes') for task in tasks if name in entries[task]]
+        lines.append(f'| {name} | {" | ".join(cells)} | {f"{sizes[0]:.3g}" if sizes[0] else ""} |')
+    return lines
+
+
+def _race_cell(entries: dict[str, dict], name: str) -> str:
+    """Mean, 95 % interval, and the verdicts against adamw and muon."""
+    if name not in entries:
+        return ''
+    mean, half = interval(entries[name]['losses'])
+    results = [optimizer_race.judged(entries, name, baseline) for baseline in optimizer_race.BASELINES]
+    return f'{mean:.3f} ± {half:.3f} {" ".join(VERDICTS[result["verdict"]] if result else "·" for result in results)}'
 
 
 def _spread(runs: list[dict]) -> str:

@@ -34,6 +34,22 @@ def test_a_line_is_the_best_learning_rate_over_seeds(make_tables):
     assert lines == ['| a | 1.00M | 1.00M | 0.001 | 2.200 ± 0.283 (2 seeds) |']  # the later run of a seed
 
 
+def test_race_has_a_line_for_each_optimizer_and_marks_against_both_baselines(make_tables):
+    entry = lambda task, name, mean: dict(
+        model=name,
+        config=dict(task=task),
+        metrics=dict(losses=[mean - 0.01, mean, mean + 0.01], **({'state_bytes': 8.0} if name == 'm3' else {})),
+    )
+    rows = [entry('a', 'adamw', 2.0), entry('a', 'muon', 1.0), entry('b', 'adamw', 1.0), entry('a', 'm3', 1.5), entry('a', 'm3', 1.6)]
+    assert make_tables.race_table(rows) == [
+        '| optimizer | a | b | state, bytes a parameter |',
+        '| --- | --- | --- | --- |',
+        '| adamw | 2.000 ± 0.025 · − | 1.000 ± 0.025 · · |  |',
+        '| muon | 1.000 ± 0.025 + · |  |  |',
+        '| m3 | 1.600 ± 0.025 + − |  | 8 |',
+    ]
+
+
 def test_numbers_of_tokens_are_not_mixed(make_tables):
     groups = make_tables.best_runs([row('a', 0, 2.0), row('a', 1, 1.5, tokens=2_000_000)])
     assert [line.split(' | ')[1] for line in make_tables.pretraining_table(groups)[2:]] == ['2.00M', '1.00M']
