@@ -13,8 +13,8 @@ Shuffle-2's lengths otherwise (geometric and by a grammar), its bin1 begins at 5
 only, in which brackets never cross; here they do.
 
 Behind a string comes the last token of the vocabulary, unscored. Of the languages with one string a length, bin0 is part of the
-training set, as in the reference: see `num_strings`. One core draws 10,000
-strings a second of parity's training set and 4,600 of Shuffle-2's, 4,800 and 1,800 of their bin0.
+training set, as in the reference: see `num_strings`. One core draws 10,000 strings a second of parity's training set and 4,600 of
+Shuffle-2's, 4,800 and 1,800 of their bin0.
 """
 
 import dataclasses

@@ -104,8 +104,8 @@ class Task(abc.ABC):
             seed: of the examples.
         """
         train, test = self.batch(0, count, split='train', seed=seed), self.batch(0, count, split=split, seed=seed)
-        answers = _answer_counts(train, self.vocab_size)
-        predictions = dict(majority=np.full_like(test['tokens'], answers.sum(0).argmax()), token=answers.argmax(1)[test['tokens']])
+        majority, answers = _frequent_answers(train, self.vocab_size)
+        predictions = dict(majority=np.full_like(test['tokens'], majority), token=answers[test['tokens']])
         predictions |= {name: guess(test['tokens']) for name, guess in self.guesses().items()}
         return {name: score(prediction, test) for name, prediction in predictions.items()}
 
@@ -159,9 +159,13 @@ def make_example(tokens: np.ndarray, targets: np.ndarray, scored: np.ndarray) ->
     return dict(tokens=tokens.astype(np.int32), targets=targets.astype(np.int32), weights=scored.astype(np.float32))
 
 
-def _answer_counts(batch: Example, vocab_size: int) -> np.ndarray:
-    """How often each token is answered by each target, (vocab_size, vocab_size)."""
+def _frequent_answers(batch: Example, vocab_size: int) -> tuple[int, np.ndarray]:
+    """The most frequent answer of all, and to each token (vocab_size,): where a token is never asked about, that of all."""
     scored = batch['weights'] > 0
-    counts = np.zeros((vocab_size, vocab_size), np.int64)
-    np.add.at(counts, (batch['tokens'][scored], batch['targets'][scored]), 1)
-    return counts
+    tokens, targets = batch['tokens'][scored].astype(np.int64), batch['targets'][scored]
+    majority = int(np.bincount(targets).argmax())
+    pairs, counts = np.unique(tokens * vocab_size + targets, return_counts=True)
+    pairs = pairs[np.argsort(counts)]
+    answers = np.full(vocab_size, majority)
+    answers[pairs // vocab_size] = pairs % vocab_size  # of repeated places the last, most frequent, stays
+    return majority, answers
