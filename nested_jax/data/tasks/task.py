@@ -19,6 +19,7 @@ Example = dict[str, np.ndarray]
 Guess = Callable[[np.ndarray], np.ndarray]
 # Remainders of the checksum by 8; the rest is trained on.
 _HELD_OUT = {'validation': 0, 'test': 1}
+_MOST_DRAWS = 1000  # (7/8)**1000 is below 1e-57
 
 
 class Scores(NamedTuple):
@@ -72,15 +73,16 @@ class Task(abc.ABC):
             'tokens' and 'targets' (T,) int32, and 'weights' (T,) float32, 1 where the answer is scored.
 
         Raises:
-            ValueError: for an index, split or seed out of range.
+            ValueError: for an index, split or seed out of range, and a task too small to have examples of the split.
         """
         check('split', split, split in self.splits, f'one of {self.splits}')
         check('seed', seed, 0 <= seed < 2**32, 'an integer from 0 to below 2**32')
         check('index', index, 0 <= index < 2**64, 'an integer from 0 to below 2**64')
         rng = np.random.Generator(np.random.Philox(key=np.array([self.splits.index(split) << 32 | seed, index], np.uint64)))
-        while not self.belongs(example := self.draw(rng, split), split):
-            pass
-        return example
+        for _ in range(_MOST_DRAWS):
+            if self.belongs(example := self.draw(rng, split), split):
+                return example
+        raise ValueError(f'split={split!r}: {self} has too few different examples for one of this split')
 
     def batch(self, start: int, count: int, *, split: str = 'train', seed: int = 0) -> Example:
         """Examples start to start + count, stacked: arrays (count, T); see `example`."""

@@ -13,6 +13,8 @@ TASKS = {
     'parity': FormalLanguage('parity'),
     'shuffle-2': FormalLanguage('shuffle-2'),
     'word-problem': tasks.WordProblem('A5', 2),
+    'copying': tasks.mad.SelectiveCopying(vocab_size=6, length=8, num_copied=3),
+    'memorization': tasks.mad.Memorization(vocab_size=61, length=4),
     'mqar': tasks.MultiQueryRecall(vocab_size=12, length=8, num_pairs=2, random_fillers=False),
 }
 
@@ -80,6 +82,12 @@ def test_large_seeds_and_indices(task):
         task.batch(0, 0)
     with pytest.raises(ValueError, match='size=0'):
         task.source(0)
+
+
+def test_a_task_too_small_for_its_splits():
+    task = tasks.mad.FuzzyInContextRecall(vocab_size=3, length=8, max_motif=1)  # one key, one value
+    with pytest.raises(ValueError, match='too few different examples for one of this split'):
+        task.batch(0, 1, split='validation'), task.batch(0, 1, split='test')
 
 
 def test_scores():
