@@ -41,20 +41,24 @@ class Task(abc.ABC):
         """Tokens and targets are below it."""
 
     @abc.abstractmethod
-    def draw(self, rng: np.random.Generator, split: str) -> Example:
-        """One example, before it is known which split it belongs to; see `example`."""
+    def draw(self, rng: np.random.Generator, split: str) -> Any:
+        """One example, or what `render` makes one of, before it is known which split it belongs to."""
+
+    def render(self, rng: np.random.Generator, drawn: Any) -> Example:
+        """The example of what was drawn, the generator being where `draw` left it."""
+        return drawn
 
     @abc.abstractmethod
     def solve(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Targets (T,) and weights (T,) from the tokens (T,) alone, written apart from the generator; targets count where weights are 1."""
 
-    def signature(self, example: Example) -> bytes:
+    def signature(self, drawn: Any) -> bytes:
         """What no two splits have in common; here all tokens."""
-        return example['tokens'].tobytes()
+        return drawn['tokens'].tobytes()
 
-    def belongs(self, example: Example, split: str) -> bool:
-        """Whether an example is one of a split's."""
-        remainder = zlib.crc32(self.signature(example)) % 8
+    def belongs(self, drawn: Any, split: str) -> bool:
+        """Whether what was drawn is one of a split's."""
+        remainder = zlib.crc32(self.signature(drawn)) % 8
         return remainder not in _HELD_OUT.values() if split == 'train' else remainder == _HELD_OUT[split]
 
     def guesses(self) -> dict[str, Guess]:
@@ -75,13 +79,17 @@ class Task(abc.ABC):
         Raises:
             ValueError: for an index, split or seed out of range, and a task too small to have examples of the split.
         """
+        return self.render(*self.deal(index, split, seed))
+
+    def deal(self, index: int, split: str, seed: int) -> tuple[np.random.Generator, Any]:
+        """What is drawn for an index, of its split, and the generator behind it; see `example`."""
         check('split', split, split in self.splits, f'one of {self.splits}')
         check('seed', seed, 0 <= seed < 2**32, 'an integer from 0 to below 2**32')
         check('index', index, 0 <= index < 2**64, 'an integer from 0 to below 2**64')
         rng = np.random.Generator(np.random.Philox(key=np.array([self.splits.index(split) << 32 | seed, index], np.uint64)))
         for _ in range(_MOST_DRAWS):
-            if self.belongs(example := self.draw(rng, split), split):
-                return example
+            if self.belongs(drawn := self.draw(rng, split), split):
+                return rng, drawn
         raise ValueError(f'split={split!r}: {self} has too few different examples for one of this split')
 
     def batch(self, start: int, count: int, *, split: str = 'train', seed: int = 0) -> Example:
