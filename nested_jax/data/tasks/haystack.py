@@ -1,8 +1,8 @@
 """Long texts in which a few sentences matter and a question at the end asks for them: what needles and bAbI stories share.
 
-Tokens are bytes. A text is `length` + 1 bytes: a head, the haystack with the sentences that matter at their depths, a tail that asks,
-and the answer; targets are the next bytes, weights mark the answer's. What is left over between sentence and tail is blanks. A text is
-made sentence by sentence, so that `stream` holds no more than a chunk of it, whatever the length.
+Tokens are bytes, and texts ASCII. A text is `length` + 1 bytes: a head, the haystack with the sentences that matter at their depths, a
+tail that asks, and the answer; targets are the next bytes, weights mark the answer's. What is left over between sentence and tail is
+blanks. A text is made sentence by sentence, so that `stream` holds no more than a chunk of it, whatever the length.
 
 The prose between the sentences that matter comes of a small grammar: "The old gardener watched the narrow bridge. "
 """

@@ -4,7 +4,8 @@ An example is a pure function of (task, split, seed, index): its numbers come fr
 of access does not matter and nothing is stored. NumPy may change the numbers of `Generator` between its versions.
 
 Examples are dealt to the splits by a checksum of what tells them apart (`Task.signature`), whatever the seed: a draw that belongs to
-another split is drawn again. Training keeps six draws of eight, each of the other splits one.
+another split is drawn again. Training keeps six draws of eight, each of the other splits one. This holds within a task: one of other
+parameters, say of longer sequences, may hold the same as a part of its own.
 """
 
 import abc
