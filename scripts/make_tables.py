@@ -88,7 +88,7 @@ def _race_cell(entries: dict[str, dict], name: str) -> str:
         return ''
     mean, half = interval(entries[name]['losses'])
     results = [optimizer_race.judged(entries, name, baseline) for baseline in optimizer_race.BASELINES]
-    return f'{mean:.3f} ± {half:.3f} {" ".join(VERDICTS[result["verdict"]] if result else "·" for result in results)}'
+    return f'{mean:.4g} ± {half:.2g} {" ".join(VERDICTS[result["verdict"]] if result else "·" for result in results)}'
 
 
 def _spread(runs: list[dict]) -> str:

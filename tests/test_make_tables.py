@@ -44,9 +44,9 @@ def test_race_has_a_line_for_each_optimizer_and_marks_against_both_baselines(mak
     assert make_tables.race_table(rows) == [
         '| optimizer | a | b | state, bytes a parameter |',
         '| --- | --- | --- | --- |',
-        '| adamw | 2.000 ± 0.025 · − | 1.000 ± 0.025 · · |  |',
-        '| muon | 1.000 ± 0.025 + · |  |  |',
-        '| m3 | 1.600 ± 0.025 + − |  | 8 |',
+        '| adamw | 2 ± 0.025 · − | 1 ± 0.025 · · |  |',
+        '| muon | 1 ± 0.025 + · |  |  |',
+        '| m3 | 1.6 ± 0.025 + − |  | 8 |',
     ]
 
 
