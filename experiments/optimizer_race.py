@@ -24,14 +24,16 @@ for, so that two cores race in half an hour; Muon's iterations are a sixth of th
 
 Two controls run at adamw's setting: adamw-again, with other seeds, must come out equal, and adamw-flipped, whose momentum has the wrong
 sign, worse. The exit code is 1 where one does not, or where a best learning rate is still at an edge. Rows are in
-results/optimizer_race.jsonl. About 50 minutes of CPU time, measured with two tasks at a time on one core each. ImageNet-21K, the
-paper's Fig. 11, is not one of the tasks.
+results/optimizer_race.jsonl. About 50 minutes of CPU time, measured with two tasks at a time on one core each.
 
 What came out: M3 is better than adamw on the two sequence tasks and not told apart from it on digits, but never better than muon, and
 its slow momentum never helps: it is worse than without on char-lm and on the stream that it is meant for, else not told apart. Deep
 momentum is better than sgd on digits and on the stream, there better than all; delta momentum is not told apart from sgd. On the stream
-the learning rate does not fall, so that updates of fixed size, muon's and M3's, cannot settle. Delta gradient
-descent is far behind on both of its tasks: each step erases part of the outputs that the loss asks for.
+the learning rate does not fall, so that updates of fixed size, muon's and M3's, cannot settle. Delta gradient descent is far behind on
+both of its tasks: each step erases part of the outputs that the loss asks for.
+
+`--scale paper` races on ImageNet-21K instead, the paper's Fig. 11, or on another set of tensorflow-datasets (`experiments/race_images.py`),
+with the same search and the same verdicts; seconds are then by the wall clock. It is not run here.
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ import functools
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -49,8 +51,9 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.race_images import RUNS, ImageData, ImageRuns, Images, image_task
 from experiments.race_tasks import STEPS, TASKS, check_digits
-from experiments.racing import POINTS, Optimizer, Runs, Setting, Task, compare, costs, interval, search, share_to_reach
+from experiments.racing import POINTS, Optimizer, Runs, Setting, Task, compare, interval, search, share_to_reach
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
 from nested_jax.optim import deep_momentum, delta_gradient_descent, delta_momentum, m3, muon
 from nested_jax.optim.matrix_specs import default_label
@@ -126,8 +129,10 @@ CONTROL = Optimizer(functools.partial(_adamw, -1), OPTIMIZERS['adamw'].rate, 'b2
 class Args:
     """Race optimizers with equal budgets for their search, and say which differences count."""
 
+    scale: Literal['cpu', 'paper'] = 'cpu'
+    """The small tasks, or a vision transformer on prepared images (see images)."""
     tasks: tuple[Literal['char-lm', 'digits', 'recall', 'stream'], ...] = tuple(TASKS)
-    """What is learned."""
+    """What is learned with --scale cpu."""
     optimizers: tuple[
         Literal['adamw', 'muon', 'm3', 'm3-fast', 'sgd', 'delta-momentum', 'deep-momentum', 'delta-gradient-descent'], ...
     ] = tuple(OPTIMIZERS)
@@ -136,8 +141,10 @@ class Args:
     """Final runs of each optimizer."""
     steps_share: float = 1.0
     """Of each task's steps."""
+    images: Images = Images()
+    """What is learned with --scale paper."""
     lanes: int = 5
-    """Runs side by side in one compiled program."""
+    """Runs side by side in one compiled program; with --scale paper they follow one another."""
     results: pathlib.Path = RESULTS
     """File that a row for each task and optimizer is added to; the picture is written beside it."""
     smoke: bool = False
@@ -149,8 +156,11 @@ class Args:
         self._check('seeds', 2 <= self.seeds < SEARCH_SEED, f'an integer from 2 to below {SEARCH_SEED}')
         self._check('lanes', self.lanes >= 1, 'an integer of at least 1')
         self._check('steps_share', self.steps_share > 0, 'a number above 0')
+        self._check('tasks', self.scale == 'cpu' or self.tasks == tuple(TASKS), '--scale cpu for them')
         if 'digits' in self.raced:
             check_digits()
+        if self.scale == 'paper':
+            ImageData(self.images)
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -159,6 +169,8 @@ class Args:
     @property
     def raced(self) -> tuple[str, ...]:
         """The tasks; of a smoke run the last."""
+        if self.scale == 'paper':
+            return (self.images.task,)
         return self.tasks[-1:] if self.smoke else self.tasks
 
     @property
@@ -168,7 +180,8 @@ class Args:
 
     def steps_of(self, task: str) -> int:
         """A multiple of the points of a curve."""
-        return POINTS * max(1, round(self.steps_share * STEPS[task] / POINTS))
+        steps = self.images.steps if self.scale == 'paper' else STEPS[task]
+        return POINTS * max(1, round(self.steps_share * steps / POINTS))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,21 +202,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _race(args: Args, name: str) -> list[dict]:
-    task, rows = TASKS[name](args.steps_of(name)), []
+    (task, runs_of), rows = _open(args, name), []
     for optimizer in args.entrants:
         if OPTIMIZERS[optimizer].delta and not task.dense:
             continue
-        runs = Runs(task, OPTIMIZERS[optimizer], args.lanes)
+        runs = runs_of(OPTIMIZERS[optimizer], optimizer)
         rows.append(_stored(args, name, optimizer, task, *_enter(args, runs, optimizer)))
         if optimizer == 'adamw':
-            rows += _controls(args, name, runs, Setting(**rows[0]['metrics']['setting']))
+            setting = Setting(**rows[0]['metrics']['setting'])
+            rows += _controls(args, name, setting, {AGAIN: runs, FLIPPED: runs_of(CONTROL, FLIPPED)})
     return rows
 
 
-def _enter(args: Args, runs: Runs, name: str) -> tuple[dict, float]:
+def _open(args: Args, name: str) -> tuple[Task, Callable[[Optimizer, str], Runs | ImageRuns]]:
+    """A task, and what makes the runs of an optimizer and its label."""
+    steps = args.steps_of(name)
+    if args.scale == 'cpu':
+        task = TASKS[name](steps)
+        return task, lambda optimizer, label: Runs(task, optimizer, args.lanes)
+    data = ImageData(args.images, (jax.process_index(), jax.process_count()))
+    task = image_task(args.images, steps, data.classes, data.source)
+    stored = None if args.smoke else args.results.with_name(f'{RUNS}.jsonl')
+    return task, lambda optimizer, label: ImageRuns(task, optimizer, label, data, stored)
+
+
+def _enter(args: Args, runs: Runs | ImageRuns, name: str) -> tuple[dict, float]:
     began, optimizer = time.monotonic(), runs.optimizer
     trials = search(lambda settings: runs([SEARCH_SEED] * len(settings), settings).search, optimizer, extra=name == 'adamw')
-    metrics = measure(runs, trials.best, range(args.seeds)) | costs(runs.task, optimizer)
+    metrics = measure(runs, trials.best, range(args.seeds)) | runs.costs()
     shifted = [trials.best._replace(rate=trials.best.rate * factor) for factor in SENSITIVITY]
     few = range(2)
     pairs = [(seed, setting) for setting in shifted for seed in few]
@@ -214,17 +240,17 @@ def _enter(args: Args, runs: Runs, name: str) -> tuple[dict, float]:
     return metrics | found, time.monotonic() - began
 
 
-def _controls(args: Args, name: str, adamw: Runs, setting: Setting) -> list[dict]:
-    fresh, same = range(AGAIN_OFFSET, AGAIN_OFFSET + args.seeds), range(args.seeds)
+def _controls(args: Args, name: str, setting: Setting, controls: dict[str, Runs | ImageRuns]) -> list[dict]:
+    seeds = {AGAIN: range(AGAIN_OFFSET, AGAIN_OFFSET + args.seeds), FLIPPED: range(args.seeds)}
     rows = []
-    for label, runs, seeds in ((AGAIN, adamw, fresh), (FLIPPED, Runs(adamw.task, CONTROL, args.lanes), same)):
+    for label, runs in controls.items():
         began = time.monotonic()
-        metrics = measure(runs, setting, seeds) | dict(setting=setting._asdict())
-        rows.append(_stored(args, name, label, adamw.task, metrics, time.monotonic() - began))
+        metrics = measure(runs, setting, seeds[label]) | dict(setting=setting._asdict())
+        rows.append(_stored(args, name, label, runs.task, metrics, time.monotonic() - began))
     return rows
 
 
-def measure(runs: Runs, setting: Setting, seeds: Sequence[int]) -> dict[str, Any]:
+def measure(runs: Runs | ImageRuns, setting: Setting, seeds: Sequence[int]) -> dict[str, Any]:
     """At one setting: held-out losses by seed, the mean curve that leads to them, and how many diverged."""
     curves = runs(seeds, [setting] * len(seeds)).curve
     losses = curves[:, -1]
@@ -233,11 +259,12 @@ def measure(runs: Runs, setting: Setting, seeds: Sequence[int]) -> dict[str, Any
 
 def _stored(args: Args, task_name: str, label: str, task: Task, metrics: dict, wall_s: float) -> dict:
     fixed = dict(steps=task.steps, decay_share=task.decay_share, source=task.source)
-    config = dict(task=task_name, optimizer=label, seeds=args.seeds, lanes=args.lanes) | fixed
+    how = dict(lanes=args.lanes) if args.scale == 'cpu' else dict(images=args.images.config())
+    config = dict(task=task_name, optimizer=label, seeds=args.seeds) | how | fixed
     row = make_row(
         experiment=EXPERIMENT, model=label, seed=0, config=config, metrics=metrics, hardware=hardware_name(jax.devices()), wall_s=wall_s
     )  # fmt: skip
-    if not args.smoke:
+    if not args.smoke and jax.process_index() == 0:
         append_row(args.results, row)
     return row
 
@@ -273,7 +300,7 @@ def table(rows: list[dict], task: str) -> list[str]:
     entries = latest(rows, task)
     lines = [
         f'{task:<24}held-out loss      {"adamw":<11}{"muon":<11}{"at rate x 1/3, 1, 3":<24}{"rate":<10}{"decay":<7}{"own":<15}runs '
-        "CPU ms/step  MFLOP/step  state bytes/parameter  to adamw's loss: steps, CPU, FLOPs"
+        "ms/step      MFLOP/step  state bytes/parameter  to adamw's loss: steps, time, FLOPs"
     ]
     for name, metrics in sorted(entries.items(), key=lambda entry: np.mean(entry[1]['losses'])):
         mean, half = interval(metrics['losses'])

@@ -1,9 +1,11 @@
 """What the optimizers race on: character-level language modelling, digits, associative recall and a stream of orthogonal tasks."""
 
+import functools
 import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,33 +21,49 @@ from nested_jax.models.loss import model_loss
 HELD_OUT = 2**31  # a key's seed, or folded into a key: apart from every training step
 LENGTH, BATCH = 64, 16  # of the language model, in bytes
 RECALL = (32, 2, 4)  # length, fewest and most pairs
-PATCH, VIT_WIDTH, VIT_HEADS, VIT_BLOCKS = 2, 48, 4, 2
+DIGITS_MODEL = dict(patch=2, width=48, heads=4, blocks=2, mlp_width=96, classes=10)
 STREAM_RANK, STREAM_OUTPUTS, STREAM_TASKS = 16, 16, 3
 
 
 class VisionTransformer(nn.Module):
     """Pre-norm encoder over the patches of an image, averaged for a class."""
 
+    patch: int
+    width: int
+    heads: int
+    blocks: int
+    mlp_width: int
+    classes: int
+    dtype: Any = None  # of products and activations; parameters are float32
+
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """(B, 8, 8) -> (B, 10) logits."""
-        batch, side = images.shape[0], images.shape[1] // PATCH
-        patches = images.reshape(batch, side, PATCH, side, PATCH).swapaxes(2, 3).reshape(batch, side**2, PATCH**2)
-        positions = self.param('position_embedding', nn.initializers.normal(0.02), (side**2, VIT_WIDTH))
-        x = nn.Dense(VIT_WIDTH, name='patch_embedding')(patches) + positions[None]
-        for block in range(VIT_BLOCKS):
-            x = x + _SelfAttention(name=f'attention_{block}')(nn.LayerNorm(name=f'attention_norm_{block}')(x))
-            hidden = nn.Dense(2 * VIT_WIDTH, name=f'up_{block}')(nn.LayerNorm(name=f'mlp_norm_{block}')(x))
-            x = x + nn.Dense(VIT_WIDTH, name=f'down_{block}')(nn.gelu(hidden))
-        return nn.Dense(10, name='head')(nn.LayerNorm(name='norm')(x).mean(1))
+        """(B, S, S) or (B, S, S, channels) -> (B, classes) logits."""
+        dense, norm = functools.partial(nn.Dense, dtype=self.dtype), functools.partial(nn.LayerNorm, dtype=self.dtype)
+        batch, side = images.shape[0], images.shape[1] // self.patch
+        patches = images.reshape(batch, side, self.patch, side, self.patch, -1).swapaxes(2, 3).reshape(batch, side**2, -1)
+        positions = self.param('position_embedding', nn.initializers.normal(0.02), (side**2, self.width))
+        x = dense(self.width, name='patch_embedding')(patches)
+        x = x + positions[None].astype(x.dtype)
+        for block in range(self.blocks):
+            attention = _SelfAttention(self.width, self.heads, self.dtype, name=f'attention_{block}')
+            x = x + attention(norm(name=f'attention_norm_{block}')(x))
+            hidden = dense(self.mlp_width, name=f'up_{block}')(norm(name=f'mlp_norm_{block}')(x))
+            x = x + dense(self.width, name=f'down_{block}')(nn.gelu(hidden))
+        return dense(self.classes, name='head')(norm(name='norm')(x).mean(1))
 
 
 class _SelfAttention(nn.Module):
+    width: int
+    heads: int
+    dtype: Any
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        project = lambda name: nn.Dense(VIT_WIDTH, name=name)(x).reshape(*x.shape[:2], VIT_HEADS, -1)
+        dense = functools.partial(nn.Dense, self.width, dtype=self.dtype)
+        project = lambda name: dense(name=name)(x).reshape(*x.shape[:2], self.heads, -1)
         y = jax.nn.dot_product_attention(project('query'), project('key'), project('value'))
-        return nn.Dense(VIT_WIDTH, name='out')(y.reshape(x.shape))
+        return dense(name='out')(y.reshape(x.shape))
 
 
 def char_lm(steps: int) -> Task:
@@ -91,7 +109,7 @@ def digits(steps: int) -> Task:
     fifth, names = len(order) // 5, ('search', 'comparison', 'train')
     parts = dict(zip(names, (slice(fifth), slice(fifth, 2 * fifth), slice(2 * fifth, None)), strict=True))
     data = {name: dict(images=jnp.asarray(images[part]), labels=jnp.asarray(labels[part])) for name, part in parts.items()}
-    model = VisionTransformer()
+    model = VisionTransformer(**DIGITS_MODEL)
 
     def draw(data, key, step):
         chosen = jax.random.randint(jax.random.fold_in(key, step), (64,), 0, data['train']['labels'].size)

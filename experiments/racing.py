@@ -42,8 +42,9 @@ class Task:
     steps: int
     data: PyTree  # arrays that all runs read
     init: Callable[[jax.Array], PyTree]  # key -> parameters
-    draw: Callable[[PyTree, jax.Array, jax.Array], PyTree]  # data, the run's key, step -> batch
-    heldout: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]  # data, the run's key -> batches for the search, for the comparison
+    # Both None where the runs read their batches from files.
+    draw: Callable[[PyTree, jax.Array, jax.Array], PyTree] | None  # data, the run's key, step -> batch
+    heldout: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]] | None  # data, the run's key -> batches for search and comparison
     loss: Callable[[PyTree, PyTree], jax.Array]  # parameters, batch -> scalar
     ceiling: float  # the loss of knowing nothing, with which a diverged run counts
     decay_share: float  # of the steps, at the end, over which the learning rate falls to zero
@@ -93,6 +94,10 @@ class Runs:
             stacked = Setting(*(np.array([settings[index][field] for index in chosen], np.float32) for field in range(3)))
             parts.append(self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked))
         return jax.tree.map(lambda *part: np.concatenate(part)[: len(seeds)].astype(float), *parts)
+
+    def costs(self) -> dict[str, float]:
+        """What one step of one run costs: see `costs`."""
+        return costs(self.task, self.optimizer)
 
 
 def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting) -> Losses:

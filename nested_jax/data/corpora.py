@@ -241,11 +241,8 @@ def tfds_documents(name: str, data_dir: str | os.PathLike | None, *, field: str 
     Raises:
         ValueError: if it is not there, or not in the array_record format. Its parquet format loses rows silently.
     """
-    folder = _tfds_folder(name, data_dir)
+    folder = tfds_folder(name, data_dir)
     info = json.loads((folder / 'dataset_info.json').read_text())
-    if (file_format := info.get('fileFormat', 'tfrecord')) != 'array_record':
-        why = 'its parquet files lose rows silently' if file_format == 'parquet' else 'others need TensorFlow'
-        raise ValueError(f"tfds:{name}: file_format={file_format!r} in {folder}; allowed: 'array_record' ({why})")
     if split not in (splits := [entry['name'] for entry in info['splits']]):
         raise ValueError(f'tfds:{name}: no split {split!r}; allowed: {", ".join(splits)}')
     records = _import('tensorflow_datasets', 'tensorflow-datasets').builder_from_directory(folder).as_data_source(split)
@@ -253,16 +250,30 @@ def tfds_documents(name: str, data_dir: str | os.PathLike | None, *, field: str 
         yield Document(f'{split}/{index}', _field_of_record(records[index], field, f'tfds:{name}, record {index}'))
 
 
-def _tfds_folder(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
-    """The prepared folder of a data set, newest version first."""
+def tfds_folder(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
+    """The prepared folder of a data set, newest version first.
+
+    Args:
+        name: see `tfds_documents`.
+        data_dir: folder that holds `name/version`.
+
+    Raises:
+        ValueError: see `tfds_documents`.
+    """
     if data_dir is None:
         raise ValueError(f'tfds:{name}: data_dir=None; allowed: the folder that holds the prepared data set')
     base, _, version = name.partition(':')
     root = pathlib.Path(data_dir).expanduser() / base
     versions = [path.parent for path in root.glob(f'{version or "*.*.*"}/dataset_info.json')]
     if not versions:
-        raise ValueError(f'tfds:{name}: no prepared data set in {root}; prepare it with tensorflow-datasets, file_format array_record')
-    return max(versions, key=lambda folder: [int(number) for number in re.findall(r'\d+', folder.name)])
+        command = f'tfds build {name} --file_format=array_record --data_dir={data_dir}'
+        raise ValueError(f'tfds:{name}: no prepared data set in {root}; prepare it once, where TensorFlow is installed: {command}')
+    folder = max(versions, key=lambda folder: [int(number) for number in re.findall(r'\d+', folder.name)])
+    file_format = json.loads((folder / 'dataset_info.json').read_text()).get('fileFormat', 'tfrecord')
+    if file_format != 'array_record':
+        why = 'its parquet files lose rows silently' if file_format == 'parquet' else 'others need TensorFlow'
+        raise ValueError(f"tfds:{name}: file_format={file_format!r} in {folder}; allowed: 'array_record' ({why})")
+    return folder
 
 
 def hugging_face_documents(name: str, *, field: str = 'text', split: str = 'train', skip: int = 0) -> Iterator[Document]:
