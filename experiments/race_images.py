@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.race_tasks import VisionTransformer
-from experiments.racing import POINTS, Losses, Optimizer, Setting, Task, begin, learn, matrix_flops
+from experiments.racing import POINTS, TIMED_STEPS, Losses, Optimizer, Setting, Task, begin, learn, matrix_flops, sizes
 from nested_jax.data import batch_iterator
 from nested_jax.data.corpora import tfds_folder
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
@@ -41,7 +41,6 @@ MODELS = {
 }
 AREA, ASPECT = (0.05, 1.0), (3 / 4, 4 / 3)  # of a training crop: share of the image, width by height
 CENTRAL = 0.875  # of the shorter side, in evaluation: 224 of 256
-TIMED_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,15 +207,14 @@ class ImageRuns:
         setting = Setting(*map(np.float32, (self.optimizer.rate, 0.0, self.optimizer.knobs[0])))
         carry, batch = self.begin(np.uint32(0), setting), self._placed(next(self.data.training(0)))
         flops = matrix_flops(jax.make_jaxpr(self._step)(carry, setting, np.int32(0), batch).jaxpr)
-        size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        count, state = sum(leaf.size for leaf in jax.tree.leaves(carry[0])), size(carry[1])
+        kept = sizes(*carry)  # before the first step takes the carry's memory
         carry, _ = jax.block_until_ready(self.step(carry, setting, np.int32(0), batch))  # which may compile
         began = time.perf_counter()
         for index in range(TIMED_STEPS):
             carry, _ = self.step(carry, setting, np.int32(1 + index), batch)
         jax.block_until_ready(carry)
         seconds = (time.perf_counter() - began) / TIMED_STEPS
-        return dict(cpu_seconds=seconds, flops=flops, state_bytes=state / count, parameters=count)
+        return dict(step_seconds=seconds, flops=flops) | kept
 
     def _run(self, seed: int, setting: Setting) -> Losses:
         config = self.data.settings.config() | dict(steps=self.task.steps, source=self.task.source, **setting._asdict())

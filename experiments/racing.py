@@ -25,6 +25,7 @@ WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 DEVIATIONS = 3.09  # one-sided p = 0.001 of a normal distribution
 P_LIMIT = 0.01  # of the paired t-test
 POINTS = 10  # of a run's curve of losses; they divide its steps
+TIMED_STEPS, TIMED_REPEATS = 10, 3
 
 
 class Setting(NamedTuple):
@@ -245,8 +246,8 @@ def paired_p(gaps: Sequence[float]) -> float:
     return float(stats.ttest_1samp(gaps, 0).pvalue)
 
 
-def costs(task: Task, optimizer: Optimizer, steps: int = 10, repeats: int = 3) -> dict[str, float]:
-    """What one step of one run costs: CPU seconds of all threads (the fastest of `repeats`), FLOPs, and the state's bytes a parameter."""
+def costs(task: Task, optimizer: Optimizer) -> dict[str, float]:
+    """What one step of one run costs: CPU seconds of all threads, the fastest of some calls, FLOPs, and what it keeps in memory."""
     setting = Setting(*map(jnp.float32, (optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0])))
     carry = jax.jit(functools.partial(begin, task, optimizer))(jnp.uint32(0), setting)
     batch = task.draw(task.data, jax.random.key(0), jnp.int32(0))
@@ -255,16 +256,20 @@ def costs(task: Task, optimizer: Optimizer, steps: int = 10, repeats: int = 3) -
     @jax.jit
     def several(data, setting, carry):
         one = lambda carry, index: (advance(task, optimizer, data, jnp.uint32(0), setting, carry, index), None)
-        return jax.lax.scan(one, carry, jnp.arange(steps))[0]
+        return jax.lax.scan(one, carry, jnp.arange(TIMED_STEPS))[0]
 
     seconds = []
-    for _ in range(1 + repeats):
+    for _ in range(1 + TIMED_REPEATS):
         began = time.process_time()
         jax.block_until_ready(several(task.data, setting, carry))
-        seconds.append((time.process_time() - began) / steps)
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    count = sum(leaf.size for leaf in jax.tree.leaves(carry[0]))
-    return dict(cpu_seconds=min(seconds[1:]), flops=flops, state_bytes=size(carry[1]) / count, parameters=count)
+        seconds.append((time.process_time() - began) / TIMED_STEPS)
+    return dict(step_seconds=min(seconds[1:]), flops=flops) | sizes(*carry)
+
+
+def sizes(params: PyTree, state: PyTree) -> dict[str, float]:
+    """The number of parameters, and the state's bytes for each."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return dict(state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count, parameters=count)
 
 
 def matrix_flops(jaxpr: Any) -> float:

@@ -221,10 +221,10 @@ def test_table_has_the_best_first_and_the_verdicts(tmp_path):
 
 
 def test_costs_to_adamw_s_loss_are_shares_of_its_run():
-    adamw = dict(losses=[3.0, 5.0], curve=[6.0, 4.0], cpu_seconds=1.0, flops=10.0)
-    entry = dict(losses=[1.0, 1.0], curve=[4.0, 1.0], cpu_seconds=3.0, flops=20.0)
-    assert optimizer_race.shares_to_reach(entry, adamw) == dict(steps=0.5, cpu_seconds=1.5, flops=1.0)
-    assert optimizer_race.shares_to_reach(adamw, adamw) == dict(steps=1.0, cpu_seconds=1.0, flops=1.0)
+    adamw = dict(losses=[3.0, 5.0], curve=[6.0, 4.0], step_seconds=1.0, flops=10.0)
+    entry = dict(losses=[1.0, 1.0], curve=[4.0, 1.0], step_seconds=3.0, flops=20.0)
+    assert optimizer_race.shares_to_reach(entry, adamw) == dict(steps=0.5, step_seconds=1.5, flops=1.0)
+    assert optimizer_race.shares_to_reach(adamw, adamw) == dict(steps=1.0, step_seconds=1.0, flops=1.0)
     assert optimizer_race.shares_to_reach(entry | dict(curve=[9.0, 5.0]), adamw) is None
 
 
@@ -297,7 +297,7 @@ def test_a_race_stores_one_row_for_each_entry(tmp_path, monkeypatch):
             setting=Setting(0.1, 0.0, 0.9)._asdict(), knob='b2', searched=[], at_edge=False, sensitivity=[1.0, 2.0, 3.0], curve=[3.0]
         )
         spread = np.linspace(-0.1, 0.1, args.seeds) + losses[name]
-        return found | dict(losses=spread.tolist(), cpu_seconds=0.1, flops=1e6, state_bytes=8.0), 1.0
+        return found | dict(losses=spread.tolist(), step_seconds=0.1, flops=1e6, state_bytes=8.0), 1.0
 
     measured = lambda runs, setting, seeds: dict(losses=[3.0 + 0.5 * (runs.optimizer is optimizer_race.CONTROL)] * len(seeds))
     monkeypatch.setattr(optimizer_race, '_enter', enter)

@@ -155,7 +155,7 @@ def test_a_run_is_the_same_twice_and_compiled_once(settings):
     assert found.curve.shape == (4, 10) and len(set(found.search)) == 3
     assert found.search[0] == found.search[1] and np.array_equal(found.curve[0], found.curve[1])
     costs = runs.costs()
-    assert runs.step._cache_size() == 1 and set(costs) == {'cpu_seconds', 'flops', 'state_bytes', 'parameters'}
+    assert runs.step._cache_size() == 1 and set(costs) == {'step_seconds', 'flops', 'state_bytes', 'parameters'}
     assert 8 <= costs['state_bytes'] < 8.1
 
 

@@ -13,33 +13,22 @@ import unittest
 
 import pytest
 
-from nested_jax.optim import (
-    adagrad_as_memory,
-    adam_as_memory,
-    by_level,
-    deep_momentum,
-    delta_gradient_descent,
-    delta_momentum,
-    feature_momentum,
-    m3,
-    muon,
-    preconditioned_momentum,
-)
+from nested_jax import optim
 
 # name -> factory with what optax's tests set, a learning rate, and the one at which it comes to their minima in 30,000 steps. Arguments
 # that stand for a shape cannot be injected, and optax's list of those has not ours.
 OURS = {
-    'muon': (muon, 1e-2),
-    'm3': (m3, 1e-2),
-    'by_level': (lambda learning_rate: by_level(muon(learning_rate), 2), 1e-2),
-    'delta_momentum': (functools.partial(delta_momentum, form='proximal'), 1e-3),
-    'delta_momentum_normalised': (functools.partial(delta_momentum, form='normalised'), 1e-3),
-    'preconditioned_momentum': (preconditioned_momentum, 3e-4),
-    'feature_momentum': (feature_momentum, 3e-4),
-    'deep_momentum': (lambda learning_rate: deep_momentum(learning_rate), 3e-4),
-    'delta_gradient_descent': (functools.partial(delta_gradient_descent, exact=False), 1e-3),
-    'adam_as_memory': (adam_as_memory, 1e-2),
-    'adagrad_as_memory': (adagrad_as_memory, 1.0),
+    'muon': (optim.muon, 1e-2),
+    'm3': (optim.m3, 1e-2),
+    'by_level': (lambda learning_rate: optim.by_level(optim.muon(learning_rate), 2), 1e-2),
+    'delta_momentum': (functools.partial(optim.delta_momentum, form='proximal'), 1e-3),
+    'delta_momentum_normalised': (functools.partial(optim.delta_momentum, form='normalised'), 1e-3),
+    'preconditioned_momentum': (optim.preconditioned_momentum, 3e-4),
+    'feature_momentum': (optim.feature_momentum, 3e-4),
+    'deep_momentum': (lambda learning_rate: optim.deep_momentum(learning_rate), 3e-4),
+    'delta_gradient_descent': (functools.partial(optim.delta_gradient_descent, exact=False), 1e-3),
+    'adam_as_memory': (optim.adam_as_memory, 1e-2),
+    'adagrad_as_memory': (optim.adagrad_as_memory, 1.0),
 }
 EXCHANGED = ('_MAIN_OPTIMIZERS_UNDER_TEST', '_ALL_OPTIMIZERS_UNDER_TEST', '_get_opt_factory')
 SHIPPED = pathlib.Path(importlib.util.find_spec('optax.contrib').origin).parent / '_common_test.py'
