@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
@@ -122,15 +123,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
-        """The configuration that `dataclasses.asdict` took apart, also when it went through JSON."""
-        memory, inside = fields['memory'], fields['in_sequence']
-        parts = dict(
-            levels=tuple(LevelConfig(**level) for level in fields['levels']),
-            attention=AttentionConfig(**fields['attention']),
-            memory=MemoryConfig(**memory | dict(self_modified=tuple(memory['self_modified']))),
-            in_sequence=None if inside is None else InSequenceConfig(**inside | dict(blocks=tuple(inside['blocks']))),
-        )
-        return cls(**fields | parts)
+        """The configuration that `dataclasses.asdict` took apart, also when it went through JSON; fields it lacks take their defaults."""
+        return _rebuild(cls, fields)
 
     @property
     def num_kv_heads(self) -> int:
@@ -145,6 +139,18 @@ class ModelConfig:
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)
+
+
+def _rebuild(hint: Any, value: Any) -> Any:
+    """A value of type `hint`, of what `dataclasses.asdict` and JSON make of it."""
+    if dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{name: _rebuild(hints[name], part) for name, part in value.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(_rebuild(get_args(hint)[0], part) for part in value)
+    if get_origin(hint) is UnionType and value is not None:
+        return _rebuild(get_args(hint)[0], value)
+    return value
 
 
 def _check(holds: bool, name: str, value: object, allowed: str) -> None:

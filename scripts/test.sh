@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs the tests: makes .venv on the first run, then pytest with the arguments given here. The default suite leaves out the
-# tests that take minutes, start processes of their own or need a GPU; a later -m replaces that choice. Files of tests run side by
-# side, one on each core; a later -n 0 runs them one after the other.
+# tests that take minutes, start processes of their own or need a GPU; a later -m replaces that choice. Groups of tests (files,
+# or the families of models within one) run side by side, one on each core; a later -n 0 runs them one after the other.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
 # Programs are compiled once, also across processes and runs: a fifth less CPU time on an empty cache, half on a full one.
 export JAX_COMPILATION_CACHE_DIR="$PWD/.pytest_cache/jax" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 (umask 077 && mkdir -p "$JAX_COMPILATION_CACHE_DIR")
-exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not exhaustive and not multiprocess and not gpu' "$@"
+exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup -m 'not slow and not exhaustive and not multiprocess and not gpu' "$@"

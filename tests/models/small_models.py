@@ -11,8 +11,18 @@ from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
-FAMILIES = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
-WITH_INITIAL_STATES = ('titans', 'hope', 'hope-linear')
+CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
+# The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
+BASELINES: dict[str, bool] = {}
+FAMILIES = (*CORE, *BASELINES)
+# Families with learned initial states, and how many a block has.
+INITIAL_STATES = {
+    'titans': 2,
+    'hope': 10,
+    'hope-linear': 5,
+}
+# What else the small model of a family changes.
+_SHRUNK: dict[str, dict] = {}
 
 # The tests compile much and compute little.
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -27,7 +37,7 @@ def small(family: str, **overrides) -> ModelConfig:
         num_layers=2, width=16, num_heads=2, head_dim=8, vocab_size=32, max_length=16, memory=memory, scan_layers=True,
         levels=tuple(LevelConfig(24 // len(config.levels), level.period) for level in config.levels),
     )  # fmt: skip
-    return dataclasses.replace(config, **(shrunk | overrides))
+    return dataclasses.replace(config, **(shrunk | _SHRUNK.get(family, {}) | overrides))
 
 
 def shapes(model: LanguageModel):

@@ -12,11 +12,21 @@ import nested_jax.layers.gated_delta_rule
 from nested_jax.config import AttentionConfig, LevelConfig
 from nested_jax.memory.matrix import delta_rule_reference
 from nested_jax.models.language_model import LanguageModel
-from tests.models.small_models import FAMILIES, WITH_INITIAL_STATES, fast_jit, initial_leaves, random_params, shapes, small
+from tests.models.small_models import BASELINES, CORE, FAMILIES, INITIAL_STATES, fast_jit, initial_leaves, random_params, shapes, small
 
-# Hope-Attention is the Transformer but for its levels, which have a test of their own.
-_SLOW = ('hope-attention',)
-_FAMILIES = [pytest.param(family, marks=pytest.mark.exhaustive) if family in _SLOW else family for family in FAMILIES]
+
+def _marked(family: str, *, one_program: bool):
+    """Tests of a family run on one worker. Hope-Attention is the Transformer but for its levels, which have a test of their own."""
+    marks = [pytest.mark.xdist_group(f'invariants of {family}')]
+    if family == 'hope-attention':
+        marks.append(pytest.mark.exhaustive)
+    elif family in BASELINES and not (one_program and BASELINES[family]):
+        marks.append(pytest.mark.slow)
+    return pytest.param(family, marks=marks)
+
+
+_OF_ONE_PROGRAM = [_marked(family, one_program=True) for family in FAMILIES]
+_FAMILIES = [_marked(family, one_program=False) for family in FAMILIES]
 LENGTH = 14
 # No token occurs twice, so that the rows of the embedding's gradient tell which token was read.
 TOKENS = np.random.default_rng(1).permutation(28).reshape(2, LENGTH).astype(np.int32)
@@ -91,7 +101,7 @@ def _documents(segment_ids):
 # 1 and 4: what may depend on what
 
 
-@pytest.mark.parametrize('family', _FAMILIES)
+@pytest.mark.parametrize('family', _OF_ONE_PROGRAM)
 def test_logits_do_not_depend_on_later_tokens(x64, family):
     changed = TOKENS.copy()
     changed[:, 7:] = changed[:, 7:][:, ::-1]
@@ -101,7 +111,7 @@ def test_logits_do_not_depend_on_later_tokens(x64, family):
     assert np.abs(before[:, 7:] - after[:, 7:]).max() > 1e-3
 
 
-@pytest.mark.parametrize('family', _FAMILIES)
+@pytest.mark.parametrize('family', _OF_ONE_PROGRAM)
 def test_gradients_come_from_earlier_tokens_of_the_same_row_and_document_only(x64, family):
     for segment_ids, reach in ((ONE, 0), (PACKED, 8)):
         weights = np.zeros_like(ALL)
@@ -114,7 +124,7 @@ def test_gradients_come_from_earlier_tokens_of_the_same_row_and_document_only(x6
         assert not reached[TOKENS[1]].any(), 'another row'
 
 
-@pytest.mark.parametrize('family', _FAMILIES)
+@pytest.mark.parametrize('family', _OF_ONE_PROGRAM)
 def test_rows_of_a_batch_are_independent(x64, family):
     changed = TOKENS.copy()
     changed[1] = changed[1, ::-1]
@@ -122,7 +132,7 @@ def test_rows_of_a_batch_are_independent(x64, family):
     np.testing.assert_allclose(_logits(family)[::-1], _logits(family, TOKENS[::-1]), rtol=0, atol=_close(family))
 
 
-@pytest.mark.parametrize('family', _FAMILIES)
+@pytest.mark.parametrize('family', _OF_ONE_PROGRAM)
 def test_packed_documents_are_separate_documents(x64, family):
     for segment_ids in _grid_layouts(family):
         packed = _logits(family, segment_ids=segment_ids)
@@ -133,7 +143,7 @@ def test_packed_documents_are_separate_documents(x64, family):
             np.testing.assert_allclose(packed[row, start:stop], expected, rtol=0, atol=_close(family), err_msg=f'{row}, {start}:{stop}')
 
 
-@pytest.mark.parametrize('family', _FAMILIES)
+@pytest.mark.parametrize('family', _OF_ONE_PROGRAM)
 def test_an_id_that_comes_back_is_another_document(x64, family):
     returning = np.array([[1] * 4 + [2] * 4 + [1] * 6] * 2, np.int32)
     third = np.where(np.arange(LENGTH)[None] >= 8, 3, returning)
@@ -238,7 +248,7 @@ _FORMS = [dict(scan_layers=False), dict(remat='block'), dict(remat='dots'), dict
 
 @pytest.mark.parametrize(
     ('family', 'form'),
-    [('gated-deltanet', _FORMS[3])] + [pytest.param(family, form, marks=pytest.mark.exhaustive) for family in FAMILIES for form in _FORMS],
+    [('gated-deltanet', _FORMS[3])] + [pytest.param(family, form, marks=pytest.mark.exhaustive) for family in CORE for form in _FORMS],
 )
 def test_unrolled_and_rematerialised_layers_compute_the_same(x64, family, form):
     model, params = LanguageModel(small(family, dtype='float64', **form)), _model(family)[1]
@@ -313,13 +323,13 @@ def test_one_level_is_a_transformers_mlp(x64):
 # 6 and 8: outer gradients
 
 
-@pytest.mark.parametrize('family', WITH_INITIAL_STATES)
+@pytest.mark.parametrize('family', [_marked(family, one_program=True) for family in INITIAL_STATES])
 def test_outer_gradients_reach_every_initial_state_and_equal_finite_differences(x64, family):
     params, rng, step = _model(family)[1], np.random.default_rng(4), 1e-4
     config = small(family)
     assert LENGTH >= 3 * max(config.memory.chunk_size, config.memory.projection_chunk_size)
     names = initial_leaves(params)
-    assert len(names) == {'titans': 2, 'hope': 10, 'hope-linear': 5}[family]
+    assert len(names) == INITIAL_STATES[family]
     value = lambda p: float(_whole(family)(p, TOKENS, ONE, ALL)[0][0])
     gradients = initial_leaves(_whole(family)(params, TOKENS, ONE, ALL)[1])
     for name, leaf in names.items():
@@ -336,14 +346,14 @@ def _move(params, name: str, change):
     return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf + change if is_it(path) else leaf, params)
 
 
-@pytest.mark.parametrize('family', _FAMILIES)
+@pytest.mark.parametrize('family', _OF_ONE_PROGRAM)
 def test_every_parameter_gets_a_gradient(x64, family):
     gradients = _whole(family)(_model(family)[1], TOKENS, ONE, ALL)[1]
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-9, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize('family', _FAMILIES)
+@pytest.mark.parametrize('family', _OF_ONE_PROGRAM)
 def test_zero_inner_gradients_give_finite_outer_gradients(x64, family):
     params = _model(family)[1]
     no_rows = {**params, 'embedding': 0 * params['embedding']}  # keys, values and queries are zero
@@ -382,7 +392,7 @@ def test_states_stay_bounded_over_two_thousand_tokens(family):
     assert np.isfinite(every).all() and np.isfinite(logits).all() and every.max() < 300
     # The rest of the state is the last tokens' inputs, large at such weights. A memory stays near its initial state, of entries up to 6,
     # and near its targets, of norm one but in the gated delta rule.
-    if family in WITH_INITIAL_STATES:
+    if family in INITIAL_STATES:
         assert memories.max() < 12, np.asarray(memories).round(2)
     assert (memories[-1] < 3 * memories[0] + 1).all(), np.asarray(memories).round(2)
 

@@ -85,7 +85,12 @@ def test_periods_are_at_least_a_training_sequence_and_ordered():
 
 
 def test_grids():
-    assert [preset(f'{family}-tiny').grid for family in FAMILIES] == [1, 1, 1, 16, 16, 16]
+    on_a_grid = {
+        'titans': 16,
+        'hope': 16,
+        'hope-linear': 16,
+    }
+    assert {family: preset(f'{family}-tiny').grid for family in FAMILIES} == dict.fromkeys(FAMILIES, 1) | on_a_grid
     two = dataclasses.replace(preset('hope-tiny'), memory=MemoryConfig(chunk_size=8, projection_chunk_size=32))
     assert two.grid == 32
 
