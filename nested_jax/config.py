@@ -6,7 +6,10 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
-Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
+Mixer = Literal[
+    'attention', 'titans', 'gated-delta-rule', 'self-modifying',
+    'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2',
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,17 @@ class MemoryConfig:
     decay_to: Literal['zero', 'init'] = 'zero'
     adaptive_query: bool = False
     positive_eigenvalues: bool = False  # keep eta below alpha, so that no eigenvalue turns negative
+    negative_eigenvalues: bool = False  # of the (gated) delta rule: beta up to 2 instead of 1
     self_modified: tuple[SelfModified, ...] = get_args(SelfModified)  # what memories generate; the rest are static projections
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpaceConfig:
+    """Sizes of Mamba-2, as published: it has more and smaller heads than `ModelConfig` says (Sec. 7, arXiv:2405.21060)."""
+
+    state_dim: int = 128  # N
+    head_dim: int = 64  # P
+    expand: int = 2  # all heads together are this many widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,7 @@ class ModelConfig:
     aggregation: Literal['chain', 'sum'] = 'chain'  # of the levels: Eq. 70, or the independent variant of Eq. 74
     attention: AttentionConfig = AttentionConfig()
     memory: MemoryConfig = MemoryConfig()
+    state_space: StateSpaceConfig = StateSpaceConfig()
     in_sequence: InSequenceConfig | None = None
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-6
@@ -95,8 +109,8 @@ class ModelConfig:
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
         self._check_memory()
+        self._check_mixer()
         if self.mixer == 'attention':
-            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
             kv_heads = self.num_kv_heads
             _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
         if self.in_sequence is not None:
@@ -108,6 +122,15 @@ class ModelConfig:
             on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
             _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
 
+    def _check_mixer(self) -> None:
+        halves = {'attention': 'rotary positions', 'retention': 'rotary positions', 'gated-linear-attention': 'keys half as wide'}
+        if self.mixer in halves:
+            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, f'an even number, for {halves[self.mixer]}')
+        _check_counts(self.state_space, 'state_space.', 'state_dim', 'head_dim', 'expand')
+        if self.mixer == 'mamba2':
+            inner, size = self.state_space.expand * self.width, self.state_space.head_dim
+            _check(inner % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={inner}')
+
     def _check_memory(self) -> None:
         memory = self.memory
         known = set(memory.self_modified) <= set(get_args(SelfModified))
@@ -115,6 +138,8 @@ class ModelConfig:
         sizes = memory.chunk_size, memory.projection_chunk_size
         names = 'memory.chunk_size and memory.projection_chunk_size'
         _check(max(sizes) % min(sizes) == 0, names, sizes, 'sizes of which one divides the other')
+        delta_rule = self.mixer in ('delta-rule', 'gated-delta-rule')
+        _check(delta_rule or not memory.negative_eigenvalues, 'memory.negative_eigenvalues', True, 'False without the (gated) delta rule')
         if self.mixer == 'self-modifying' and memory.gradient == 'token':
             _check(memory.kind == 'matrix', 'memory.gradient', 'token', "'chunk' for MLP memories, which are not linear in their weights")
             _check(
@@ -130,6 +155,11 @@ class ModelConfig:
     def num_kv_heads(self) -> int:
         """Key and value heads of softmax attention."""
         return self.attention.num_kv_heads or self.num_heads
+
+    @property
+    def state_space_heads(self) -> int:
+        """Heads of Mamba-2."""
+        return self.state_space.expand * self.width // self.state_space.head_dim
 
     @property
     def grid(self) -> int:

@@ -1,5 +1,7 @@
 """The decoder-only language model all families share: pre-norm blocks of a token mixer and a channel mixer."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,10 @@ from nested_jax.layers.attention import Attention
 from nested_jax.layers.channel import ContinuumMLP
 from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
+from nested_jax.layers.gated_linear_attention import GatedLinearAttention
+from nested_jax.layers.linear_attention import LinearAttention
+from nested_jax.layers.mamba2 import Mamba2
+from nested_jax.layers.retention import Retention
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
 
@@ -17,6 +23,11 @@ TOKEN_MIXERS = {
     'titans': Titans,
     'gated-delta-rule': GatedDeltaRule,
     'self-modifying': SelfModifyingTitans,
+    'linear-attention': LinearAttention,
+    'retention': Retention,
+    'gated-linear-attention': GatedLinearAttention,
+    'delta-rule': functools.partial(GatedDeltaRule, gated=False),
+    'mamba2': Mamba2,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

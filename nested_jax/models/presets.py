@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from typing import NamedTuple, get_args
 
-from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, SelfModified
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, SelfModified, StateSpaceConfig
 
 
 class _Size(NamedTuple):
@@ -38,6 +38,11 @@ _HIDDEN = {
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
+    'linear-attention': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
+    'retnet': {'tiny': 280, '124m': 1024, '340m': 1376, '760m': 2048, '1.3b': 2768},
+    'gla': {'tiny': 440, '124m': 2032, '340m': 2736, '760m': 4080, '1.3b': 5488},
+    'deltanet': {'tiny': 440, '124m': 2032, '340m': 2736, '760m': 4080, '1.3b': 5488},
+    'mamba2': {'tiny': 336, '124m': 1440, '340m': 1968, '760m': 2976, '1.3b': 4032},
 }
 
 _FAMILIES = {
@@ -52,6 +57,16 @@ _FAMILIES = {
         mixer='self-modifying',
         memory=MemoryConfig(kind='matrix', gradient='token', momentum=False, decay_to='init'),
     ),
+    'linear-attention': dict(mixer='linear-attention', memory=MemoryConfig(kind='matrix', chunk_size=64, projection_chunk_size=64)),
+    'retnet': dict(mixer='retention', memory=MemoryConfig(kind='matrix', chunk_size=64, projection_chunk_size=64)),
+    'gla': dict(mixer='gated-linear-attention', memory=MemoryConfig(kind='matrix', chunk_size=64, projection_chunk_size=64)),
+    'deltanet': dict(mixer='delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
+    'mamba2': dict(mixer='mamba2', memory=MemoryConfig(kind='matrix', chunk_size=64, projection_chunk_size=64)),
+}
+
+# What else the tiny model of a family changes. Mamba-2: 8 heads whose states together are of RetNet's size; above, the published sizes.
+_TINY = {
+    'mamba2': dict(state_space=StateSpaceConfig(state_dim=32, head_dim=32)),
 }
 
 
@@ -77,7 +92,8 @@ def preset(name: str, **overrides) -> ModelConfig:
     config = ModelConfig(
         num_layers=shape.layers, width=shape.width, num_heads=shape.heads, head_dim=shape.width // shape.heads,
         levels=tuple(LevelConfig(hidden // len(periods), period) for period in periods),
-        vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny', **_FAMILIES[family],
+        vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny',
+        **_FAMILIES[family] | (_TINY.get(family, {}) if size == 'tiny' else {}),
     )  # fmt: skip
     return dataclasses.replace(config, **overrides)
 

@@ -18,6 +18,8 @@ def test_norm_and_gate_match_the_reference(x64, golden):
     np.testing.assert_allclose(normed, data['y_plain'], rtol=0, atol=1e-9)
     # As MemoryBlock.output does it.
     np.testing.assert_allclose(normed * jax.nn.silu(data['z']), data['y_norm_before_gate'], rtol=0, atol=1e-9)
+    gated = RMSNorm(1e-5).apply({'params': {'scale': data['weight']}}, data['x'] * jax.nn.silu(data['z']))  # as Mamba-2 does it
+    np.testing.assert_allclose(gated, data['y_gate_before_norm'], rtol=0, atol=1e-9)
 
 
 def test_norm_is_computed_in_float32_and_returns_its_inputs_dtype():
@@ -36,12 +38,15 @@ def _convolve(data, x=None, state=None, segment_ids=None):
 
 def test_short_convolution_matches_the_reference(x64, golden):
     data = golden('short_conv')
-    expected = jax.nn.silu(data['y'] - data['bias'][None, None])  # ours has no bias
+    expected = jax.nn.silu(data['y'] - data['bias'][None, None])
     y, state = _convolve(data)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-9)
     np.testing.assert_array_equal(state, data['x'][:, -3:])
     zero = {**data, 'x': data['x'] * 0}
     np.testing.assert_array_equal(_convolve(zero)[0], 0 * expected)
+    params = {'kernel': data['weight'].T, 'bias': data['bias']}
+    biased, _ = ShortConvolution(use_bias=True).apply({'params': params}, data['x'], None, None)
+    np.testing.assert_allclose(biased, data['y_silu'], rtol=0, atol=1e-9)
 
 
 def test_short_convolution_streams(x64, golden):

@@ -5,12 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.layers.common import Context
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.layers.titans import Titans
+from tests.layers.transcriptions import CONTEXT, convolve, rms_norm, run_layer
 
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -46,6 +48,63 @@ def test_gated_delta_rule_layer_matches_the_reference(x64, golden):
     y, _ = fast_jit(lambda x: layer.apply({'params': {'block': block}}, x, None, Context(None, None, True)))(jnp.asarray(data['x']))
     assert float(np.abs(data['y_float32']).max()) > 0.01
     np.testing.assert_allclose(y, data['y_float32'], rtol=0, atol=2e-5 * np.abs(data['y_float32']).max())
+
+
+def _olmo_block(data: dict) -> dict:
+    """Its keys are of width 12 and its values of 24; ours of 24 both, of which the keys leave half at zero."""
+    heads = lambda rows, width: rows.reshape(2, width, -1)
+    widen = lambda rows: np.pad(heads(rows, 12), ((0, 0), (0, 12), (0, 0))).reshape(48, -1)
+    kernel = lambda rows: {'kernel': jnp.asarray(rows.T)}
+    projections, convolution = {name: data[f'param.{name}_proj.weight'] for name in 'qkvgabo'}, data['param.conv1d.weight'][:, 0]
+    return {
+        'query': kernel(widen(projections['q'])), 'key': kernel(widen(projections['k'])),
+        'value': kernel(projections['v']), 'gate': kernel(projections['g']),
+        'query_convolution': kernel(widen(convolution[:24])), 'key_convolution': kernel(widen(convolution[24:48])),
+        'value_convolution': kernel(convolution[48:]),
+        'gate_logits': kernel(np.concatenate([projections['a'], projections['b']])),
+        'gate_bias': jnp.asarray(np.stack([data['param.dt_bias'], np.zeros(2)])),
+        'retention_log_scale': jnp.asarray(data['param.A_log']),
+        'norm': {'scale': jnp.asarray(data['param.o_norm.weight'])},
+        'output_projection': kernel(projections['o']),
+    }  # fmt: skip
+
+
+def test_negative_eigenvalues_match_the_reference(x64, golden):
+    """OLMo-hybrid's layer, whose beta is twice a sigmoid, whose queries have a scale of 12^-1/2 and whose norm an epsilon of 1e-5."""
+    data = jax.tree.map(np.asarray, golden('layer_gated_deltanet_olmo_hf'))
+    block, largest = _olmo_block(data), np.abs(data['y_float32']).max()
+    assert float(largest) > 0.01
+    for negative in (True, False):
+        memory = MemoryConfig(negative_eigenvalues=negative, chunk_size=32, projection_chunk_size=32)
+        layer = GatedDeltaRule(_config(num_heads=2, head_dim=24, norm_epsilon=12e-5, memory=memory))
+        y, _ = fast_jit(lambda x, layer=layer: layer.apply({'params': {'block': block}}, x, None, CONTEXT))(jnp.asarray(data['x']))
+        error = np.abs(y - data['y_float32']).max() / largest
+        assert error < 2e-5 if negative else error > 0.05
+
+
+@pytest.mark.parametrize('negative', [False, True])
+def test_deltanet_is_its_equations(x64, negative):
+    """Eq. (1) of arXiv:2406.06484v5 written out, from its own convolutions and norms to the output projection."""
+    memory = MemoryConfig(negative_eigenvalues=negative, chunk_size=4, projection_chunk_size=4)
+    layer = GatedDeltaRule(_config(mixer='delta-rule', num_heads=2, head_dim=8, memory=memory), gated=False)
+    params, x, y, state = run_layer(layer, width=32)
+    block = params['block']
+    assert set(block) == {
+        *('query', 'key', 'value', 'query_convolution', 'key_convolution', 'value_convolution'),
+        *('gate_logits', 'gate_bias', 'norm', 'output_projection'),
+    }
+    rows = {name: convolve(x @ block[name]['kernel'], block[f'{name}_convolution']['kernel']) for name in ('query', 'key', 'value')}
+    query, key, value = (rows[name].reshape(*x.shape[:2], 2, 8) for name in ('query', 'key', 'value'))
+    query, key = (rows / np.sqrt((rows**2).sum(-1, keepdims=True) + 1e-6) for rows in (query, key))
+    beta = (1 + negative) / (1 + np.exp(-(x @ block['gate_logits']['kernel'] + block['gate_bias'][0])))
+    memory, reads = np.zeros((x.shape[0], 2, 8, 8)), []
+    for t in range(x.shape[1]):
+        error = value[:, t] - np.einsum('bhkv,bhk->bhv', memory, key[:, t])
+        memory = memory + beta[:, t, :, None, None] * key[:, t, :, :, None] * error[:, :, None]
+        reads.append(np.einsum('bhkv,bhk->bhv', memory, query[:, t]))
+    expected = rms_norm(np.stack(reads, 1), block['norm']['scale']).reshape(*x.shape[:2], -1) @ block['output_projection']['kernel']
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(state.memory, memory, rtol=0, atol=1e-11)
 
 
 def test_retention_is_between_zero_and_one_and_exact_near_one():

@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import LevelConfig, ModelConfig, StateSpaceConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
 CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
 # The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
-BASELINES: dict[str, bool] = {}
+BASELINES: dict[str, bool] = {
+    'linear-attention': False,
+    'retnet': False,
+    'gla': False,
+    'deltanet': False,
+    'mamba2': False,
+}
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
@@ -21,8 +27,17 @@ INITIAL_STATES = {
     'hope': 10,
     'hope-linear': 5,
 }
+# Families whose keys have no unit norm: the rows' sizes bound what a token writes, and nothing bounds a sum that does not decay.
+UNNORMALIZED = (
+    'linear-attention',
+    'retnet',
+    'gla',
+    'mamba2',
+)
 # What else the small model of a family changes.
-_SHRUNK: dict[str, dict] = {}
+_SHRUNK: dict[str, dict] = {
+    'mamba2': dict(state_space=StateSpaceConfig(state_dim=6, head_dim=8)),
+}
 
 # The tests compile much and compute little.
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})

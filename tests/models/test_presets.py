@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nested_jax.config import AttentionConfig, InSequenceConfig, LevelConfig, MemoryConfig
+from nested_jax.config import AttentionConfig, InSequenceConfig, LevelConfig, MemoryConfig, StateSpaceConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset, preset_names, without
 from tests.models.small_models import FAMILIES
@@ -108,6 +108,11 @@ def test_grids():
         ('window', dict(attention=AttentionConfig(window=0))),
         ('window', dict(attention=AttentionConfig(window=-4))),
         ('mixer', dict(mixer='lstm')),
+        ('head_dim', dict(mixer='retention', head_dim=7)),
+        ('head_dim', dict(mixer='gated-linear-attention', head_dim=7)),
+        ('state_space.state_dim', dict(state_space=StateSpaceConfig(state_dim=0))),
+        ('state_space.head_dim', dict(mixer='mamba2', state_space=StateSpaceConfig(head_dim=48))),
+        ('memory.negative_eigenvalues', dict(memory=MemoryConfig(negative_eigenvalues=True))),
         ('remat', dict(remat='all')),
         ('aggregation', dict(aggregation='mean')),
         ('dtype', dict(dtype='float31')),
