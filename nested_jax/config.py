@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
-Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
+Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying', 'ttt']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class MemoryConfig:
     chunk_size: int = 16  # tokens between two refreshes of the main memory's anchor
     projection_chunk_size: int = 16  # tokens between two refreshes of k, v, eta, alpha and v_hat; one size divides the other
     hidden_dim: int | None = None  # MLP memories; None: the head's width
+    # (of TTT-MLP: four times the head's width)
     dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer'
     gradient: Literal['token', 'chunk'] = 'chunk'  # matrix memories may take it token by token at no cost
     read: Literal['running', 'anchor'] = 'running'
@@ -95,6 +96,8 @@ class ModelConfig:
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
         self._check_memory()
+        if self.mixer == 'ttt':
+            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
         if self.mixer == 'attention':
             _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
             kv_heads = self.num_kv_heads
@@ -136,6 +139,7 @@ class ModelConfig:
         """Tokens between the places where a packed document may start; 1 where it may start anywhere."""
         sizes = {
             'titans': (self.memory.chunk_size,),
+            'ttt': (self.memory.chunk_size,),
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)

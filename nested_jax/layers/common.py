@@ -64,6 +64,8 @@ class RMSNorm(nn.Module):
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution of width 4 and SiLU, (B, T, D) -> (B, T, D); never reaches across documents."""
 
+    linear: bool = False  # a bias in the place of SiLU
+
     @nn.compact
     def __call__(self, x: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """`state` holds the three inputs before this call, (B, 3, D), zeros or None at a document's start; returned anew."""
@@ -83,6 +85,8 @@ class ShortConvolution(nn.Module):
         new_state = window[:, x.shape[1] :]
         if segment_ids is not None:
             new_state = jnp.where((ids[:, x.shape[1] :] == segment_ids[:, -1:])[..., None], new_state, 0)
+        if self.linear:
+            return y + jnp.broadcast_to(self.param('bias', nn.initializers.zeros, x.shape[-1:]).astype(x.dtype), x.shape), new_state
         return jax.nn.silu(y), new_state
 
 

@@ -11,12 +11,14 @@ from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
+from nested_jax.layers.ttt import TTT
 
 TOKEN_MIXERS = {
     'attention': Attention,
     'titans': Titans,
     'gated-delta-rule': GatedDeltaRule,
     'self-modifying': SelfModifyingTitans,
+    'ttt': TTT,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

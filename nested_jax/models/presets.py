@@ -38,6 +38,8 @@ _HIDDEN = {
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
+    'ttt-linear': {'tiny': 432, '124m': 2032, '340m': 2736, '760m': 4064, '1.3b': 5456},
+    'ttt-mlp': {'tiny': 352, '124m': 1872, '340m': 2576, '760m': 3840, '1.3b': 5168},
 }
 
 _FAMILIES = {
@@ -52,6 +54,8 @@ _FAMILIES = {
         mixer='self-modifying',
         memory=MemoryConfig(kind='matrix', gradient='token', momentum=False, decay_to='init'),
     ),
+    'ttt-linear': dict(mixer='ttt', memory=MemoryConfig(kind='matrix')),
+    'ttt-mlp': dict(mixer='ttt', memory=MemoryConfig(kind='mlp')),
 }
 
 

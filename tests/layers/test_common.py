@@ -42,6 +42,8 @@ def test_short_convolution_matches_the_reference(x64, golden):
     np.testing.assert_array_equal(state, data['x'][:, -3:])
     zero = {**data, 'x': data['x'] * 0}
     np.testing.assert_array_equal(_convolve(zero)[0], 0 * expected)
+    linear, _ = ShortConvolution(linear=True).apply({'params': {'kernel': data['weight'].T, 'bias': data['bias']}}, data['x'], None, None)
+    np.testing.assert_allclose(linear, data['y'], rtol=0, atol=1e-9)
 
 
 def test_short_convolution_streams(x64, golden):

@@ -13,13 +13,18 @@ from nested_jax.models.presets import preset
 
 CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
 # The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
-BASELINES: dict[str, bool] = {}
+BASELINES: dict[str, bool] = {
+    'ttt-linear': True,
+    'ttt-mlp': False,
+}
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
     'hope': 10,
     'hope-linear': 5,
+    'ttt-linear': 2,
+    'ttt-mlp': 4,
 }
 # What else the small model of a family changes.
 _SHRUNK: dict[str, dict] = {}
