@@ -291,8 +291,10 @@ def _stack(tokens, segment_ids: jax.Array | None, state: TTTState | None, size: 
 def _scan(step, carry, chunks: _Chunk):
     """Scan over mini-batches; the backward pass keeps the weights of one in `_GROUP`."""
     count = chunks.q.shape[0]
-    groups = max(1, -(-count // _GROUP))
-    split = jax.tree.map(lambda x: x.reshape(groups, -1 if count else 0, *x.shape[1:]), chunks)
+    groups = -(-count // _GROUP)
+    if groups <= 1:
+        return jax.lax.scan(step, carry, chunks)
+    split = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), chunks)
     group = jax.checkpoint(lambda carry, chunks: jax.lax.scan(step, carry, chunks), prevent_cse=False)
     carry, y = jax.lax.scan(group, carry, split)
     return carry, y.reshape(count, *y.shape[2:])
