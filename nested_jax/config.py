@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
 Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
-    'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2',
+    'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2', 'ttt',
 ]  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class MemoryConfig:
     kind: Literal['matrix', 'mlp'] = 'mlp'
     chunk_size: int = 16  # tokens between two refreshes of the main memory's anchor
     projection_chunk_size: int = 16  # tokens between two refreshes of k, v, eta, alpha and v_hat; one size divides the other
-    hidden_dim: int | None = None  # MLP memories; None: the head's width
+    hidden_dim: int | None = None  # MLP memories; None: the head's width, of TTT-MLP four times that
     dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer'
     gradient: Literal['token', 'chunk'] = 'chunk'  # matrix memories may take it token by token at no cost
     read: Literal['running', 'anchor'] = 'running'
@@ -123,7 +123,8 @@ class ModelConfig:
             _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
 
     def _check_mixer(self) -> None:
-        halves = {'attention': 'rotary positions', 'retention': 'rotary positions', 'gated-linear-attention': 'keys half as wide'}
+        rotary = dict.fromkeys(('attention', 'retention', 'ttt'), 'rotary positions')
+        halves = rotary | {'gated-linear-attention': 'keys half as wide'}
         if self.mixer in halves:
             _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, f'an even number, for {halves[self.mixer]}')
         _check_counts(self.state_space, 'state_space.', 'state_dim', 'head_dim', 'expand')
@@ -166,6 +167,7 @@ class ModelConfig:
         """Tokens between the places where a packed document may start; 1 where it may start anywhere."""
         sizes = {
             'titans': (self.memory.chunk_size,),
+            'ttt': (self.memory.chunk_size,),
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)

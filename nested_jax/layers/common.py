@@ -70,6 +70,7 @@ class ShortConvolution(nn.Module):
     """Causal depthwise convolution of width 4 and SiLU, (B, T, D) -> (B, T, D); never reaches across documents."""
 
     use_bias: bool = False
+    activate: bool = True  # False: no SiLU
 
     @nn.compact
     def __call__(self, x: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -93,7 +94,7 @@ class ShortConvolution(nn.Module):
         new_state = window[:, x.shape[1] :]
         if segment_ids is not None:
             new_state = jnp.where((ids[:, x.shape[1] :] == segment_ids[:, -1:])[..., None], new_state, 0)
-        return jax.nn.silu(y), new_state
+        return jax.nn.silu(y) if self.activate else y, new_state
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

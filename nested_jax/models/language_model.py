@@ -17,6 +17,7 @@ from nested_jax.layers.mamba2 import Mamba2
 from nested_jax.layers.retention import Retention
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
+from nested_jax.layers.ttt import TTT
 
 TOKEN_MIXERS = {
     'attention': Attention,
@@ -28,6 +29,7 @@ TOKEN_MIXERS = {
     'gated-linear-attention': GatedLinearAttention,
     'delta-rule': functools.partial(GatedDeltaRule, gated=False),
     'mamba2': Mamba2,
+    'ttt': TTT,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

@@ -43,6 +43,8 @@ _HIDDEN = {
     'gla': {'tiny': 440, '124m': 2032, '340m': 2736, '760m': 4080, '1.3b': 5488},
     'deltanet': {'tiny': 440, '124m': 2032, '340m': 2736, '760m': 4080, '1.3b': 5488},
     'mamba2': {'tiny': 336, '124m': 1440, '340m': 1968, '760m': 2976, '1.3b': 4032},
+    'ttt-linear': {'tiny': 432, '124m': 2032, '340m': 2736, '760m': 4064, '1.3b': 5456},
+    'ttt-mlp': {'tiny': 352, '124m': 1872, '340m': 2576, '760m': 3840, '1.3b': 5168},
 }
 
 _FAMILIES = {
@@ -67,6 +69,8 @@ _FAMILIES = {
 # What else the tiny model of a family changes. Mamba-2: 8 heads whose states together are of RetNet's size; above, the published sizes.
 _TINY = {
     'mamba2': dict(state_space=StateSpaceConfig(state_dim=32, head_dim=32)),
+    'ttt-linear': dict(mixer='ttt', memory=MemoryConfig(kind='matrix')),
+    'ttt-mlp': dict(mixer='ttt', memory=MemoryConfig(kind='mlp')),
 }
 
 

@@ -47,6 +47,8 @@ def test_short_convolution_matches_the_reference(x64, golden):
     params = {'kernel': data['weight'].T, 'bias': data['bias']}
     biased, _ = ShortConvolution(use_bias=True).apply({'params': params}, data['x'], None, None)
     np.testing.assert_allclose(biased, data['y_silu'], rtol=0, atol=1e-9)
+    linear, _ = ShortConvolution(use_bias=True, activate=False).apply({'params': params}, data['x'], None, None)
+    np.testing.assert_allclose(linear, data['y'], rtol=0, atol=1e-9)
 
 
 def test_short_convolution_streams(x64, golden):

@@ -19,6 +19,8 @@ BASELINES: dict[str, bool] = {
     'gla': False,
     'deltanet': False,
     'mamba2': False,
+    'ttt-linear': True,
+    'ttt-mlp': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
@@ -26,6 +28,8 @@ INITIAL_STATES = {
     'titans': 2,
     'hope': 10,
     'hope-linear': 5,
+    'ttt-linear': 2,
+    'ttt-mlp': 4,
 }
 # Families whose keys have no unit norm: the rows' sizes bound what a token writes, and nothing bounds a sum that does not decay.
 UNNORMALIZED = (

@@ -89,6 +89,8 @@ def test_grids():
         'titans': 16,
         'hope': 16,
         'hope-linear': 16,
+        'ttt-linear': 16,
+        'ttt-mlp': 16,
     }
     assert {family: preset(f'{family}-tiny').grid for family in FAMILIES} == dict.fromkeys(FAMILIES, 1) | on_a_grid
     two = dataclasses.replace(preset('hope-tiny'), memory=MemoryConfig(chunk_size=8, projection_chunk_size=32))
