@@ -6,7 +6,12 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
-Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
+Mixer = Literal[
+    'attention', 'titans', 'gated-delta-rule', 'self-modifying',
+    'mamba', 'mamba-attention', 'lstm', 'srwm',
+]  # fmt: skip
+# Hybrids: the mixers of layers that follow one another, again and again.
+HYBRIDS: dict[str, tuple[Mixer, ...]] = {'mamba-attention': ('mamba', 'attention')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,7 @@ class ModelConfig:
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
         self._check_memory()
+        self._check_layers()
         if self.mixer == 'attention':
             _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
             kv_heads = self.num_kv_heads
@@ -107,6 +113,17 @@ class ModelConfig:
             periods = [level.period for level in self.levels]
             on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
             _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
+
+    def _check_layers(self) -> None:
+        count = len(self.unit)
+        _check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
+        _check(count == 1 or self.in_sequence is None, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
+        if count > 1:
+            for mixer in self.unit:  # what each of the layers demands
+                dataclasses.replace(self, mixer=mixer)
+        if self.mixer == 'srwm':
+            inner = self.num_heads * self.head_dim
+            _check(inner == self.width, 'num_heads * head_dim', inner, f'width={self.width}, which the heads share')
 
     def _check_memory(self) -> None:
         memory = self.memory
@@ -125,6 +142,11 @@ class ModelConfig:
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
         """The configuration that `dataclasses.asdict` took apart, also when it went through JSON; fields it lacks take their defaults."""
         return _rebuild(cls, fields)
+
+    @property
+    def unit(self) -> tuple[Mixer, ...]:
+        """Mixers of the layers that are scanned over as one: several in a hybrid."""
+        return HYBRIDS.get(self.mixer, (self.mixer,))
 
     @property
     def num_kv_heads(self) -> int:

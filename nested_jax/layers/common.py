@@ -20,6 +20,11 @@ def _convolution_initializer(key: jax.Array, shape: tuple[int, ...], dtype=jnp.f
     return jax.random.uniform(key, shape, dtype, -1.0, 1.0) / jnp.sqrt(float(shape[0]))
 
 
+def _bias_initializer(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """As the kernel's."""
+    return _convolution_initializer(key, (CONVOLUTION_WIDTH, *shape), dtype)[0]
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['position', 'segment_ids'], meta_fields=['update'])
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -64,6 +69,8 @@ class RMSNorm(nn.Module):
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution of width 4 and SiLU, (B, T, D) -> (B, T, D); never reaches across documents."""
 
+    use_bias: bool = False
+
     @nn.compact
     def __call__(self, x: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """`state` holds the three inputs before this call, (B, 3, D), zeros or None at a document's start; returned anew."""
@@ -80,6 +87,9 @@ class ShortConvolution(nn.Module):
             if segment_ids is not None:
                 shifted = jnp.where((ids[:, tap : tap + x.shape[1]] == segment_ids)[..., None], shifted, 0)
             y += shifted * jnp.broadcast_to(kernel[tap], x.shape)
+        if self.use_bias:
+            bias = self.param('bias', _bias_initializer, (x.shape[-1],)).astype(x.dtype)
+            y += jnp.broadcast_to(bias, x.shape)
         new_state = window[:, x.shape[1] :]
         if segment_ids is not None:
             new_state = jnp.where((ids[:, x.shape[1] :] == segment_ids[:, -1:])[..., None], new_state, 0)

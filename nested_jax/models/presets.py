@@ -38,6 +38,10 @@ _HIDDEN = {
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
+    'samba': {'tiny': 384, '124m': 1744, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    # References for state tracking, not parallel over tokens: nobody would train them at scale.
+    'lstm': {'tiny': 272},
+    'srwm': {'tiny': 544},
 }
 
 _FAMILIES = {
@@ -52,6 +56,18 @@ _FAMILIES = {
         mixer='self-modifying',
         memory=MemoryConfig(kind='matrix', gradient='token', momentum=False, decay_to='init'),
     ),
+    'samba': dict(
+        mixer='mamba-attention',
+        attention=AttentionConfig(window=2048),
+        memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32),
+    ),
+    'lstm': dict(mixer='lstm'),
+    'srwm': dict(mixer='srwm', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
+}
+
+# What else the tiny model of a family changes. Samba: the published window would see all of a sequence of a few hundred tokens.
+_TINY = {
+    'samba': dict(attention=AttentionConfig(window=64)),
 }
 
 
@@ -59,7 +75,7 @@ def preset(name: str, **overrides) -> ModelConfig:
     """A named model configuration.
 
     Args:
-        name: '<family>-<size>', one of `preset_names()`.
+        name: '<family>-<size>', one of `preset_names()`: every family at every size, but lstm and srwm at the size tiny only.
         **overrides: fields of `ModelConfig` to replace.
 
     Returns:
@@ -77,7 +93,8 @@ def preset(name: str, **overrides) -> ModelConfig:
     config = ModelConfig(
         num_layers=shape.layers, width=shape.width, num_heads=shape.heads, head_dim=shape.width // shape.heads,
         levels=tuple(LevelConfig(hidden // len(periods), period) for period in periods),
-        vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny', **_FAMILIES[family],
+        vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny',
+        **_FAMILIES[family] | (_TINY.get(family, {}) if size == 'tiny' else {}),
     )  # fmt: skip
     return dataclasses.replace(config, **overrides)
 
@@ -113,4 +130,4 @@ def without(config: ModelConfig, part: str) -> ModelConfig:
 
 def preset_names() -> tuple[str, ...]:
     """All names `preset` knows."""
-    return tuple(f'{family}-{size}' for family in _FAMILIES for size in _SIZES)
+    return tuple(f'{family}-{size}' for family in _FAMILIES for size in _HIDDEN[family])

@@ -7,22 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
 CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
 # The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
-BASELINES: dict[str, bool] = {}
+BASELINES: dict[str, bool] = {
+    'samba': True,
+    'lstm': False,
+    'srwm': False,
+}
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
     'hope': 10,
     'hope-linear': 5,
+    'srwm': 4,
 }
 # What else the small model of a family changes.
-_SHRUNK: dict[str, dict] = {}
+_SHRUNK: dict[str, dict] = {
+    'samba': dict(num_layers=4, attention=AttentionConfig(window=6)),
+}
 
 # The tests compile much and compute little.
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
