@@ -9,7 +9,10 @@ SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
 Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
     'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2', 'ttt',
+    'mamba', 'mamba-attention', 'lstm', 'srwm',
 ]  # fmt: skip
+# Hybrids: the mixers of layers that follow one another, again and again.
+HYBRIDS: dict[str, tuple[Mixer, ...]] = {'mamba-attention': ('mamba', 'attention')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ class ModelConfig:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
         self._check_memory()
         self._check_mixer()
+        self._check_layers()
         if self.mixer == 'attention':
             kv_heads = self.num_kv_heads
             _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
@@ -132,6 +136,17 @@ class ModelConfig:
             inner, size = self.state_space.expand * self.width, self.state_space.head_dim
             _check(inner % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={inner}')
 
+    def _check_layers(self) -> None:
+        count = len(self.unit)
+        _check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
+        _check(count == 1 or self.in_sequence is None, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
+        if count > 1:
+            for mixer in self.unit:  # what each of the layers demands
+                dataclasses.replace(self, mixer=mixer)
+        if self.mixer == 'srwm':
+            inner = self.num_heads * self.head_dim
+            _check(inner == self.width, 'num_heads * head_dim', inner, f'width={self.width}, which the heads share')
+
     def _check_memory(self) -> None:
         memory = self.memory
         known = set(memory.self_modified) <= set(get_args(SelfModified))
@@ -151,6 +166,11 @@ class ModelConfig:
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
         """The configuration that `dataclasses.asdict` took apart, also when it went through JSON; fields it lacks take their defaults."""
         return _rebuild(cls, fields)
+
+    @property
+    def unit(self) -> tuple[Mixer, ...]:
+        """Mixers of the layers that are scanned over as one: several in a hybrid."""
+        return HYBRIDS.get(self.mixer, (self.mixer,))
 
     @property
     def num_kv_heads(self) -> int:

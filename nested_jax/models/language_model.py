@@ -1,5 +1,6 @@
 """The decoder-only language model all families share: pre-norm blocks of a token mixer and a channel mixer."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -13,9 +14,12 @@ from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.gated_linear_attention import GatedLinearAttention
 from nested_jax.layers.linear_attention import LinearAttention
+from nested_jax.layers.lstm import LSTM
+from nested_jax.layers.mamba import Mamba
 from nested_jax.layers.mamba2 import Mamba2
 from nested_jax.layers.retention import Retention
 from nested_jax.layers.self_modifying import SelfModifyingTitans
+from nested_jax.layers.srwm import SelfReferentialMatrix
 from nested_jax.layers.titans import Titans
 from nested_jax.layers.ttt import TTT
 
@@ -30,6 +34,9 @@ TOKEN_MIXERS = {
     'delta-rule': functools.partial(GatedDeltaRule, gated=False),
     'mamba2': Mamba2,
     'ttt': TTT,
+    'mamba': Mamba,
+    'lstm': LSTM,
+    'srwm': SelfReferentialMatrix,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
@@ -47,20 +54,35 @@ class Block(nn.Module):
         return ContinuumMLP(self.config, name='channel')(x + y), state
 
 
+class HybridBlock(nn.Module):
+    """Blocks of different mixers one after another; their state is a dict of theirs, by mixer."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, state: dict | None, context: Context) -> tuple[jax.Array, dict]:
+        """(B, T, width) and the mixers' states -> the same."""
+        states = {}
+        for mixer in self.config.unit:
+            block = Block(dataclasses.replace(self.config, mixer=mixer), name=mixer)
+            x, states[mixer] = block(x, None if state is None else state[mixer], context)
+        return x, states
+
+
 class LanguageModel(nn.Module):
     """A causal language model.
 
-    Parameters of the blocks are stacked: every leaf under params['blocks'] has a leading axis of `num_layers`. The state
-    is a pytree whose leaves have a leading batch axis; all zeros is the state before the first token.
+    Parameters of the blocks are stacked: every leaf under params['blocks'] has a leading axis of `num_layers`, or of as many hybrid
+    blocks as make these. The state is a pytree whose leaves have a leading batch axis; all zeros is the state before the first token.
     """
 
     config: ModelConfig
 
     def setup(self):
         config = self.config
-        block = Block
+        block, length = Block if len(config.unit) == 1 else HybridBlock, config.num_layers // len(config.unit)
         if config.remat != 'none':
-            block = nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, static_argnums=())
+            block = nn.remat(block, policy=_REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers, static_argnums=())
         self.embedding = self.param('embedding', nn.initializers.normal(1.0), (config.vocab_size, config.width))
         self.blocks = nn.scan(
             block,
@@ -68,8 +90,8 @@ class LanguageModel(nn.Module):
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast),
             out_axes=0,
-            length=config.num_layers,
-            unroll=1 if config.scan_layers else config.num_layers,
+            length=length,
+            unroll=1 if config.scan_layers else length,
         )(config)
         self.norm = RMSNorm(config.norm_epsilon)
         if not config.tie_embeddings:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.config import LevelConfig, ModelConfig, StateSpaceConfig
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, StateSpaceConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
@@ -21,6 +21,9 @@ BASELINES: dict[str, bool] = {
     'mamba2': False,
     'ttt-linear': True,
     'ttt-mlp': False,
+    'samba': True,
+    'lstm': False,
+    'srwm': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
@@ -30,6 +33,7 @@ INITIAL_STATES = {
     'hope-linear': 5,
     'ttt-linear': 2,
     'ttt-mlp': 4,
+    'srwm': 4,
 }
 # Families whose keys have no unit norm: the rows' sizes bound what a token writes, and nothing bounds a sum that does not decay.
 UNNORMALIZED = (
@@ -37,10 +41,12 @@ UNNORMALIZED = (
     'retnet',
     'gla',
     'mamba2',
+    'samba',
 )
 # What else the small model of a family changes.
 _SHRUNK: dict[str, dict] = {
     'mamba2': dict(state_space=StateSpaceConfig(state_dim=6, head_dim=8)),
+    'samba': dict(num_layers=4, attention=AttentionConfig(window=6)),
 }
 
 # The tests compile much and compute little.
