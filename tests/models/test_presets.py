@@ -112,7 +112,6 @@ def test_grids():
         ('num_kv_heads', dict(attention=AttentionConfig(num_kv_heads=3))),
         ('window', dict(attention=AttentionConfig(window=0))),
         ('window', dict(attention=AttentionConfig(window=-4))),
-        ('mixer', dict(mixer='lstm')),
         ('head_dim', dict(mixer='retention', head_dim=7)),
         ('head_dim', dict(mixer='gated-linear-attention', head_dim=7)),
         ('state_space.state_dim', dict(state_space=StateSpaceConfig(state_dim=0))),
