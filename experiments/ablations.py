@@ -38,7 +38,7 @@ from nested_jax.evaluation.perplexity import evaluate
 from nested_jax.layers.channel import SwiGLU
 from nested_jax.layers.common import Context
 from nested_jax.memory.self_modifying import Memories
-from nested_jax.models.language_model import Block, LanguageModel
+from nested_jax.models.language_model import Block, LanguageModel, open_rows
 from nested_jax.models.loss import model_loss
 from nested_jax.models.presets import preset, without
 from nested_jax.training.config import TrainConfig
@@ -164,15 +164,15 @@ def without_level(params: Any, index: int) -> Any:
 
 def level_cosines(config: ModelConfig, params: Any, tokens: np.ndarray) -> dict[str, float]:
     """Mean cosine of what two levels add to the same token, over tokens and blocks, by 'i:j'."""
-    x, context = jnp.take(params['embedding'], tokens, axis=0), Context(None, None, True)
+    rows, context = open_rows(config, params['embedding'], tokens), Context(None, None, True)
     found = [[] for _ in config.levels]
     for layer in range(config.num_layers):
         block = {'params': jax.tree.map(lambda leaf, layer=layer: leaf[layer], params['blocks'])}
         keep = dict(capture_intermediates=lambda module, _: isinstance(module, SwiGLU), mutable='intermediates')
-        (x, _), kept = Block(config).apply(block, x, None, context, **keep)
-        for index, rows in enumerate(found):
-            rows.append(kept['intermediates']['channel'][f'level_{index}']['__call__'][0])
-    unit = [jnp.stack(rows) / jnp.linalg.norm(jnp.stack(rows), axis=-1, keepdims=True) for rows in found]
+        (rows, _), kept = Block(config).apply(block, rows, None, context, **keep)
+        for index, added in enumerate(found):
+            added.append(kept['intermediates']['channel'][f'level_{index}']['__call__'][0])
+    unit = [jnp.stack(added) / jnp.linalg.norm(jnp.stack(added), axis=-1, keepdims=True) for added in found]
     return {f'{i}:{j}': float((unit[i] * unit[j]).sum(-1).mean()) for i, j in itertools.combinations(range(len(unit)), 2)}
 
 
