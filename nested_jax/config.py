@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
-Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
+Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying', 'dla']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +136,7 @@ class ModelConfig:
         """Tokens between the places where a packed document may start; 1 where it may start anywhere."""
         sizes = {
             'titans': (self.memory.chunk_size,),
+            'dla': (self.memory.chunk_size,),
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)

@@ -8,6 +8,7 @@ from nested_jax.config import ModelConfig
 from nested_jax.layers.attention import Attention
 from nested_jax.layers.channel import ContinuumMLP
 from nested_jax.layers.common import Context, RMSNorm
+from nested_jax.layers.dla import DeepLinearAttention
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
@@ -17,6 +18,7 @@ TOKEN_MIXERS = {
     'titans': Titans,
     'gated-delta-rule': GatedDeltaRule,
     'self-modifying': SelfModifyingTitans,
+    'dla': DeepLinearAttention,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

@@ -37,6 +37,7 @@ _HIDDEN = {
     'gated-deltanet': {'tiny': 400, '124m': 1792, '340m': 2400, '760m': 3584, '1.3b': 4800},
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
+    'dla': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
 }
 
@@ -47,6 +48,7 @@ _FAMILIES = {
     'hope-attention': dict(mixer='attention'),
     'gated-deltanet': dict(mixer='gated-delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
     'titans': dict(mixer='titans', memory=MemoryConfig(dgd='none')),
+    'dla': dict(mixer='dla', memory=MemoryConfig(dgd='none', momentum=False)),
     'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'hope-linear': dict(
         mixer='self-modifying',

@@ -13,11 +13,14 @@ from nested_jax.models.presets import preset
 
 CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
 # The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
-BASELINES: dict[str, bool] = {}
+BASELINES: dict[str, bool] = {
+    'dla': False,
+}
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
+    'dla': 2,
     'hope': 10,
     'hope-linear': 5,
 }
