@@ -26,6 +26,7 @@ class DeepLinearAttention(nn.Module):
     The source is secondary; what it leaves open is ours. Each layer's gradient is proportional to the other layer's weights or
     outputs, so plain steps would grow exponentially where a linear memory grows by addition. Here |v| = 1, so that a damped step is at
     most half of eta whatever the weights are, and eta is at most 1 - alpha: a layer is a weighted mean of its start and its steps.
+    The presets let retention decay to the learned initial weights: at zero weights the gradients of both layers vanish, for good.
     """
 
     config: ModelConfig

@@ -48,7 +48,7 @@ _FAMILIES = {
     'hope-attention': dict(mixer='attention'),
     'gated-deltanet': dict(mixer='gated-delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
     'titans': dict(mixer='titans', memory=MemoryConfig(dgd='none')),
-    'dla': dict(mixer='dla', memory=MemoryConfig(dgd='none', momentum=False)),
+    'dla': dict(mixer='dla', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
     'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'hope-linear': dict(
         mixer='self-modifying',
