@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
-Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying', 'dla']
+Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying', 'dla', 'moneta', 'yaad', 'memora']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,9 @@ class ModelConfig:
         sizes = {
             'titans': (self.memory.chunk_size,),
             'dla': (self.memory.chunk_size,),
+            'moneta': (self.memory.chunk_size,),
+            'yaad': (self.memory.chunk_size,),
+            'memora': (self.memory.chunk_size,),
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)

@@ -21,6 +21,7 @@ _RULES: tuple[tuple[str, Axes], ...] = (
     (r'gate_logits/kernel$', ('embed', None)),
     (r'gate_bias$', (None, 'heads')),
     (r'retention_log_scale$', ('heads',)),
+    (r'memory_scale$', ('heads', None)),
     (r'block/norm/scale$', (None,)),
     (r'level_\d+/(gate|up)/kernel$', ('embed', 'mlp')),
     (r'level_\d+/down/kernel$', ('mlp', 'embed')),

@@ -10,6 +10,7 @@ from nested_jax.layers.channel import ContinuumMLP
 from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.dla import DeepLinearAttention
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
+from nested_jax.layers.miras import Miras
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
 
@@ -19,6 +20,9 @@ TOKEN_MIXERS = {
     'gated-delta-rule': GatedDeltaRule,
     'self-modifying': SelfModifyingTitans,
     'dla': DeepLinearAttention,
+    'moneta': Miras,
+    'yaad': Miras,
+    'memora': Miras,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

@@ -38,6 +38,9 @@ _HIDDEN = {
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
     'dla': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'moneta': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'yaad': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'memora': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
 }
 
@@ -49,6 +52,9 @@ _FAMILIES = {
     'gated-deltanet': dict(mixer='gated-delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
     'titans': dict(mixer='titans', memory=MemoryConfig(dgd='none')),
     'dla': dict(mixer='dla', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'moneta': dict(mixer='moneta', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'yaad': dict(mixer='yaad', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'memora': dict(mixer='memora', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
     'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'hope-linear': dict(
         mixer='self-modifying',

@@ -15,12 +15,18 @@ CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'ho
 # The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
 BASELINES: dict[str, bool] = {
     'dla': False,
+    'moneta': True,
+    'yaad': False,
+    'memora': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
     'dla': 2,
+    'moneta': 2,
+    'yaad': 2,
+    'memora': 2,
     'hope': 10,
     'hope-linear': 5,
 }

@@ -88,6 +88,9 @@ def test_grids():
     on_a_grid = {
         'titans': 16,
         'dla': 16,
+        'moneta': 16,
+        'yaad': 16,
+        'memora': 16,
         'hope': 16,
         'hope-linear': 16,
     }
