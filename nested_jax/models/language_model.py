@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
+from nested_jax.layers.atlas import Atlas
 from nested_jax.layers.attention import Attention
 from nested_jax.layers.channel import ContinuumMLP
 from nested_jax.layers.common import Context, RMSNorm
@@ -23,6 +24,7 @@ TOKEN_MIXERS = {
     'moneta': Miras,
     'yaad': Miras,
     'memora': Miras,
+    'atlas': Atlas,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

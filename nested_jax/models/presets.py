@@ -41,6 +41,7 @@ _HIDDEN = {
     'moneta': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'yaad': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'memora': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'atlas': {'tiny': 360, '124m': 1680, '340m': 2320, '760m': 3472, '1.3b': 4672},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
 }
 
@@ -55,6 +56,7 @@ _FAMILIES = {
     'moneta': dict(mixer='moneta', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
     'yaad': dict(mixer='yaad', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
     'memora': dict(mixer='memora', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'atlas': dict(mixer='atlas', memory=MemoryConfig(dgd='none', decay_to='init')),
     'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'hope-linear': dict(
         mixer='self-modifying',

@@ -147,6 +147,7 @@ def test_chunked_equals_reference(x64, name, decay_to):
     assert_trees_close(fast[0], slow[0], 1e-9)
 
 
+@pytest.mark.slow
 def test_a_stream_may_be_cut_inside_a_chunk(x64):
     call = random_call(11)
     options = dict(retention='kl', chunk_size=4)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
@@ -18,6 +18,7 @@ BASELINES: dict[str, bool] = {
     'moneta': True,
     'yaad': False,
     'memora': False,
+    'atlas': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
@@ -27,11 +28,14 @@ INITIAL_STATES = {
     'moneta': 2,
     'yaad': 2,
     'memora': 2,
+    'atlas': 2,
     'hope': 10,
     'hope-linear': 5,
 }
 # What else the small model of a family changes.
-_SHRUNK: dict[str, dict] = {}
+_SHRUNK: dict[str, dict] = {
+    'atlas': dict(memory=MemoryConfig(dgd='none', decay_to='init', chunk_size=4, projection_chunk_size=2, window=3, hidden_dim=6)),
+}
 
 # The tests compile much and compute little.
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})

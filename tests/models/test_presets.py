@@ -91,6 +91,7 @@ def test_grids():
         'moneta': 16,
         'yaad': 16,
         'memora': 16,
+        'atlas': 16,
         'hope': 16,
         'hope-linear': 16,
     }
@@ -136,6 +137,7 @@ def test_a_wrong_field_is_named(field, changes):
         ('read', dict(read='last')),
         ('decay_to', dict(decay_to='one')),
         ('hidden_dim', dict(hidden_dim=0)),
+        ('window', dict(window=0)),
     ],
 )
 def test_a_wrong_field_of_the_memory_is_named(field, changes):
