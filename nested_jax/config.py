@@ -9,7 +9,7 @@ SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
 Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
     'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2', 'ttt',
-    'mamba', 'mamba-attention', 'lstm', 'srwm',
+    'mamba', 'mamba-attention', 'lstm', 'srwm', 'dla', 'moneta', 'yaad', 'memora', 'atlas',
 ]  # fmt: skip
 # Hybrids: the mixers of layers that follow one another, again and again.
 HYBRIDS: dict[str, tuple[Mixer, ...]] = {'mamba-attention': ('mamba', 'attention')}
@@ -40,6 +40,7 @@ class MemoryConfig:
     momentum: bool = True
     retention: bool = True  # False: alpha = 1, nothing decays
     decay_to: Literal['zero', 'init'] = 'zero'
+    window: int = 8  # tokens whose gradients Atlas' steps sum
     adaptive_query: bool = False
     positive_eigenvalues: bool = False  # keep eta below alpha, so that no eigenvalue turns negative
     negative_eigenvalues: bool = False  # of the (gated) delta rule: beta up to 2 instead of 1
@@ -106,7 +107,7 @@ class ModelConfig:
         _check_choices(self, '')
         _check_choices(self.memory, 'memory.')
         _check_counts(self, '', 'num_layers', 'width', 'num_heads', 'head_dim', 'vocab_size', 'max_length')
-        _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim')
+        _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim', 'window')
         _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block')
         _check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
         for level in self.levels:
@@ -162,6 +163,10 @@ class ModelConfig:
                 not memory.momentum, 'memory.momentum', True, "False with memory.gradient='token', whose erasure is part of the gradient"
             )
 
+        if self.mixer == 'atlas':
+            longest = memory.chunk_size + 1
+            _check(memory.window <= longest, 'memory.window', memory.window, f'at most memory.chunk_size + 1, {longest}')
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
         """The configuration that `dataclasses.asdict` took apart, also when it went through JSON; fields it lacks take their defaults."""
@@ -188,6 +193,11 @@ class ModelConfig:
         sizes = {
             'titans': (self.memory.chunk_size,),
             'ttt': (self.memory.chunk_size,),
+            'dla': (self.memory.chunk_size,),
+            'moneta': (self.memory.chunk_size,),
+            'yaad': (self.memory.chunk_size,),
+            'memora': (self.memory.chunk_size,),
+            'atlas': (self.memory.chunk_size,),
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)

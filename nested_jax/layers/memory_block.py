@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, l2_normalize, split_heads
+from nested_jax.memory.mlp import MLPWeights
 
 
 class MemoryInputs(NamedTuple):
@@ -88,6 +89,14 @@ class MemoryBlock(HeadBlock):
 def log_retention(logits: jax.Array, scale: jax.Array) -> jax.Array:
     """log alpha = -scale * softplus(logits), (B, T, H) and (H,) -> (B, T, H): in (0, 1) by construction, exact near both ends."""
     return -scale[None, None] * jax.nn.softplus(logits)
+
+
+def initial_mlp(layer: nn.Module, config: ModelConfig, inputs: int | None = None) -> MLPWeights:
+    """The learned initial state of an MLP memory, declared as two parameters of `layer`; `inputs` is the head's width when None."""
+    heads, width = config.num_heads, config.head_dim
+    inputs, hidden = inputs or width, config.memory.hidden_dim or width
+    w_in = layer.param('initial_memory_in', nn.initializers.normal(inputs**-0.5), (heads, inputs, hidden))
+    return MLPWeights(w_in, layer.param('initial_memory_out', nn.initializers.normal(0.02), (heads, hidden, width)))
 
 
 def retention_log_scale(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

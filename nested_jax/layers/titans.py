@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context
-from nested_jax.layers.memory_block import MemoryBlock, log_retention
+from nested_jax.layers.memory_block import MemoryBlock, initial_mlp, log_retention
 from nested_jax.memory import grid
-from nested_jax.memory.mlp import MLPState, MLPWeights, mlp_initial_state, mlp_memory
+from nested_jax.memory.mlp import MLPState, mlp_initial_state, mlp_memory
 
 
 class TitansState(NamedTuple):
@@ -36,7 +36,7 @@ class Titans(nn.Module):
         block = MemoryBlock(self.config, gates=('alpha', 'eta', 'momentum'), name='block')
         inputs = block.inputs(x, None if state is None else state.convolution, context)
         log_momentum = jax.nn.log_sigmoid(inputs.gates['momentum'])
-        initial = self._initial()
+        initial = initial_mlp(self, self.config)
         before = None
         if state is not None:
             start = mlp_initial_state(initial, x.shape[0], momentum=True)
@@ -50,9 +50,3 @@ class Titans(nn.Module):
             chunk_size=options.chunk_size, dgd='none', read=options.read, decay_to=options.decay_to, residual=False,
         )  # fmt: skip
         return block.output(y, inputs.output_gate), TitansState(after, inputs.convolution) if context.update else state
-
-    def _initial(self) -> MLPWeights:
-        heads, width = self.config.num_heads, self.config.head_dim
-        hidden = self.config.memory.hidden_dim or width
-        w_in = self.param('initial_memory_in', nn.initializers.normal(width**-0.5), (heads, width, hidden))
-        return MLPWeights(w_in, self.param('initial_memory_out', nn.initializers.normal(0.02), (heads, hidden, width)))

@@ -2,6 +2,7 @@
 
     M(x) = x + act(x W_in) W_out                                     (Eq. 89 and 91, arXiv:2512.24695v1, transposed)
     grad_t = d/dM 1/2 |M(k_t) - v_t|^2 at the weights of the chunk's start, the anchor                        (Eq. 90)
+                 or of -M(k_t).v_t with objective='dot'
     S_t = beta_t S_{t-1} - eta_t grad_t                              (momentum, Eq. 9-10, arXiv:2501.00663v1)
     W_t = alpha_t W_{t-1} - epsilon_t x_t^T (x_t W_{t-1}) + S_t      (delta gradient descent, Eq. 57 and 88)
 
@@ -56,6 +57,7 @@ class _Options(NamedTuple):
     read: str
     decay_to: str
     residual: bool
+    objective: str
     chunk_size: int
 
 
@@ -139,6 +141,7 @@ def mlp_memory(
     read: Literal['running', 'anchor'] = 'running',
     decay_to: Literal['zero', 'init'] = 'zero',
     residual: bool = True,
+    objective: Literal['l2', 'dot'] = 'l2',
 ) -> tuple[jax.Array, MLPState]:
     """Write and read a deep memory, in parallel inside each chunk. Eq. (88)-(91) and (57), arXiv:2512.24695v1.
 
@@ -165,6 +168,7 @@ def mlp_memory(
         read: 'running' reads q_t from M_t, its own token included; 'anchor' from the chunk's first weights (Eq. 90).
         decay_to: what retention decays to, zero or the initial weights.
         activation, residual: of the hidden layer ('gelu' by tanh); whether M has the identity term.
+        objective: 'l2' is 1/2 |M(k) - v|^2; 'dot' is -M(k).v, whose steps do not shrink near the target: retention alone bounds it.
 
     Returns:
         y (B, T, H, D_out) in v's dtype, and the `MLPState` after the last token.
@@ -172,7 +176,7 @@ def mlp_memory(
     Raises:
         ValueError: for an unknown choice, or shapes that do not fit.
     """
-    options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
+    options = _Options(activation, dgd, read, decay_to, residual, objective, chunk_size)
     inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid)
     _check(options, inputs)
     run = _run_tokens if 4 * q.shape[1] <= chunk_size else _run_chunks  # a few tokens are not worth a whole chunk
@@ -200,9 +204,10 @@ def mlp_memory_reference(
     read: Literal['running', 'anchor'] = 'running',
     decay_to: Literal['zero', 'init'] = 'zero',
     residual: bool = True,
+    objective: Literal['l2', 'dot'] = 'l2',
 ) -> tuple[jax.Array, MLPState]:
     """`mlp_memory` as a loop over tokens, gradients by `jax.grad`. Same arguments, results, errors and chunk grid."""
-    options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
+    options = _Options(activation, dgd, read, decay_to, residual, objective, chunk_size)
     inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid)
     _check(options, inputs)
     y, state = _run_tokens(options, *_prepare(options, inputs))
@@ -252,6 +257,7 @@ def _check_options(options: _Options) -> None:
         'dgd': ('per_layer', 'input_only', 'none'),
         'read': ('running', 'anchor'),
         'decay_to': ('zero', 'init'),
+        'objective': ('l2', 'dot'),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
@@ -338,8 +344,8 @@ def _write_token(options, initial, anchor, running, momentum, key, value, eta, l
     """One token's write to one head's memory, without batch and head axes. Returns the weights and the momentum."""
 
     def objective(weights: MLPWeights) -> jax.Array:
-        error = mlp_read(weights, key, activation=options.activation, residual=options.residual) - value
-        return 0.5 * jnp.sum(error**2)
+        output = mlp_read(weights, key, activation=options.activation, residual=options.residual)
+        return -jnp.sum(output * value) if options.objective == 'dot' else 0.5 * jnp.sum((output - value) ** 2)
 
     to_hidden = key @ anchor.w_in
     hidden, slope = jax.jvp(ACTIVATIONS[options.activation], (to_hidden,), (jnp.ones_like(to_hidden),))
@@ -452,7 +458,7 @@ def _run_chunk(options, item, running, momentum, anchor, rest):
     to_hidden = item.k @ start.w_in
     hidden, pull_back = jax.vjp(activate, to_hidden)
     output = hidden @ start.w_out
-    error_out = output - item.v + (item.k if options.residual else 0.0)
+    error_out = -item.v if options.objective == 'dot' else output - item.v + (item.k if options.residual else 0.0)
     (error_in,) = pull_back(error_out @ start.w_out.mT)
     (slope,) = pull_back(jnp.ones_like(hidden))
     shrink_in, shrink_out = _shrink(options, item.erase, item.damping, hidden, slope, start.w_out)

@@ -37,6 +37,7 @@ _RULES: tuple[tuple[str, Axes], ...] = (
     (r'token_rate$', (None,)),
     (r'retention_log_scale$', ('heads',)),
     (r'skip$', ('heads',)),
+    (r'memory_scale$', ('heads', None)),
     (r'block/norm/scale$', (None,)),
     (r'level_\d+/(gate|up)/kernel$', ('embed', 'mlp')),
     (r'level_\d+/down/kernel$', ('mlp', 'embed')),

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
+from nested_jax.layers.atlas import Atlas
 from nested_jax.layers.attention import Attention
 from nested_jax.layers.channel import ContinuumMLP
 from nested_jax.layers.common import Context, RMSNorm
+from nested_jax.layers.dla import DeepLinearAttention
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.gated_linear_attention import GatedLinearAttention
 from nested_jax.layers.linear_attention import LinearAttention
 from nested_jax.layers.lstm import LSTM
 from nested_jax.layers.mamba import Mamba
 from nested_jax.layers.mamba2 import Mamba2
+from nested_jax.layers.miras import Miras
 from nested_jax.layers.retention import Retention
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.srwm import SelfReferentialMatrix
@@ -37,6 +40,11 @@ TOKEN_MIXERS = {
     'mamba': Mamba,
     'lstm': LSTM,
     'srwm': SelfReferentialMatrix,
+    'dla': DeepLinearAttention,
+    'moneta': Miras,
+    'yaad': Miras,
+    'memora': Miras,
+    'atlas': Atlas,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 

@@ -43,7 +43,7 @@ def part(call: dict, begin: int, end: int) -> dict:
     return {name: np.asarray(value)[:, begin:end] if name in cut and value is not None else value for name, value in call.items()}
 
 
-OPTIONS = ('function', 'chunk_size', 'activation', 'dgd', 'read', 'decay_to', 'residual')
+OPTIONS = ('function', 'chunk_size', 'activation', 'dgd', 'read', 'decay_to', 'residual', 'objective')
 # Compiling is nearly all the time these tests take.
 quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 compiled = functools.partial(quick, static_argnames=OPTIONS)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, StateSpaceConfig
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, StateSpaceConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
@@ -24,11 +24,21 @@ BASELINES: dict[str, bool] = {
     'samba': True,
     'lstm': False,
     'srwm': False,
+    'dla': False,
+    'moneta': True,
+    'yaad': False,
+    'memora': False,
+    'atlas': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
+    'dla': 2,
+    'moneta': 2,
+    'yaad': 2,
+    'memora': 2,
+    'atlas': 2,
     'hope': 10,
     'hope-linear': 5,
     'ttt-linear': 2,
@@ -47,6 +57,7 @@ UNNORMALIZED = (
 _SHRUNK: dict[str, dict] = {
     'mamba2': dict(state_space=StateSpaceConfig(state_dim=6, head_dim=8)),
     'samba': dict(num_layers=4, attention=AttentionConfig(window=6)),
+    'atlas': dict(memory=MemoryConfig(dgd='none', decay_to='init', chunk_size=4, projection_chunk_size=2, window=3, hidden_dim=6)),
 }
 
 # The tests compile much and compute little.
