@@ -18,7 +18,7 @@ class MemoryInputs(NamedTuple):
     value: jax.Array  # (B, T, H, D)
     gates: dict[str, jax.Array]  # name -> (B, T, H) float32 logits
     retention_scale: jax.Array  # (H,) float32 rates of forgetting
-    output_gate: jax.Array  # (B, T, H, D)
+    output_gate: jax.Array | None  # (B, T, H, D); None where the block has no output
     convolution: tuple[jax.Array, ...]  # the convolutions' states after the call
 
 
@@ -26,11 +26,12 @@ class MemoryBlock(nn.Module):
     """The projections before and after a memory.
 
     `gates` names the data-dependent scalars of each token and head: 'alpha' (retention), 'eta' (learning rate),
-    'momentum'.
+    'momentum'. `has_output=False` leaves out the output's gate, norm and projection, for layers that have their own.
     """
 
     config: ModelConfig
     gates: tuple[str, ...]
+    has_output: bool = True
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -43,18 +44,25 @@ class MemoryBlock(nn.Module):
         self.norm = RMSNorm(config.norm_epsilon)
         self.output_projection = Projection(config.width, dtype, scale=(2 * config.num_layers) ** -0.5)
 
-    def inputs(self, x: jax.Array, convolution: tuple[jax.Array, ...] | None, context: Context) -> MemoryInputs:
-        """(B, T, width) and the convolutions' states -> the memory's inputs."""
+    def inputs(
+        self, x: jax.Array, convolution: tuple[jax.Array, ...] | None, context: Context, lengths: jax.Array | None = None
+    ) -> MemoryInputs:
+        """(B, T, width), the convolutions' states and, of padded rows, their lengths (B,) -> the memory's inputs."""
         before = (None,) * 3 if convolution is None else convolution
-        rows = (self.query(x), self.key(x), self.value(x))
-        done = [convolve(row, state, context.segment_ids) for convolve, row, state in zip(self.convolutions, rows, before, strict=True)]
+        rows = zip(self.convolutions, (self.query(x), self.key(x), self.value(x)), before, strict=True)
+        done = [convolve(row, state, context.segment_ids, lengths) for convolve, row, state in rows]
         query, key, value = (split_heads(row, self.config.num_heads) for row, _ in done)
         logits = self.gate_logits(x).reshape(*x.shape[:2], len(self.gates), -1) + self.gate_bias[None, None]
         return MemoryInputs(
             l2_normalize(query), l2_normalize(key), value,
             {name: logits[:, :, i] for i, name in enumerate(self.gates)}, jnp.exp(self.retention_log_scale),
-            split_heads(self.gate(x), self.config.num_heads), tuple(state for _, state in done),
+            split_heads(self.gate(x), self.config.num_heads) if self.has_output else None, tuple(state for _, state in done),
         )  # fmt: skip
+
+    def queries(self, x: jax.Array, convolution: jax.Array | None, context: Context) -> tuple[jax.Array, jax.Array]:
+        """(B, T, width) and the state of the queries' convolution -> queries as `inputs` makes them, and the state."""
+        rows, state = self.convolutions[0](self.query(x), convolution, context.segment_ids)
+        return l2_normalize(split_heads(rows, self.config.num_heads)), state
 
     def output(self, y: jax.Array, gate: jax.Array) -> jax.Array:
         """(B, T, H, D) of the memory and of the output gate -> (B, T, width)."""

@@ -22,6 +22,8 @@ _RULES: tuple[tuple[str, Axes], ...] = (
     (r'gate_bias$', (None, 'heads')),
     (r'retention_log_scale$', ('heads',)),
     (r'block/norm/scale$', (None,)),
+    (r'persistent_tokens$', (None, 'embed')),
+    (r'heads_norm_\w+/scale$', (None,)),
     (r'level_\d+/(gate|up)/kernel$', ('embed', 'mlp')),
     (r'level_\d+/down/kernel$', ('mlp', 'embed')),
     (r'aggregation$', (None,)),

@@ -11,10 +11,15 @@ from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.titans import Titans
+from nested_jax.layers.titans_context import MemoryAsContext
+from nested_jax.layers.titans_hybrids import MemoryAsGate, MemoryAsLayer
 
 TOKEN_MIXERS = {
     'attention': Attention,
     'titans': Titans,
+    'titans-mac': MemoryAsContext,
+    'titans-mag': MemoryAsGate,
+    'titans-mal': MemoryAsLayer,
     'gated-delta-rule': GatedDeltaRule,
     'self-modifying': SelfModifyingTitans,
 }

@@ -7,22 +7,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
 CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
 # The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
-BASELINES: dict[str, bool] = {}
+BASELINES: dict[str, bool] = {
+    'titans-mac': False,
+    'titans-mag': True,
+    'titans-mal': False,
+}
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
+    'titans-mac': 2,
+    'titans-mag': 2,
+    'titans-mal': 2,
     'hope': 10,
     'hope-linear': 5,
 }
 # What else the small model of a family changes.
-_SHRUNK: dict[str, dict] = {}
+_SHRUNK: dict[str, dict] = {
+    # Two of the memory's chunks in a segment, which is the grid of four.
+    'titans-mac': dict(
+        attention=AttentionConfig(num_persistent=2, segment=4),
+        memory=MemoryConfig(dgd='none', chunk_size=2, projection_chunk_size=2, hidden_dim=7),
+    ),
+    'titans-mag': dict(attention=AttentionConfig(num_persistent=2, window=6)),
+    'titans-mal': dict(attention=AttentionConfig(num_persistent=2, window=6)),
+}
 
 # The tests compile much and compute little.
 fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})

@@ -87,6 +87,9 @@ def test_periods_are_at_least_a_training_sequence_and_ordered():
 def test_grids():
     on_a_grid = {
         'titans': 16,
+        'titans-mac': 64,
+        'titans-mag': 16,
+        'titans-mal': 16,
         'hope': 16,
         'hope-linear': 16,
     }
