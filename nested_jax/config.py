@@ -10,6 +10,7 @@ Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
     'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2', 'ttt',
     'mamba', 'mamba-attention', 'lstm', 'srwm', 'dla', 'moneta', 'yaad', 'memora', 'atlas',
+    'titans-mac', 'titans-mag', 'titans-mal',
 ]  # fmt: skip
 # Hybrids: the mixers of layers that follow one another, again and again.
 HYBRIDS: dict[str, tuple[Mixer, ...]] = {'mamba-attention': ('mamba', 'attention')}
@@ -23,6 +24,8 @@ class AttentionConfig:
     window: int | None = None  # tokens each query sees, itself included; None: all, up to max_length
     rope_theta: float = 10_000.0
     query_block: int | None = None  # queries at a time, which skip later keys and keep no scores; None: all
+    num_persistent: int | None = None  # learned tokens that every query sees beside its window (Sec. 3.3, arXiv:2501.00663v1)
+    segment: int | None = None  # titans-mac: tokens that see one another, a multiple of memory.chunk_size
     short_convolution: bool = False  # the width-4 convolutions of the memories on q, k and v, as a control
 
 
@@ -109,6 +112,8 @@ class ModelConfig:
         _check_counts(self, '', 'num_layers', 'width', 'num_heads', 'head_dim', 'vocab_size', 'max_length')
         _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim', 'window')
         _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block')
+        _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim')
+        _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block', 'num_persistent', 'segment')
         _check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
@@ -116,8 +121,12 @@ class ModelConfig:
         self._check_mixer()
         self._check_layers()
         if self.mixer == 'attention':
+        if self.mixer == 'attention' or self.mixer.startswith('titans-'):
+            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
             kv_heads = self.num_kv_heads
             _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
+        if self.mixer == 'titans-mac':
+            self._check_segments()
         if self.in_sequence is not None:
             _check_choices(self.in_sequence, 'in_sequence.')
             blocks = self.in_sequence.blocks
@@ -166,6 +175,16 @@ class ModelConfig:
         if self.mixer == 'atlas':
             longest = memory.chunk_size + 1
             _check(memory.window <= longest, 'memory.window', memory.window, f'at most memory.chunk_size + 1, {longest}')
+    def _check_segments(self) -> None:
+        segment, inner = self.attention.segment, self.num_heads * self.head_dim
+        multiple = segment is not None and segment % self.memory.chunk_size == 0
+        _check(multiple, 'attention.segment', segment, f'a multiple of memory.chunk_size={self.memory.chunk_size}')
+        _check(
+            self.width == inner,
+            'width',
+            self.width,
+            f'num_heads * head_dim={inner}: what memory and attention give is projected as tokens are',
+        )
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
@@ -198,6 +217,9 @@ class ModelConfig:
             'yaad': (self.memory.chunk_size,),
             'memora': (self.memory.chunk_size,),
             'atlas': (self.memory.chunk_size,),
+            'titans-mac': (self.attention.segment,),
+            'titans-mag': (self.memory.chunk_size,),
+            'titans-mal': (self.memory.chunk_size,),
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)

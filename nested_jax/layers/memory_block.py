@@ -71,11 +71,13 @@ class MemoryBlock(HeadBlock):
         self.gate_bias = self.param('gate_bias', gate_bias(self.gates), (len(self.gates), heads))
         self.retention_log_scale = self.param('retention_log_scale', retention_log_scale, (heads,)) if 'alpha' in self.gates else None
 
-    def inputs(self, x: jax.Array, convolution: tuple[jax.Array, ...] | None, context: Context) -> MemoryInputs:
-        """(B, T, width) and the convolutions' states -> the memory's inputs."""
+    def inputs(
+        self, x: jax.Array, convolution: tuple[jax.Array, ...] | None, context: Context, lengths: jax.Array | None = None
+    ) -> MemoryInputs:
+        """(B, T, width), the convolutions' states and, of padded rows, their lengths (B,) -> the memory's inputs."""
         before = (None,) * 3 if convolution is None else convolution
-        rows = (self.query(x), self.key(x), self.value(x))
-        done = [convolve(row, state, context.segment_ids) for convolve, row, state in zip(self.convolutions, rows, before, strict=True)]
+        rows = zip(self.convolutions, (self.query(x), self.key(x), self.value(x)), before, strict=True)
+        done = [convolve(row, state, context.segment_ids, lengths) for convolve, row, state in rows]
         query, key, value = (split_heads(row, self.config.num_heads) for row, _ in done)
         logits = self.gate_logits(x).reshape(*x.shape[:2], len(self.gates), -1) + self.gate_bias[None, None]
         return MemoryInputs(
@@ -84,6 +86,11 @@ class MemoryBlock(HeadBlock):
             None if self.retention_log_scale is None else jnp.exp(self.retention_log_scale),
             self.output_gate(x), tuple(state for _, state in done),
         )  # fmt: skip
+
+    def queries(self, x: jax.Array, convolution: jax.Array | None, context: Context) -> tuple[jax.Array, jax.Array]:
+        """(B, T, width) and the state of the queries' convolution -> queries as `inputs` makes them, and the state."""
+        rows, state = self.convolutions[0](self.query(x), convolution, context.segment_ids)
+        return l2_normalize(split_heads(rows, self.config.num_heads)), state
 
 
 def log_retention(logits: jax.Array, scale: jax.Array) -> jax.Array:

@@ -112,6 +112,55 @@ def scan_chunks(step, inputs, fresh, chunk_size: int, *, state=None, position: j
     return gather_outputs(laid, y, length), (memory, open_chunk(laid, length)[0])
 
 
+class Pieces(NamedTuple):
+    """A call cut where the segments of a stream end, row by row; every piece lies in one segment and begins at column 0.
+
+    Rows that need fewer pieces than others end with empty ones.
+    """
+
+    rows: object  # pytree of (n, B, L, ...)
+    phase: jax.Array | None  # (n, B) int32 tokens of the piece's segment before it; None: zero for all
+    lengths: jax.Array | None  # (n, B) int32 tokens of the piece, the columns behind them are padding; None: L for all
+    place: jax.Array | None  # (B, T) int32 where each token lies among the n * L columns; None: in order
+
+
+def cut_pieces(inputs, size: int, position: jax.Array | None = None) -> Pieces:
+    """Cut a call's tokens at multiples of `size` positions of the stream. Rows may stand at different phases.
+
+    Args:
+        inputs: pytree of (B, T, ...).
+        size: of a segment.
+        position: (B,) int32 tokens before the call; None for a call at a sequence's start.
+
+    Returns:
+        The `Pieces`, of L = min(T, size) columns.
+    """
+    time = jax.tree.leaves(inputs)[0].shape[1]
+    columns = min(time, size)
+    if position is None:
+        rows = lay_out(inputs, columns).chunks
+        count, batch = jax.tree.leaves(rows)[0].shape[:2]
+        lengths = jnp.minimum(time - jnp.arange(count) * columns, columns)
+        return Pieces(rows, None, None if time % columns == 0 else jnp.broadcast_to(lengths[:, None], (count, batch)), None)
+    phase, count = position % size, 1 + -(-(time - 1) // size)
+    first = jnp.minimum(size - phase, time)  # tokens of each row's first piece
+    begins = jnp.concatenate([jnp.zeros_like(first)[None], first[None] + size * jnp.arange(count - 1, dtype=first.dtype)[:, None]])
+    begins = jnp.minimum(begins, time)
+    ends = jnp.concatenate([begins[1:], jnp.full_like(first, time)[None]])
+    source = jnp.clip(begins.T[:, :, None] + jnp.arange(columns)[None, None], 0, time - 1).reshape(phase.shape[0], -1)
+    rows = jax.tree.map(lambda x: _cut(_rows(x, source), count), inputs)
+    token = jnp.arange(time)[None]
+    later = token - first[:, None]
+    place = jnp.where(later < 0, token, (1 + later // size) * columns + later % size)
+    return Pieces(rows, (position[None] + begins) % size, ends - begins, place)
+
+
+def join_pieces(pieces: Pieces, outputs: jax.Array, length: int) -> jax.Array:
+    """Outputs of the call's own tokens, (n, B, L, ...) -> (B, T, ...)."""
+    rows = gather_outputs(Grid(None, None, None), outputs, outputs.shape[0] * outputs.shape[2])
+    return rows[:, :length] if pieces.place is None else _rows(rows, pieces.place)
+
+
 def align(x: jax.Array, phase: jax.Array | None, length: int, *, edge: bool = False) -> jax.Array:
     """Pad (B, T, ...) to `length` tokens, row b after phase[b] of padding; zeros, or the nearest token's with `edge`."""
     time = x.shape[1]

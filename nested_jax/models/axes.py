@@ -39,6 +39,8 @@ _RULES: tuple[tuple[str, Axes], ...] = (
     (r'skip$', ('heads',)),
     (r'memory_scale$', ('heads', None)),
     (r'block/norm/scale$', (None,)),
+    (r'persistent_tokens$', (None, 'embed')),
+    (r'heads_norm_\w+/scale$', (None,)),
     (r'level_\d+/(gate|up)/kernel$', ('embed', 'mlp')),
     (r'level_\d+/down/kernel$', ('mlp', 'embed')),
     (r'aggregation$', (None,)),

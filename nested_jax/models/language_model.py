@@ -24,11 +24,16 @@ from nested_jax.layers.retention import Retention
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.srwm import SelfReferentialMatrix
 from nested_jax.layers.titans import Titans
+from nested_jax.layers.titans_context import MemoryAsContext
+from nested_jax.layers.titans_hybrids import MemoryAsGate, MemoryAsLayer
 from nested_jax.layers.ttt import TTT
 
 TOKEN_MIXERS = {
     'attention': Attention,
     'titans': Titans,
+    'titans-mac': MemoryAsContext,
+    'titans-mag': MemoryAsGate,
+    'titans-mal': MemoryAsLayer,
     'gated-delta-rule': GatedDeltaRule,
     'self-modifying': SelfModifyingTitans,
     'linear-attention': LinearAttention,

@@ -29,6 +29,9 @@ BASELINES: dict[str, bool] = {
     'yaad': False,
     'memora': False,
     'atlas': False,
+    'titans-mac': False,
+    'titans-mag': True,
+    'titans-mal': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
@@ -39,6 +42,9 @@ INITIAL_STATES = {
     'yaad': 2,
     'memora': 2,
     'atlas': 2,
+    'titans-mac': 2,
+    'titans-mag': 2,
+    'titans-mal': 2,
     'hope': 10,
     'hope-linear': 5,
     'ttt-linear': 2,
@@ -58,6 +64,13 @@ _SHRUNK: dict[str, dict] = {
     'mamba2': dict(state_space=StateSpaceConfig(state_dim=6, head_dim=8)),
     'samba': dict(num_layers=4, attention=AttentionConfig(window=6)),
     'atlas': dict(memory=MemoryConfig(dgd='none', decay_to='init', chunk_size=4, projection_chunk_size=2, window=3, hidden_dim=6)),
+    # Two of the memory's chunks in a segment, which is the grid of four.
+    'titans-mac': dict(
+        attention=AttentionConfig(num_persistent=2, segment=4),
+        memory=MemoryConfig(dgd='none', chunk_size=2, projection_chunk_size=2, hidden_dim=7),
+    ),
+    'titans-mag': dict(attention=AttentionConfig(num_persistent=2, window=6)),
+    'titans-mal': dict(attention=AttentionConfig(num_persistent=2, window=6)),
 }
 
 # The tests compile much and compute little.
