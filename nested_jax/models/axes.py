@@ -24,7 +24,7 @@ _RULES: tuple[tuple[str, Axes], ...] = (
     (r'mixer/gate/kernel$', ('embed', 'heads')),
     (r'mixer/norm/(scale|bias)$', ('heads',)),
     (r'inner_norm_(scale|shift)$', ('heads', None)),
-    (r'token_rate$', (None,)),
+    (r'token_offset$', (None,)),
     (r'retention_log_scale$', ('heads',)),
     (r'block/norm/scale$', (None,)),
     (r'level_\d+/(gate|up)/kernel$', ('embed', 'mlp')),
