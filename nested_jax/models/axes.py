@@ -34,7 +34,7 @@ _RULES: tuple[tuple[str, Axes], ...] = (
     (r'gate_bias$', (None, 'heads')),
     (r'mixer/norm/(scale|bias)$', ('heads',)),
     (r'inner_norm_(scale|shift)$', ('heads', None)),
-    (r'token_rate$', (None,)),
+    (r'token_offset$', (None,)),
     (r'retention_log_scale$', ('heads',)),
     (r'skip$', ('heads',)),
     (r'memory_scale$', ('heads', None)),
