@@ -111,51 +111,55 @@ class ModelConfig:
         _check_choices(self.memory, 'memory.')
         _check_counts(self, '', 'num_layers', 'width', 'num_heads', 'head_dim', 'vocab_size', 'max_length')
         _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim', 'window')
-        _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block')
-        _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim')
         _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block', 'num_persistent', 'segment')
+        _check_counts(self.state_space, 'state_space.', 'state_dim', 'head_dim', 'expand')
+        self._check_levels()
+        self._check_memory()
+        self._check_mixer()
+        for mixer in self.unit if len(self.unit) > 1 else ():  # what each of a hybrid's layers demands
+            dataclasses.replace(self, mixer=mixer)
+
+    def _check_levels(self) -> None:
         _check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
-        self._check_memory()
-        self._check_mixer()
-        self._check_layers()
-        if self.mixer == 'attention':
-        if self.mixer == 'attention' or self.mixer.startswith('titans-'):
+        count = len(self.unit)
+        _check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
+        if self.in_sequence is None:
+            return
+        _check(count == 1, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
+        _check_choices(self.in_sequence, 'in_sequence.')
+        blocks = self.in_sequence.blocks
+        inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
+        _check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
+        periods = [level.period for level in self.levels]
+        on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
+        _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
+
+    def _check_mixer(self) -> None:
+        inner, attends = self.num_heads * self.head_dim, self.mixer == 'attention' or self.mixer.startswith('titans-')
+        if attends or self.mixer in ('retention', 'ttt'):
             _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
+        if self.mixer == 'gated-linear-attention':
+            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for keys half as wide')
+        if attends:
             kv_heads = self.num_kv_heads
             _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
         if self.mixer == 'titans-mac':
-            self._check_segments()
-        if self.in_sequence is not None:
-            _check_choices(self.in_sequence, 'in_sequence.')
-            blocks = self.in_sequence.blocks
-            inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
-            _check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
-            periods = [level.period for level in self.levels]
-            on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
-            _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
-
-    def _check_mixer(self) -> None:
-        rotary = dict.fromkeys(('attention', 'retention', 'ttt'), 'rotary positions')
-        halves = rotary | {'gated-linear-attention': 'keys half as wide'}
-        if self.mixer in halves:
-            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, f'an even number, for {halves[self.mixer]}')
-        _check_counts(self.state_space, 'state_space.', 'state_dim', 'head_dim', 'expand')
-        if self.mixer == 'mamba2':
-            inner, size = self.state_space.expand * self.width, self.state_space.head_dim
-            _check(inner % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={inner}')
-
-    def _check_layers(self) -> None:
-        count = len(self.unit)
-        _check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
-        _check(count == 1 or self.in_sequence is None, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
-        if count > 1:
-            for mixer in self.unit:  # what each of the layers demands
-                dataclasses.replace(self, mixer=mixer)
+            segment, size = self.attention.segment, self.memory.chunk_size
+            multiple = segment is not None and segment % size == 0
+            _check(multiple, 'attention.segment', segment, f'a multiple of memory.chunk_size={size}')
+            _check(
+                self.width == inner,
+                'width',
+                self.width,
+                f'num_heads * head_dim={inner}: what memory and attention give is read as tokens are',
+            )
         if self.mixer == 'srwm':
-            inner = self.num_heads * self.head_dim
             _check(inner == self.width, 'num_heads * head_dim', inner, f'width={self.width}, which the heads share')
+        if self.mixer == 'mamba2':
+            channels, size = self.state_space.expand * self.width, self.state_space.head_dim
+            _check(channels % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={channels}')
 
     def _check_memory(self) -> None:
         memory = self.memory
@@ -171,20 +175,9 @@ class ModelConfig:
             _check(
                 not memory.momentum, 'memory.momentum', True, "False with memory.gradient='token', whose erasure is part of the gradient"
             )
-
         if self.mixer == 'atlas':
             longest = memory.chunk_size + 1
             _check(memory.window <= longest, 'memory.window', memory.window, f'at most memory.chunk_size + 1, {longest}')
-    def _check_segments(self) -> None:
-        segment, inner = self.attention.segment, self.num_heads * self.head_dim
-        multiple = segment is not None and segment % self.memory.chunk_size == 0
-        _check(multiple, 'attention.segment', segment, f'a multiple of memory.chunk_size={self.memory.chunk_size}')
-        _check(
-            self.width == inner,
-            'width',
-            self.width,
-            f'num_heads * head_dim={inner}: what memory and attention give is projected as tokens are',
-        )
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
