@@ -41,7 +41,7 @@ def linear_attention(
     Scalar decays give RetNet, Mamba-2 and simple GLA, one per key channel GLA and HGRN2.
 
     Args:
-        q, k: (B, T, H, D_k) queries and keys, used as they are.
+        q, k: (B, T, H or 1, D_k) queries and keys, used as they are; one head is shared by all.
         v: (B, T, H, D_v) values.
         log_decay: (B, T, H) or (B, T, H, D_k) g_t <= 0, -inf allowed; None for no decay.
         state: (B, H, D_k, D_v) a state returned earlier, or None to start from `initial`.
@@ -57,9 +57,11 @@ def linear_attention(
         ValueError: for shapes that don't fit one another or a chunk_size below 1.
     """
     chunk_size = _check(q, k, v, {}, state, initial, segment_ids, chunk_size, grid=False)
-    _check_decay(log_decay, k)
+    _check_decay(log_decay, k, v)
     if q.shape[1] == 1:
         return linear_attention_reference(q, k, v, log_decay, state=state, initial=initial, segment_ids=segment_ids)
+    if log_decay is not None and log_decay.ndim == 4:
+        q, k = (jnp.broadcast_to(x, log_decay.shape) for x in (q, k))
     rule = Rule(log_decay)
     return _chunked(rule, q, k, v, state, initial, segment_ids, chunk_size)
 
@@ -77,7 +79,7 @@ def linear_attention_reference(
 ) -> tuple[jax.Array, jax.Array]:
     """Token-by-token twin of `linear_attention`: same arguments, results and errors."""
     _check(q, k, v, {}, state, initial, segment_ids, chunk_size, grid=False)
-    _check_decay(log_decay, k)
+    _check_decay(log_decay, k, v)
 
     def write(memory, anchor, key, value, decay):
         return decay[..., None] * memory + _outer(key, value)
@@ -104,7 +106,7 @@ def delta_rule(
     Eq. (10), arXiv:2412.06464v3.
 
     Args:
-        q, k: (B, T, H, D_k) queries and keys, used as they are; stable for |k| = 1 and beta in (0, 2).
+        q, k: (B, T, H or 1, D_k) queries and keys, used as they are; stable for |k| = 1 and beta in (0, 2).
         v: (B, T, H, D_v) values.
         beta: (B, T, H) writing strengths.
         log_decay: (B, T, H) g_t <= 0, -inf allowed; None for no decay.
@@ -167,7 +169,7 @@ def delta_gradient_descent(
     Eq. (88), arXiv:2512.24695v1, transposed; with gradient='chunk' its Eq. (92) and (93), with the sign of (92) corrected.
 
     Args:
-        q, k: (B, T, H, D_k) queries and keys, used as they are. For |k| = 1, 'l2' and 'token' it is stable for eta <= (1 + alpha) / 2.
+        q, k: (B, T, H or 1, D_k) queries and keys, used as they are. For |k| = 1, 'l2' and 'token' it is stable for eta <= (1 + alpha) / 2.
         v: (B, T, H, D_v) values.
         eta: (B, T, H) learning rates.
         log_alpha: (B, T, H) log of the retention, <= 0, -inf allowed. A token with eta = 0 and log_alpha = 0 writes nothing.
@@ -233,12 +235,12 @@ def _check(q, k, v, gates: dict[str, Any], state, initial, segment_ids, chunk_si
     """Raise ValueError for arguments that don't fit one another; return chunk_size as an int."""
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(f'q must be (batch, time >= 1, heads, dim), got {q.shape}')
-    batch, time, heads, dim = q.shape
     if k.shape != q.shape:
         raise ValueError(f"k must have q's shape {q.shape}, got {k.shape}")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or q.shape[2] not in (1, v.shape[2]):
         raise ValueError(f'v must be {q.shape[:3]} and a value dim, got {v.shape}')
-    memory = (heads, dim, v.shape[3])
+    batch, time, heads, _ = v.shape
+    memory = _memory_shape(k, v)
     expected = {name: (gate, (batch, time, heads)) for name, gate in gates.items()}
     expected |= {'initial': (initial, memory), 'segment_ids': (segment_ids, (batch, time))}
     if state is not None and isinstance(state, MemoryState) != grid:
@@ -266,9 +268,10 @@ def _check_chunk_size(chunk_size: int) -> int:
     return size
 
 
-def _check_decay(log_decay: jax.Array | None, k: jax.Array) -> None:
-    if log_decay is not None and log_decay.shape not in (k.shape[:3], k.shape):
-        raise ValueError(f'log_decay must have shape {k.shape[:3]} or {k.shape}, got {log_decay.shape}')
+def _check_decay(log_decay: jax.Array | None, k: jax.Array, v: jax.Array) -> None:
+    per_channel = (*v.shape[:3], k.shape[3])
+    if log_decay is not None and log_decay.shape not in (v.shape[:3], per_channel):
+        raise ValueError(f'log_decay must have shape {v.shape[:3]} or {per_channel}, got {log_decay.shape}')
 
 
 def _check_options(objective: str, gradient: str, read: str) -> bool:
@@ -295,6 +298,10 @@ def _segment_count(segment_ids: jax.Array) -> jax.Array:
     return jnp.cumsum(jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0))), axis=1)
 
 
+def _memory_shape(k: jax.Array, v: jax.Array) -> tuple[int, int, int]:
+    return v.shape[2], k.shape[3], v.shape[3]
+
+
 def _start(state, initial, batch: int, memory: tuple[int, int, int], dtype) -> tuple[jax.Array, jax.Array]:
     """The (B, H, D_k, D_v) running memory to start from, and the (1, H, D_k, D_v) memory of new segments."""
     fresh = jnp.zeros((1, *memory), dtype) if initial is None else initial.astype(dtype)[None]
@@ -304,7 +311,7 @@ def _start(state, initial, batch: int, memory: tuple[int, int, int], dtype) -> t
 
 def _chunked(rule: Rule, q, k, v, state, initial, segment_ids, chunk_size: int, *, grid: bool = False):
     """Run `rule` in chunks, from and to this module's states."""
-    running, fresh = _start(state, initial, q.shape[0], (*k.shape[2:], v.shape[3]), _wide(q, k, v))
+    running, fresh = _start(state, initial, q.shape[0], _memory_shape(k, v), _wide(q, k, v))
     count = None if segment_ids is None else _segment_count(segment_ids)
     if not grid:
         y, last, _ = run_rule(rule, q, k, v, running, fresh, count, chunk_size)
@@ -332,7 +339,7 @@ def _recurrent(
 ):  # fmt: skip
     """Scan `write(memory, anchor, key, value, *gates)` over tokens; `grid` is the chunk size where there is one."""
     dtype, batch = _wide(q, k, v), q.shape[0]
-    memory, fresh = _start(state, initial, batch, (*k.shape[2:], v.shape[3]), dtype)
+    memory, fresh = _start(state, initial, batch, _memory_shape(k, v), dtype)
     anchor, position = (state.anchor.astype(dtype), state.position) if grid and state is not None else (memory, jnp.zeros(batch, jnp.int32))
     count = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else _segment_count(segment_ids)
     begins = jnp.diff(count, axis=1, prepend=0) > 0

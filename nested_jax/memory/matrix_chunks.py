@@ -87,7 +87,7 @@ def run_rule(
 
     Args:
         rule: the recurrence and its gates.
-        q, k, v: (B, T, H, D).
+        q, k, v: (B, T, H, D); q and k may have one head for all.
         running: (B, H, D_k, D_v) memory before the first token, in the dtype to compute in.
         fresh: (1, H, D_k, D_v) memory new segments start from.
         count: (B, T) segments begun in this call up to each token; None for none.
@@ -120,7 +120,7 @@ def run_rule(
 
 def _tokens(rule: Rule, q, k, v, count, phase, chunk_size: int, dtype) -> tuple[_Tokens, int]:
     """Cut the inputs into chunks, and say into how many groups of equal size the chunks go."""
-    batch, time, heads, dim = q.shape
+    batch, time, heads, _ = v.shape
     size = min(chunk_size, time) if phase is None else chunk_size
     if rule.log_decay is not None and rule.log_decay.ndim == 4:
         size = 1 << (size - 1).bit_length()
@@ -128,7 +128,7 @@ def _tokens(rule: Rule, q, k, v, count, phase, chunk_size: int, dtype) -> tuple[
     chunks = -(-(time + (0 if phase is None else chunk_size - 1)) // size)
     groups = 1
     if jax.default_backend() == 'cpu':
-        groups = -(-chunks // max(1, _GROUP_ELEMENTS // (batch * size * heads * max(dim, v.shape[3]))))
+        groups = -(-chunks // max(1, _GROUP_ELEMENTS // (batch * size * heads * max(k.shape[3], v.shape[3]))))
     length = groups * -(-chunks // groups) * size
     split = lambda x: grid.to_chunks(grid.align(x, phase, length), size)
     widen = lambda x: None if x is None else split(x.astype(dtype))
