@@ -6,7 +6,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
-Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying']
+Mixer = Literal['attention', 'titans', 'gated-delta-rule', 'self-modifying', 'rwkv7', 'comba']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,8 @@ _HIDDEN = {
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
     'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
+    'rwkv7': {'tiny': 352, '124m': 1856, '340m': 2512, '760m': 3792, '1.3b': 5136},
+    'comba': {'tiny': 400, '124m': 1792, '340m': 2400, '760m': 3584, '1.3b': 4800},
 }
 
 _FAMILIES = {
@@ -52,6 +54,8 @@ _FAMILIES = {
         mixer='self-modifying',
         memory=MemoryConfig(kind='matrix', gradient='token', momentum=False, decay_to='init'),
     ),
+    'rwkv7': dict(mixer='rwkv7', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
+    'comba': dict(mixer='comba', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
 }
 
 

@@ -13,8 +13,13 @@ from nested_jax.models.presets import preset
 
 CORE = ('transformer', 'hope-attention', 'gated-deltanet', 'titans', 'hope', 'hope-linear')
 # The paper's other models. True: the default suite tests what one compiled program shows; the rest, and the others, are slow tests.
-BASELINES: dict[str, bool] = {}
+BASELINES: dict[str, bool] = {
+    'rwkv7': True,
+    'comba': False,
+}
 FAMILIES = (*CORE, *BASELINES)
+# Families whose keys have no unit norm: the rows' sizes bound what a token writes, and nothing bounds a sum that does not decay.
+UNNORMALIZED = ('rwkv7',)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,

@@ -12,7 +12,18 @@ import nested_jax.layers.gated_delta_rule
 from nested_jax.config import AttentionConfig, LevelConfig
 from nested_jax.memory.matrix import delta_rule_reference
 from nested_jax.models.language_model import LanguageModel
-from tests.models.small_models import BASELINES, CORE, FAMILIES, INITIAL_STATES, fast_jit, initial_leaves, random_params, shapes, small
+from tests.models.small_models import (
+    BASELINES,
+    CORE,
+    FAMILIES,
+    INITIAL_STATES,
+    UNNORMALIZED,
+    fast_jit,
+    initial_leaves,
+    random_params,
+    shapes,
+    small,
+)
 
 
 def _marked(family: str, *, one_program: bool):
@@ -389,7 +400,11 @@ def test_states_stay_bounded_over_two_thousand_tokens(family):
         return jax.lax.scan(piece, state, tokens)[1]
 
     every, memories, logits = read(params, model.init_state(3), jnp.asarray(tokens.reshape(3, 4, 500).swapaxes(0, 1)))
-    assert np.isfinite(every).all() and np.isfinite(logits).all() and every.max() < 300
+    assert np.isfinite(every).all() and np.isfinite(logits).all()
+    if family in UNNORMALIZED:  # a sum of twice as many tokens is about twice as large
+        assert (memories[-1] < 3 * memories[1] + 1).all(), np.asarray(memories).round(2)
+        return
+    assert every.max() < 300
     # The rest of the state is the last tokens' inputs, large at such weights. A memory stays near its initial state, of entries up to 6,
     # and near its targets, of norm one but in the gated delta rule.
     if family in INITIAL_STATES:
