@@ -10,7 +10,7 @@ Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
     'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2', 'ttt',
     'mamba', 'mamba-attention', 'lstm', 'srwm', 'dla', 'moneta', 'yaad', 'memora', 'atlas',
-    'titans-mac', 'titans-mag', 'titans-mal',
+    'titans-mac', 'titans-mag', 'titans-mal', 'rwkv7', 'comba',
 ]  # fmt: skip
 # Hybrids: the mixers of layers that follow one another, again and again.
 HYBRIDS: dict[str, tuple[Mixer, ...]] = {'mamba-attention': ('mamba', 'attention')}

@@ -5,6 +5,7 @@ Einsum letters: b batch, t time, h head, d channel.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -44,10 +45,11 @@ class Projection(nn.Module):
     features: int
     dtype: jnp.dtype
     scale: float = 1.0  # of the initial standard deviation 1 / sqrt(D_in)
+    initializer: Callable | None = None  # in its place
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        initializer = nn.initializers.variance_scaling(self.scale**2, 'fan_in', 'normal')
+        initializer = self.initializer or nn.initializers.variance_scaling(self.scale**2, 'fan_in', 'normal')
         kernel = self.param('kernel', initializer, (x.shape[-1], self.features))
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         return (flat @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)

@@ -57,6 +57,8 @@ _HIDDEN = {
     # References for state tracking, not parallel over tokens: nobody would train them at scale.
     'lstm': {'tiny': 272},
     'srwm': {'tiny': 544},
+    'rwkv7': {'tiny': 352, '124m': 1856, '340m': 2512, '760m': 3792, '1.3b': 5136},
+    'comba': {'tiny': 400, '124m': 1792, '340m': 2400, '760m': 3584, '1.3b': 4800},
 }
 
 # Windows that training sequences of 4,096 tokens outgrow, so that what lies further back has to come from the memory.
@@ -106,6 +108,8 @@ _TINY = {
     'titans-mac': dict(attention=AttentionConfig(num_persistent=4, segment=64)),
     'titans-mag': dict(attention=AttentionConfig(num_persistent=4, window=64)),
     'titans-mal': dict(attention=AttentionConfig(num_persistent=4, window=64)),
+    'rwkv7': dict(mixer='rwkv7', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
+    'comba': dict(mixer='comba', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
 }
 
 

@@ -32,6 +32,8 @@ BASELINES: dict[str, bool] = {
     'titans-mac': False,
     'titans-mag': True,
     'titans-mal': False,
+    'rwkv7': True,
+    'comba': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
@@ -58,6 +60,7 @@ UNNORMALIZED = (
     'gla',
     'mamba2',
     'samba',
+    'rwkv7',
 )
 # What else the small model of a family changes.
 _SHRUNK: dict[str, dict] = {
