@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.smoke:
         args = args.smaller(models=args.models[:1], languages=args.languages[:1])
     cells = make_cells(args.models, args.languages, args.seeds)
-    config = lambda cell: args.config(model(cell.model, cell.task), FormalLanguage(cell.task), cell.seed)
+    config = lambda cell: args.config(cell, model(cell.model, cell.task), FormalLanguage(cell.task))
     grid = Grid(EXPERIMENT, cells, config, functools.partial(prepare, args), describe, args.results, args.side_by_side)
     return run_grid(grid, minutes=args.minutes, store=not args.smoke)
 

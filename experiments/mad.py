@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.smoke:
         args = args.smaller(models=args.models[:1], tasks=args.tasks[:1])
     cells = make_cells(args.models, args.tasks, args.seeds)
-    config = lambda cell: args.of(cell.task).config(model(cell.model, cell.task), TASKS[cell.task], cell.seed)
+    config = lambda cell: args.of(cell.task).config(cell, model(cell.model, cell.task), TASKS[cell.task])
     grid = Grid(EXPERIMENT, cells, config, functools.partial(prepare, args), describe, args.results, args.side_by_side)
     return run_grid(grid, minutes=args.minutes, store=not args.smoke)
 

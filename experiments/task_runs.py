@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.fitting import Fitted, lane, make_fit
-from experiments.grid import GridArgs, Train
+from experiments.grid import Cell, GridArgs, Train
 from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.data.tasks.task import Example, Task
 from nested_jax.models.presets import preset, preset_names, without
@@ -70,12 +70,12 @@ class TaskArgs(GridArgs):
         sizes = dict(steps=2, warmup_steps=1, batch_size=2, train_examples=4, validation_examples=4, test_examples=4)
         return dataclasses.replace(self, seeds=self.seeds[:1], learning_rates=self.learning_rates[:1], **sizes, **others)
 
-    def config(self, model: ModelConfig, task: Task, seed: int) -> dict:
-        """The configuration of a row, all that its numbers depend on."""
+    def config(self, cell: Cell, model: ModelConfig, task: Task) -> dict:
+        """The configuration of a cell's row, all that its numbers depend on."""
         names = ('steps', 'warmup_steps', 'batch_size', 'weight_decay', 'train_examples', 'validation_examples', 'test_examples')
         return dict(
-            model=dataclasses.asdict(model), task=dict(name=type(task).__name__, **dataclasses.asdict(task)),
-            train={name: getattr(self, name) for name in names} | dict(learning_rates=self.learning_rates), seed=seed,
+            model=dataclasses.asdict(model), task=dict(name=cell.task, **dataclasses.asdict(task)),
+            train={name: getattr(self, name) for name in names} | dict(learning_rates=self.learning_rates), seed=cell.seed,
         )  # fmt: skip
 
 
