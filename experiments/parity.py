@@ -43,11 +43,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.fitting import make_fit
+from experiments.fitting import fit_one, make_fit
 from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.training.config import TrainConfig
+from nested_jax.training.state import step_key
 
 EXPERIMENT = 'parity'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
@@ -121,11 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     for arm in args.arms:
         model = LanguageModel(model_config(arm, args.projection_chunk_size, args.decay_to))
-        fit = make_fit(model, args.train, lambda key: draw_strings(key, args.batch_size, *BINS[0]))
+        fit = make_fit(model, args.train, lambda _, state: draw_strings(step_key(state), args.batch_size, *BINS[0]))
         predict = jax.jit(lambda params, tokens, model=model: model.apply({'params': params}, tokens)[0].argmax(-1))
         for seed in args.seeds:
             began = time.monotonic()
-            params, loss = fit(seed)
+            params, loss = fit_one(fit, seed)
             bins = {f'bin{i}': evaluate(functools.partial(predict, params), seed, args.eval_strings, i) for i in range(len(BINS))}
             wall_s = time.monotonic() - began
             print(f'{arm:<16}{seed:<6}{loss:<9.4f}{_summary(bins)}   {wall_s:.0f} s', flush=True)

@@ -41,11 +41,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.fitting import make_fit
+from experiments.fitting import fit_one, make_fit
 from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.training.config import TrainConfig
+from nested_jax.training.state import step_key
 
 EXPERIMENT = 'recall'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
@@ -117,11 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f'{"arm":<18}{"seed":<6}{"loss":<9}% of values right by length:pairs', flush=True)
     for arm in args.arms:
         model = LanguageModel(model_config(arm))
-        fit = make_fit(model, args.train, lambda key: draw_sequences(key, args.batch_size, *TRAINED))
+        fit = make_fit(model, args.train, lambda _, state: draw_sequences(step_key(state), args.batch_size, *TRAINED))
         predict = jax.jit(lambda params, tokens, model=model: model.apply({'params': params}, tokens)[0].argmax(-1))
         for seed in args.seeds:
             began = time.monotonic()
-            params, loss = fit(seed)
+            params, loss = fit_one(fit, seed)
             accuracy = evaluate(functools.partial(predict, params), seed, args.eval_sequences)
             wall_s = time.monotonic() - began
             shares = '  '.join(f'{test} {100 * share:.1f}' for test, share in accuracy.items())

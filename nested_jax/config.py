@@ -9,7 +9,8 @@ SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
 Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
     'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2', 'ttt',
-    'mamba', 'mamba-attention', 'lstm', 'srwm',
+    'mamba', 'mamba-attention', 'lstm', 'srwm', 'dla', 'moneta', 'yaad', 'memora', 'atlas',
+    'titans-mac', 'titans-mag', 'titans-mal', 'rwkv7', 'comba',
 ]  # fmt: skip
 # Hybrids: the mixers of layers that follow one another, again and again.
 HYBRIDS: dict[str, tuple[Mixer, ...]] = {'mamba-attention': ('mamba', 'attention')}
@@ -23,6 +24,8 @@ class AttentionConfig:
     window: int | None = None  # tokens each query sees, itself included; None: all, up to max_length
     rope_theta: float = 10_000.0
     query_block: int | None = None  # queries at a time, which skip later keys and keep no scores; None: all
+    num_persistent: int | None = None  # learned tokens that every query sees beside its window (Sec. 3.3, arXiv:2501.00663v1)
+    segment: int | None = None  # titans-mac: tokens that see one another, a multiple of memory.chunk_size
     short_convolution: bool = False  # the width-4 convolutions of the memories on q, k and v, as a control
 
 
@@ -40,6 +43,7 @@ class MemoryConfig:
     momentum: bool = True
     retention: bool = True  # False: alpha = 1, nothing decays
     decay_to: Literal['zero', 'init'] = 'zero'
+    window: int = 8  # tokens whose gradients Atlas' steps sum
     adaptive_query: bool = False
     positive_eigenvalues: bool = False  # keep eta below alpha, so that no eigenvalue turns negative
     negative_eigenvalues: bool = False  # of the (gated) delta rule: beta up to 2 instead of 1
@@ -106,46 +110,56 @@ class ModelConfig:
         _check_choices(self, '')
         _check_choices(self.memory, 'memory.')
         _check_counts(self, '', 'num_layers', 'width', 'num_heads', 'head_dim', 'vocab_size', 'max_length')
-        _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim')
-        _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block')
+        _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim', 'window')
+        _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block', 'num_persistent', 'segment')
+        _check_counts(self.state_space, 'state_space.', 'state_dim', 'head_dim', 'expand')
+        self._check_levels()
+        self._check_memory()
+        self._check_mixer()
+        for mixer in self.unit if len(self.unit) > 1 else ():  # what each of a hybrid's layers demands
+            dataclasses.replace(self, mixer=mixer)
+
+    def _check_levels(self) -> None:
         _check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
-        self._check_memory()
-        self._check_mixer()
-        self._check_layers()
-        if self.mixer == 'attention':
-            kv_heads = self.num_kv_heads
-            _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
-        if self.in_sequence is not None:
-            _check_choices(self.in_sequence, 'in_sequence.')
-            blocks = self.in_sequence.blocks
-            inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
-            _check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
-            periods = [level.period for level in self.levels]
-            on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
-            _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
-
-    def _check_mixer(self) -> None:
-        rotary = dict.fromkeys(('attention', 'retention', 'ttt'), 'rotary positions')
-        halves = rotary | {'gated-linear-attention': 'keys half as wide'}
-        if self.mixer in halves:
-            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, f'an even number, for {halves[self.mixer]}')
-        _check_counts(self.state_space, 'state_space.', 'state_dim', 'head_dim', 'expand')
-        if self.mixer == 'mamba2':
-            inner, size = self.state_space.expand * self.width, self.state_space.head_dim
-            _check(inner % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={inner}')
-
-    def _check_layers(self) -> None:
         count = len(self.unit)
         _check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
-        _check(count == 1 or self.in_sequence is None, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
-        if count > 1:
-            for mixer in self.unit:  # what each of the layers demands
-                dataclasses.replace(self, mixer=mixer)
+        if self.in_sequence is None:
+            return
+        _check(count == 1, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
+        _check_choices(self.in_sequence, 'in_sequence.')
+        blocks = self.in_sequence.blocks
+        inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
+        _check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
+        periods = [level.period for level in self.levels]
+        on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
+        _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
+
+    def _check_mixer(self) -> None:
+        inner, attends = self.num_heads * self.head_dim, self.mixer == 'attention' or self.mixer.startswith('titans-')
+        if attends or self.mixer in ('retention', 'ttt'):
+            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
+        if self.mixer == 'gated-linear-attention':
+            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for keys half as wide')
+        if attends:
+            kv_heads = self.num_kv_heads
+            _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
+        if self.mixer == 'titans-mac':
+            segment, size = self.attention.segment, self.memory.chunk_size
+            multiple = segment is not None and segment % size == 0
+            _check(multiple, 'attention.segment', segment, f'a multiple of memory.chunk_size={size}')
+            _check(
+                self.width == inner,
+                'width',
+                self.width,
+                f'num_heads * head_dim={inner}: what memory and attention give is read as tokens are',
+            )
         if self.mixer == 'srwm':
-            inner = self.num_heads * self.head_dim
             _check(inner == self.width, 'num_heads * head_dim', inner, f'width={self.width}, which the heads share')
+        if self.mixer == 'mamba2':
+            channels, size = self.state_space.expand * self.width, self.state_space.head_dim
+            _check(channels % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={channels}')
 
     def _check_memory(self) -> None:
         memory = self.memory
@@ -161,6 +175,9 @@ class ModelConfig:
             _check(
                 not memory.momentum, 'memory.momentum', True, "False with memory.gradient='token', whose erasure is part of the gradient"
             )
+        if self.mixer == 'atlas':
+            longest = memory.chunk_size + 1
+            _check(memory.window <= longest, 'memory.window', memory.window, f'at most memory.chunk_size + 1, {longest}')
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
@@ -188,6 +205,14 @@ class ModelConfig:
         sizes = {
             'titans': (self.memory.chunk_size,),
             'ttt': (self.memory.chunk_size,),
+            'dla': (self.memory.chunk_size,),
+            'moneta': (self.memory.chunk_size,),
+            'yaad': (self.memory.chunk_size,),
+            'memora': (self.memory.chunk_size,),
+            'atlas': (self.memory.chunk_size,),
+            'titans-mac': (self.attention.segment,),
+            'titans-mag': (self.memory.chunk_size,),
+            'titans-mal': (self.memory.chunk_size,),
             'self-modifying': (self.memory.chunk_size, self.memory.projection_chunk_size),
         }.get(self.mixer, ())
         return math.lcm(*sizes, 1 if self.in_sequence is None else self.levels[0].period)

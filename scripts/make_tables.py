@@ -1,7 +1,8 @@
 """Writes the README's tables from the rows in experiments/results: `python scripts/make_tables.py`.
 
 Runs of one model, number of tokens, learning rate and text are one line: the mean over seeds, and the sample standard deviation.
-Only runs evaluated on the whole held-out text count, and of each model and number of tokens the learning rate with the best mean.
+Only runs evaluated on the whole held-out text count, and of each model and number of tokens the learning rate with the best mean. The
+tables of the grids are those of experiments/tables.py.
 """
 
 import argparse
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import optimizer_race
 from experiments.racing import interval
+from experiments.tables import language_table, mad_table
 from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
 README, RESULTS = ROOT / 'README.md', ROOT / 'experiments' / 'results'
@@ -28,7 +30,10 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     speeds = speed_table(read_rows(results / 'bench_cpu.jsonl'))
     parity = parity_table(read_rows(results / 'parity.jsonl'))
     race = race_table(read_rows(results / 'optimizer_race.jsonl'))
-    return '\n'.join([*pretraining_table(pretraining), '', *speeds, '', *parity, '', *race]) + '\n'
+    languages = language_table(read_rows(results / 'formal_languages.jsonl'))
+    mad = mad_table(read_rows(results / 'mad.jsonl'))
+    made = [pretraining_table(pretraining), speeds, parity, race, languages, mad]
+    return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 
 def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:

@@ -54,10 +54,15 @@ def make_row(
 
 def append_row(path: str | os.PathLike, row: dict) -> None:
     """Adds a row to the end of a file; makes the file and its folder when absent."""
+    append_rows(path, [row])
+
+
+def append_rows(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Adds rows to the end of a file in one write, so that none or all of them are there when the process is killed."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a') as file:
-        file.write(json.dumps(row) + '\n')
+    with open(path, 'ab', buffering=0) as file:
+        file.write(''.join(json.dumps(row) + '\n' for row in rows).encode())
 
 
 def read_rows(path: str | os.PathLike) -> list[dict]:

@@ -1,6 +1,10 @@
 """Softmax attention with rotary positions, grouped queries and an optional window.
 
-Its memory is the list of keys and values itself (Eq. 62, arXiv:2512.24695v1), here the last `capacity` of them.
+Its memory is the list of keys and values itself (Eq. 62, arXiv:2512.24695v1), here the last `capacity` of them. Persistent tokens
+(Sec. 3.3, arXiv:2501.00663v1) are learned ones in front of every sequence, knowledge of the task, which every query sees whatever the
+window. They have no position: a query's score with them is that of the unrotated rows, the same wherever in a document it stands.
+
+Einsum letters: b batch, t queries, s keys, n persistent tokens, g key and value heads, r query heads of each, d channel.
 """
 
 from typing import NamedTuple
@@ -24,6 +28,58 @@ class AttentionState(NamedTuple):
     convolution: tuple[jax.Array, ...] | None  # with short convolutions: inputs of q's, k's and v's
 
 
+class Persistent(NamedTuple):
+    """What a call's queries see of the persistent tokens."""
+
+    scores: jax.Array  # (B, T, H, N) not scaled, float32 or wider
+    value: jax.Array  # (N, H_kv, D)
+
+    def part(self, start: int, end: int) -> 'Persistent':
+        """That of some of the queries."""
+        return self._replace(scores=self.scores[:, start:end])
+
+
+def persistent_tokens(module: nn.Module, config: ModelConfig) -> jax.Array:
+    """Declares the learned (N, width) tokens, of the size of normed rows, as a parameter of `module`."""
+    return module.param('persistent_tokens', nn.initializers.normal(1.0), (config.attention.num_persistent, config.width))
+
+
+def persistent_memory(query: jax.Array, key: jax.Array, value: jax.Array) -> Persistent:
+    """Scores of unrotated queries (B, T, H, D) with persistent tokens' keys, and the values; both (N, H_kv, D)."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum('btgrd,ngd->btgrn', _group(query, key.shape[1]), key, preferred_element_type=wide)
+    return Persistent(scores.reshape(*query.shape[:3], -1), value)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, persistent: Persistent | None) -> jax.Array:
+    """Softmax attention over the visible keys and the persistent tokens, scaled by D^-1/2.
+
+    Args:
+        query: (B, T, H, D), rotated as the keys are.
+        key, value: (B, S, H_kv, D).
+        visible: (B or 1, T, S) bool.
+        persistent: tokens every query sees besides.
+
+    Returns:
+        (B, T, H, D) in the dtype of the values.
+    """
+    if persistent is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+    wide, count = jnp.promote_types(query.dtype, jnp.float32), persistent.value.shape[0]
+    scores = jnp.einsum('btgrd,bsgd->btgrs', _group(query, key.shape[2]), key, preferred_element_type=wide)
+    scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
+    scores = jnp.concatenate([persistent.scores.reshape(*scores.shape[:4], count), scores], -1)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1).astype(value.dtype)
+    y = jnp.einsum('btgrn,ngd->btgrd', weights[..., :count], persistent.value)
+    y += jnp.einsum('btgrs,bsgd->btgrd', weights[..., count:], value)
+    return y.reshape(query.shape)
+
+
+def _group(query: jax.Array, kv_heads: int) -> jax.Array:
+    """(B, T, H, D) -> (B, T, H_kv, H / H_kv, D)."""
+    return query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
+
+
 def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding, half-split pairing (Sec. 3.4, arXiv:2104.09864v5).
 
@@ -44,9 +100,13 @@ def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Token mixer; `config.attention` sets it."""
+    """Token mixer; `config.attention` sets it.
+
+    `has_output=False` returns what the heads read, (B, T, H, D), for layers that have their own gate and output projection.
+    """
 
     config: ModelConfig
+    has_output: bool = True
 
     @property
     def capacity(self) -> int:
@@ -58,12 +118,19 @@ class Attention(nn.Module):
         """(B, T, width) -> (B, T, width), and the state after the call's last token."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         heads = {'query': config.num_heads, 'key': config.num_kv_heads, 'value': config.num_kv_heads}
-        rows = {name: Projection(n * config.head_dim, dtype, name=name)(x) for name, n in heads.items()}
+        projections = {name: Projection(n * config.head_dim, dtype, name=name) for name, n in heads.items()}
+        rows = {name: project(x) for name, project in projections.items()}
         convolution = None
         if config.attention.short_convolution:
             before = (None,) * 3 if state is None else state.convolution
             rows, convolution = _convolve(rows, before, context.segment_ids)
         query, key, value = (split_heads(rows[name], n) for name, n in heads.items())
+        persistent = None
+        if config.attention.num_persistent is not None:
+            tokens = persistent_tokens(self, config)
+            persistent = persistent_memory(
+                query, *(split_heads(projections[name](tokens), config.num_kv_heads) for name in ('key', 'value'))
+            )
         position = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         if context.position is not None:
             position += context.position[:, None]
@@ -71,35 +138,39 @@ class Attention(nn.Module):
         segment_id = jnp.zeros(x.shape[:2], jnp.int32) if context.segment_ids is None else context.segment_ids
         new = AttentionState(key, value, position, segment_id, jnp.ones(x.shape[:2], bool), convolution)
         known = new if state is None else _append(state, new)
-        y = self._attend(query, known, new, masked=state is not None or context.segment_ids is not None)
-        y = Projection(config.width, dtype, scale=(2 * config.num_layers) ** -0.5, name='output')(y.reshape(*x.shape[:2], -1))
+        y = self._attend(query, known, new, persistent, masked=state is not None or context.segment_ids is not None)
+        if self.has_output:
+            y = Projection(config.width, dtype, scale=(2 * config.num_layers) ** -0.5, name='output')(y.reshape(*x.shape[:2], -1))
         return y, _last(known, self.capacity) if context.update else state
 
-    def _attend(self, query: jax.Array, known: AttentionState, new: AttentionState, *, masked: bool) -> jax.Array:
+    def _attend(
+        self, query: jax.Array, known: AttentionState, new: AttentionState, persistent: Persistent | None, *, masked: bool
+    ) -> jax.Array:
         if not masked:
-            return self._attend_in_blocks(query, known.key, known.value)
+            return self._attend_in_blocks(query, known.key, known.value, persistent)
         distance = new.position[:, :, None] - known.position[:, None]
         visible = (distance >= 0) & (distance < self.capacity) & (new.segment_id[:, :, None] == known.segment_id[:, None])
         visible &= known.filled[:, None]
-        return jax.nn.dot_product_attention(query, known.key, known.value, mask=visible[:, None])
+        return attend(query, known.key, known.value, visible, persistent)
 
-    def _attend_in_blocks(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def _attend_in_blocks(self, query: jax.Array, key: jax.Array, value: jax.Array, persistent: Persistent | None) -> jax.Array:
         """Causal attention of one document from its start; a block of queries skips the keys that none of them sees."""
         length, block = query.shape[1], self.config.attention.query_block or query.shape[1]
         window = (self.capacity - 1, 0) if length > self.capacity else None
 
         @jax.checkpoint
-        def attend(queries, keys, values, offset):
+        def attend_block(queries, keys, values, persistent, offset):
             distance = offset + jnp.arange(queries.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
             visible = (distance >= 0) & (distance < self.capacity)
-            return jax.nn.dot_product_attention(queries, keys, values, mask=visible[None, None])
+            return attend(queries, keys, values, visible[None], persistent)
 
-        if block >= length:
+        if block >= length and persistent is None:
             return jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=window)
         parts = []
         for start in range(0, length, block):
             end, first = min(start + block, length), max(start - self.capacity + 1, 0)
-            parts.append(attend(query[:, start:end], key[:, first:end], value[:, first:end], start - first))
+            seen = None if persistent is None else persistent.part(start, end)
+            parts.append(attend_block(query[:, start:end], key[:, first:end], value[:, first:end], seen, start - first))
         return jnp.concatenate(parts, 1)
 
 

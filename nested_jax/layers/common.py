@@ -5,6 +5,7 @@ Einsum letters: b batch, t time, h head, d channel.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -44,10 +45,11 @@ class Projection(nn.Module):
     features: int
     dtype: jnp.dtype
     scale: float = 1.0  # of the initial standard deviation 1 / sqrt(D_in)
+    initializer: Callable | None = None  # in its place
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        initializer = nn.initializers.variance_scaling(self.scale**2, 'fan_in', 'normal')
+        initializer = self.initializer or nn.initializers.variance_scaling(self.scale**2, 'fan_in', 'normal')
         kernel = self.param('kernel', initializer, (x.shape[-1], self.features))
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         return (flat @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
@@ -73,8 +75,13 @@ class ShortConvolution(nn.Module):
     activate: bool = True  # False: no SiLU
 
     @nn.compact
-    def __call__(self, x: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """`state` holds the three inputs before this call, (B, 3, D), zeros or None at a document's start; returned anew."""
+    def __call__(
+        self, x: jax.Array, state: jax.Array | None, segment_ids: jax.Array | None, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`state` holds the three inputs before this call, (B, 3, D), zeros or None at a document's start; returned anew.
+
+        With `lengths`, (B,), a row ends there and what follows is padding; not together with `segment_ids`.
+        """
         kernel = self.param('kernel', _convolution_initializer, (CONVOLUTION_WIDTH, x.shape[-1])).astype(x.dtype)
         before = CONVOLUTION_WIDTH - 1
         if state is None:
@@ -91,7 +98,10 @@ class ShortConvolution(nn.Module):
         if self.use_bias:
             bias = self.param('bias', _bias_initializer, (x.shape[-1],)).astype(x.dtype)
             y += jnp.broadcast_to(bias, x.shape)
-        new_state = window[:, x.shape[1] :]
+        if lengths is None:
+            new_state = window[:, x.shape[1] :]
+        else:
+            new_state = jnp.take_along_axis(window, (lengths[:, None] + jnp.arange(before)[None])[:, :, None], axis=1)
         if segment_ids is not None:
             new_state = jnp.where((ids[:, x.shape[1] :] == segment_ids[:, -1:])[..., None], new_state, 0)
         return jax.nn.silu(y) if self.activate else y, new_state

@@ -49,7 +49,7 @@ class Mamba2(nn.Module):
         return output(y), Mamba2State(memory, convolution) if context.update else state
 
     def _rows(self, x: jax.Array, state: Mamba2State | None, context: Context):
-        """C and B (B, T, H, N), the same for all heads, x (B, T, H * P), and the convolutions' states."""
+        """C and B (B, T, 1, N), x (B, T, H * P), and the convolutions' states."""
         sizes = self.config.state_space
         dims = {'shared_query': sizes.state_dim, 'shared_key': sizes.state_dim, 'value': sizes.expand * self.config.width}
         before = (None,) * 3 if state is None else state.convolution
@@ -60,8 +60,7 @@ class Mamba2(nn.Module):
             row, inputs = convolve(projected, inputs, context.segment_ids)
             rows.append(row)
             after.append(inputs)
-        query, key = (jnp.repeat(row[:, :, None], self.config.state_space_heads, 2) for row in rows[:2])
-        return query, key, rows[2], tuple(after)
+        return rows[0][:, :, None], rows[1][:, :, None], rows[2], tuple(after)
 
     def _step(self, x: jax.Array, heads: int) -> tuple[jax.Array, jax.Array]:
         """dt = softplus(x W + b) and A dt, (B, T, H) float32."""

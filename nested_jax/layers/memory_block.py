@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, l2_normalize, split_heads
+from nested_jax.memory.mlp import MLPWeights
 
 
 class MemoryInputs(NamedTuple):
@@ -70,11 +71,13 @@ class MemoryBlock(HeadBlock):
         self.gate_bias = self.param('gate_bias', gate_bias(self.gates), (len(self.gates), heads))
         self.retention_log_scale = self.param('retention_log_scale', retention_log_scale, (heads,)) if 'alpha' in self.gates else None
 
-    def inputs(self, x: jax.Array, convolution: tuple[jax.Array, ...] | None, context: Context) -> MemoryInputs:
-        """(B, T, width) and the convolutions' states -> the memory's inputs."""
+    def inputs(
+        self, x: jax.Array, convolution: tuple[jax.Array, ...] | None, context: Context, lengths: jax.Array | None = None
+    ) -> MemoryInputs:
+        """(B, T, width), the convolutions' states and, of padded rows, their lengths (B,) -> the memory's inputs."""
         before = (None,) * 3 if convolution is None else convolution
-        rows = (self.query(x), self.key(x), self.value(x))
-        done = [convolve(row, state, context.segment_ids) for convolve, row, state in zip(self.convolutions, rows, before, strict=True)]
+        rows = zip(self.convolutions, (self.query(x), self.key(x), self.value(x)), before, strict=True)
+        done = [convolve(row, state, context.segment_ids, lengths) for convolve, row, state in rows]
         query, key, value = (split_heads(row, self.config.num_heads) for row, _ in done)
         logits = self.gate_logits(x).reshape(*x.shape[:2], len(self.gates), -1) + self.gate_bias[None, None]
         return MemoryInputs(
@@ -84,10 +87,23 @@ class MemoryBlock(HeadBlock):
             self.output_gate(x), tuple(state for _, state in done),
         )  # fmt: skip
 
+    def queries(self, x: jax.Array, convolution: jax.Array | None, context: Context) -> tuple[jax.Array, jax.Array]:
+        """(B, T, width) and the state of the queries' convolution -> queries as `inputs` makes them, and the state."""
+        rows, state = self.convolutions[0](self.query(x), convolution, context.segment_ids)
+        return l2_normalize(split_heads(rows, self.config.num_heads)), state
+
 
 def log_retention(logits: jax.Array, scale: jax.Array) -> jax.Array:
     """log alpha = -scale * softplus(logits), (B, T, H) and (H,) -> (B, T, H): in (0, 1) by construction, exact near both ends."""
     return -scale[None, None] * jax.nn.softplus(logits)
+
+
+def initial_mlp(layer: nn.Module, config: ModelConfig, inputs: int | None = None) -> MLPWeights:
+    """The learned initial state of an MLP memory, declared as two parameters of `layer`; `inputs` is the head's width when None."""
+    heads, width = config.num_heads, config.head_dim
+    inputs, hidden = inputs or width, config.memory.hidden_dim or width
+    w_in = layer.param('initial_memory_in', nn.initializers.normal(inputs**-0.5), (heads, inputs, hidden))
+    return MLPWeights(w_in, layer.param('initial_memory_out', nn.initializers.normal(0.02), (heads, hidden, width)))
 
 
 def retention_log_scale(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -19,7 +19,11 @@ class SRWMState(NamedTuple):
 
 
 class SelfReferentialMatrix(nn.Module):
-    """Token mixer: each head's slice of the row is the input of one matrix that writes itself; no projection but the output's."""
+    """Token mixer: each head's slice of the row is the input of one matrix that writes itself; no projection but the output's.
+
+    Inputs are read as they are, and W_0 is drawn, as in the authors' code for formal languages (IDSIA/fwp-formal-lang): queries start
+    near zero, and rates around minus the sum of the inputs.
+    """
 
     config: ModelConfig
 
@@ -41,9 +45,12 @@ class SelfReferentialMatrix(nn.Module):
         return y, SRWMState(memory) if context.update else state
 
     def _initial(self) -> jax.Array:
-        """(H, D, 3 D + 4) W_0, drawn as the authors' implementation does: rates start near sigmoid(-1)."""
+        """(H, D, 3 D + 4) W_0."""
         heads, width = self.config.num_heads, self.config.head_dim
-        draw, shape = nn.initializers.normal(width**-0.5), (heads, width, width)
-        parts = [self.param(f'initial_{name}', draw, shape) for name in ('output', 'query', 'key')]
+        draw, scales = nn.initializers.normal(width**-0.5), {'output': 1.0, 'query': 0.01, 'key': 1.0}
+        parts = [
+            self.param(f'initial_{name}', lambda key, shape, scale=scale: scale * draw(key, shape), (heads, width, width))
+            for name, scale in scales.items()
+        ]
         rates = self.param('initial_rate', lambda key, shape: draw(key, shape) - 1, (heads, width, RATES))
         return jnp.concatenate([*parts, rates], -1)

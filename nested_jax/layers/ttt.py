@@ -78,7 +78,7 @@ class TTT(nn.Module):
     def _token_scale(self) -> jax.Array:
         """s_i (C,): 1 / i plus what is learned, at least 0."""
         size = self.config.memory.chunk_size
-        learned = self.param('token_rate', nn.initializers.zeros, (size,))
+        learned = self.param('token_offset', nn.initializers.zeros, (size,))
         return jnp.maximum(1 / jnp.arange(1, size + 1, dtype=learned.dtype) + learned, 0.0)
 
     def _inner_norm(self) -> Norm:

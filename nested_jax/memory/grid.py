@@ -8,6 +8,7 @@ are moved along the grid (`align`) instead.
 Letters: B batch, T tokens of the call, H heads, n chunks, c tokens of a chunk.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -74,6 +75,90 @@ def open_chunk(grid: Grid, length: int):
         return _rows(rows, jnp.minimum(first, count * size - 1))
 
     return jax.tree.map(take, grid.chunks)
+
+
+def scan_chunks(step, inputs, fresh, chunk_size: int, *, state=None, position: jax.Array | None = None, segment_ids=None):
+    """Read and write a memory chunk by chunk, each chunk rematerialised; a stream's state is the memory at its open chunk's start.
+
+    Args:
+        step: (memory, inputs of a chunk (B, c, ...)) -> (y (B, c, ...), memory after the chunk's last token).
+        inputs: pytree of (B, T, ...).
+        fresh: memory that sequences and documents start from, a pytree of (B, ...).
+        chunk_size: c.
+        state: what an earlier call returned, or None.
+        position: (B,) int32 tokens before the call; needed with `state`. Where it is zero the state is not looked at.
+        segment_ids: (B, T) int32; a change at a chunk's first token starts the memory anew.
+
+    Returns:
+        y (B, T, ...), and the state: the memory at the open chunk's start and that chunk's inputs (B, c, ...).
+    """
+    if state is not None and position is None:
+        raise ValueError('position is None, allowed with a state is an int32 array (batch,)')
+    batch, length = jax.tree.leaves(inputs)[0].shape[:2]
+    # Tokens of the open chunk belong to the document that goes on with the call's first token.
+    opened_ids = None if segment_ids is None else jnp.broadcast_to(segment_ids[:, :1], (batch, chunk_size))
+    laid = lay_out((inputs, segment_ids), chunk_size, None if state is None else (state[1], opened_ids), position)
+    chunks, ids = laid.chunks
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def run(memory, item):
+        tokens, complete, begins = item
+        memory = memory if begins is None else where_rows(begins, fresh, memory)
+        y, after = step(memory, tokens)
+        return after if complete is None else where_rows(complete, after, memory), y
+
+    memory = fresh if state is None else where_rows(position == 0, fresh, state[0])
+    memory, y = jax.lax.scan(run, memory, (chunks, laid.complete, None if ids is None else starts_document(ids)))
+    return gather_outputs(laid, y, length), (memory, open_chunk(laid, length)[0])
+
+
+class Pieces(NamedTuple):
+    """A call cut where the segments of a stream end, row by row; every piece lies in one segment and begins at column 0.
+
+    Rows that need fewer pieces than others end with empty ones.
+    """
+
+    rows: object  # pytree of (n, B, L, ...)
+    phase: jax.Array | None  # (n, B) int32 tokens of the piece's segment before it; None: zero for all
+    lengths: jax.Array | None  # (n, B) int32 tokens of the piece, the columns behind them are padding; None: L for all
+    place: jax.Array | None  # (B, T) int32 where each token lies among the n * L columns; None: in order
+
+
+def cut_pieces(inputs, size: int, position: jax.Array | None = None) -> Pieces:
+    """Cut a call's tokens at multiples of `size` positions of the stream. Rows may stand at different phases.
+
+    Args:
+        inputs: pytree of (B, T, ...).
+        size: of a segment.
+        position: (B,) int32 tokens before the call; None for a call at a sequence's start.
+
+    Returns:
+        The `Pieces`, of L = min(T, size) columns.
+    """
+    time = jax.tree.leaves(inputs)[0].shape[1]
+    columns = min(time, size)
+    if position is None:
+        rows = lay_out(inputs, columns).chunks
+        count, batch = jax.tree.leaves(rows)[0].shape[:2]
+        lengths = jnp.minimum(time - jnp.arange(count) * columns, columns)
+        return Pieces(rows, None, None if time % columns == 0 else jnp.broadcast_to(lengths[:, None], (count, batch)), None)
+    phase, count = position % size, 1 + -(-(time - 1) // size)
+    first = jnp.minimum(size - phase, time)  # tokens of each row's first piece
+    begins = jnp.concatenate([jnp.zeros_like(first)[None], first[None] + size * jnp.arange(count - 1, dtype=first.dtype)[:, None]])
+    begins = jnp.minimum(begins, time)
+    ends = jnp.concatenate([begins[1:], jnp.full_like(first, time)[None]])
+    source = jnp.clip(begins.T[:, :, None] + jnp.arange(columns)[None, None], 0, time - 1).reshape(phase.shape[0], -1)
+    rows = jax.tree.map(lambda x: _cut(_rows(x, source), count), inputs)
+    token = jnp.arange(time)[None]
+    later = token - first[:, None]
+    place = jnp.where(later < 0, token, (1 + later // size) * columns + later % size)
+    return Pieces(rows, (position[None] + begins) % size, ends - begins, place)
+
+
+def join_pieces(pieces: Pieces, outputs: jax.Array, length: int) -> jax.Array:
+    """Outputs of the call's own tokens, (n, B, L, ...) -> (B, T, ...)."""
+    rows = gather_outputs(Grid(None, None, None), outputs, outputs.shape[0] * outputs.shape[2])
+    return rows[:, :length] if pieces.place is None else _rows(rows, pieces.place)
 
 
 def align(x: jax.Array, phase: jax.Array | None, length: int, *, edge: bool = False) -> jax.Array:

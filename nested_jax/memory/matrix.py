@@ -1,7 +1,8 @@
 """Matrix memories: linear attention, the (gated) delta rule and delta gradient descent (DGD).
 
 A memory is a matrix S, (D_k, D_v), that is written once a token and read as y_t = S_t^T q_t. Each rule comes in a chunk-parallel form
-(`matrix_chunks.py`) and as a token-by-token twin `<name>_reference` that spells out its equation.
+(`matrix_chunks.py`) and as a token-by-token twin `<name>_reference` that spells out its equation. The functions below the rules serve
+`dplr.py` too.
 
 Einsum letters: b batch, h head, k key dim, v value dim.
 """
@@ -41,7 +42,7 @@ def linear_attention(
     Scalar decays give RetNet, Mamba-2 and simple GLA, one per key channel GLA and HGRN2.
 
     Args:
-        q, k: (B, T, H, D_k) queries and keys, used as they are.
+        q, k: (B, T, H or 1, D_k) queries and keys, used as they are; one head is shared by all.
         v: (B, T, H, D_v) values.
         log_decay: (B, T, H) or (B, T, H, D_k) g_t <= 0, -inf allowed; None for no decay.
         state: (B, H, D_k, D_v) a state returned earlier, or None to start from `initial`.
@@ -56,12 +57,14 @@ def linear_attention(
     Raises:
         ValueError: for shapes that don't fit one another or a chunk_size below 1.
     """
-    chunk_size = _check(q, k, v, {}, state, initial, segment_ids, chunk_size, grid=False)
-    _check_decay(log_decay, k)
+    chunk_size = check_arguments(q, k, v, {}, state, initial, segment_ids, chunk_size, grid=False)
+    check_decay(log_decay, k, v)
     if q.shape[1] == 1:
         return linear_attention_reference(q, k, v, log_decay, state=state, initial=initial, segment_ids=segment_ids)
+    if log_decay is not None and log_decay.ndim == 4:
+        q, k = (jnp.broadcast_to(x, log_decay.shape) for x in (q, k))
     rule = Rule(log_decay)
-    return _chunked(rule, q, k, v, state, initial, segment_ids, chunk_size)
+    return run_chunks(rule, q, k, v, state, initial, segment_ids, chunk_size)
 
 
 def linear_attention_reference(
@@ -76,15 +79,15 @@ def linear_attention_reference(
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """Token-by-token twin of `linear_attention`: same arguments, results and errors."""
-    _check(q, k, v, {}, state, initial, segment_ids, chunk_size, grid=False)
-    _check_decay(log_decay, k)
+    check_arguments(q, k, v, {}, state, initial, segment_ids, chunk_size, grid=False)
+    check_decay(log_decay, k, v)
 
     def write(memory, anchor, key, value, decay):
-        return decay[..., None] * memory + _outer(key, value)
+        return decay[..., None] * memory + outer(key, value)
 
-    decay = _decay(log_decay, k)
+    decay = decay_factors(log_decay, k)
     gates = (decay if decay.ndim == 4 else decay[..., None],)
-    return _recurrent(write, q, k, v, gates, state, initial, segment_ids)
+    return run_tokens(write, q, k, v, gates, state, initial, segment_ids)
 
 
 def delta_rule(
@@ -94,20 +97,22 @@ def delta_rule(
     beta: jax.Array,
     log_decay: jax.Array | None = None,
     *,
+    erase: jax.Array | None = None,
     state: jax.Array | None = None,
     initial: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
-    """(Gated) delta rule: S' = e^{g_t} S_{t-1}, S_t = S' + beta_t k_t (v_t - S'^T k_t)^T, y_t = S_t^T q_t.
+    """(Gated) delta rule: S' = e^{g_t} S_{t-1}, S_t = S' + k_t (beta_t v_t - erase_t S'^T k_t)^T, y_t = S_t^T q_t.
 
-    Eq. (10), arXiv:2412.06464v3.
+    Eq. (10), arXiv:2412.06464v3, with erase = beta; with erase = b beta it is the rule of Comba for removal keys b k (arXiv:2506.02475).
 
     Args:
-        q, k: (B, T, H, D_k) queries and keys, used as they are; stable for |k| = 1 and beta in (0, 2).
+        q, k: (B, T, H or 1, D_k) queries and keys, used as they are; stable for |k| = 1 and beta in (0, 2).
         v: (B, T, H, D_v) values.
         beta: (B, T, H) writing strengths.
         log_decay: (B, T, H) g_t <= 0, -inf allowed; None for no decay.
+        erase: (B, T, H) erasing strengths, beta when None; stable in (0, 2).
         state, initial, segment_ids, chunk_size: as in `linear_attention`.
 
     Returns:
@@ -116,12 +121,13 @@ def delta_rule(
     Raises:
         ValueError: for shapes that don't fit one another or a chunk_size below 1.
     """
-    chunk_size = _check(q, k, v, {'beta': beta, 'log_decay': log_decay}, state, initial, segment_ids, chunk_size, grid=False)
+    gates = {'beta': beta, 'log_decay': log_decay, 'erase': erase}
+    chunk_size = check_arguments(q, k, v, gates, state, initial, segment_ids, chunk_size, grid=False)
     if q.shape[1] == 1:
-        return delta_rule_reference(q, k, v, beta, log_decay, state=state, initial=initial, segment_ids=segment_ids)
-    beta = beta.astype(_wide(q, k, v))
-    rule = Rule(log_decay, beta, beta if log_decay is None else beta * _decay(log_decay, k))
-    return _chunked(rule, q, k, v, state, initial, segment_ids, chunk_size)
+        return delta_rule_reference(q, k, v, beta, log_decay, erase=erase, state=state, initial=initial, segment_ids=segment_ids)
+    beta, erase = (gate.astype(_wide(q, k, v)) for gate in (beta, beta if erase is None else erase))
+    rule = Rule(log_decay, beta, erase if log_decay is None else erase * decay_factors(log_decay, k))
+    return run_chunks(rule, q, k, v, state, initial, segment_ids, chunk_size)
 
 
 def delta_rule_reference(
@@ -131,20 +137,22 @@ def delta_rule_reference(
     beta: jax.Array,
     log_decay: jax.Array | None = None,
     *,
+    erase: jax.Array | None = None,
     state: jax.Array | None = None,
     initial: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int = 64,
 ) -> tuple[jax.Array, jax.Array]:
     """Token-by-token twin of `delta_rule`: same arguments, results and errors."""
-    _check(q, k, v, {'beta': beta, 'log_decay': log_decay}, state, initial, segment_ids, chunk_size, grid=False)
+    gates = {'beta': beta, 'log_decay': log_decay, 'erase': erase}
+    check_arguments(q, k, v, gates, state, initial, segment_ids, chunk_size, grid=False)
 
-    def write(memory, anchor, key, value, beta, decay):
+    def write(memory, anchor, key, value, beta, decay, erase):
         memory = decay[..., None] * memory
-        return memory + beta[..., None] * _outer(key, value - _recall(memory, key))
+        return memory + outer(key, beta * value - erase * recall(memory, key))
 
-    gates = (beta[..., None], _decay(log_decay, k)[..., None])
-    return _recurrent(write, q, k, v, gates, state, initial, segment_ids)
+    gates = (beta[..., None], decay_factors(log_decay, k)[..., None], (beta if erase is None else erase)[..., None])
+    return run_tokens(write, q, k, v, gates, state, initial, segment_ids)
 
 
 def delta_gradient_descent(
@@ -167,7 +175,7 @@ def delta_gradient_descent(
     Eq. (88), arXiv:2512.24695v1, transposed; with gradient='chunk' its Eq. (92) and (93), with the sign of (92) corrected.
 
     Args:
-        q, k: (B, T, H, D_k) queries and keys, used as they are. For |k| = 1, 'l2' and 'token' it is stable for eta <= (1 + alpha) / 2.
+        q, k: (B, T, H or 1, D_k) queries and keys, used as they are. For |k| = 1, 'l2' and 'token' it is stable for eta <= (1 + alpha) / 2.
         v: (B, T, H, D_v) values.
         eta: (B, T, H) learning rates.
         log_alpha: (B, T, H) log of the retention, <= 0, -inf allowed. A token with eta = 0 and log_alpha = 0 writes nothing.
@@ -187,7 +195,7 @@ def delta_gradient_descent(
         ValueError: for an unknown option, shapes that don't fit one another or a chunk_size below 1.
     """
     grid = _check_options(objective, gradient, read)
-    chunk_size = _check(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, segment_ids, chunk_size, grid=grid)
+    chunk_size = check_arguments(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, segment_ids, chunk_size, grid=grid)
     if q.shape[1] == 1:
         options = dict(objective=objective, gradient=gradient, read=read, chunk_size=chunk_size)
         common = dict(state=state, initial=initial, segment_ids=segment_ids)
@@ -195,7 +203,7 @@ def delta_gradient_descent(
     eta = eta.astype(_wide(q, k, v))
     anchored = (objective, gradient) == ('l2', 'chunk')
     erase = 2 * eta if (objective, gradient) == ('l2', 'token') else eta
-    return _chunked(Rule(log_alpha, eta, erase, anchored, read), q, k, v, state, initial, segment_ids, chunk_size, grid=grid)
+    return run_chunks(Rule(log_alpha, eta, erase, anchored, read), q, k, v, state, initial, segment_ids, chunk_size, grid=grid)
 
 
 def delta_gradient_descent_reference(
@@ -215,30 +223,30 @@ def delta_gradient_descent_reference(
 ) -> tuple[jax.Array, jax.Array | MemoryState]:
     """Token-by-token twin of `delta_gradient_descent`: same arguments, results, errors and grid."""
     grid = _check_options(objective, gradient, read)
-    chunk_size = _check(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, segment_ids, chunk_size, grid=grid)
+    chunk_size = check_arguments(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, segment_ids, chunk_size, grid=grid)
 
     def write(memory, anchor, key, value, eta, alpha):
-        error = -value if objective == 'dot' else _recall(memory if gradient == 'token' else anchor, key) - value
-        retained = alpha[..., None] * memory - eta[..., None] * _outer(key, _recall(memory, key))
-        return retained - eta[..., None] * _outer(key, error)
+        error = -value if objective == 'dot' else recall(memory if gradient == 'token' else anchor, key) - value
+        retained = alpha[..., None] * memory - eta[..., None] * outer(key, recall(memory, key))
+        return retained - eta[..., None] * outer(key, error)
 
-    gates = (eta[..., None], _decay(log_alpha, k)[..., None])
-    return _recurrent(write, q, k, v, gates, state, initial, segment_ids, grid=chunk_size if grid else None, read=read)
+    gates = (eta[..., None], decay_factors(log_alpha, k)[..., None])
+    return run_tokens(write, q, k, v, gates, state, initial, segment_ids, grid=chunk_size if grid else None, read=read)
 
 
 # Arguments
 
 
-def _check(q, k, v, gates: dict[str, Any], state, initial, segment_ids, chunk_size, *, grid: bool) -> int:
+def check_arguments(q, k, v, gates: dict[str, Any], state, initial, segment_ids, chunk_size, *, grid: bool) -> int:
     """Raise ValueError for arguments that don't fit one another; return chunk_size as an int."""
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(f'q must be (batch, time >= 1, heads, dim), got {q.shape}')
-    batch, time, heads, dim = q.shape
     if k.shape != q.shape:
         raise ValueError(f"k must have q's shape {q.shape}, got {k.shape}")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or q.shape[2] not in (1, v.shape[2]):
         raise ValueError(f'v must be {q.shape[:3]} and a value dim, got {v.shape}')
-    memory = (heads, dim, v.shape[3])
+    batch, time, heads, _ = v.shape
+    memory = _memory_shape(k, v)
     expected = {name: (gate, (batch, time, heads)) for name, gate in gates.items()}
     expected |= {'initial': (initial, memory), 'segment_ids': (segment_ids, (batch, time))}
     if state is not None and isinstance(state, MemoryState) != grid:
@@ -266,9 +274,11 @@ def _check_chunk_size(chunk_size: int) -> int:
     return size
 
 
-def _check_decay(log_decay: jax.Array | None, k: jax.Array) -> None:
-    if log_decay is not None and log_decay.shape not in (k.shape[:3], k.shape):
-        raise ValueError(f'log_decay must have shape {k.shape[:3]} or {k.shape}, got {log_decay.shape}')
+def check_decay(log_decay: jax.Array | None, k: jax.Array, v: jax.Array) -> None:
+    """Raise ValueError unless there is a decay for each head or each key channel, or None."""
+    per_channel = (*v.shape[:3], k.shape[3])
+    if log_decay is not None and log_decay.shape not in (v.shape[:3], per_channel):
+        raise ValueError(f'log_decay must have shape {v.shape[:3]} or {per_channel}, got {log_decay.shape}')
 
 
 def _check_options(objective: str, gradient: str, read: str) -> bool:
@@ -285,7 +295,7 @@ def _wide(*arrays: jax.Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def _decay(log_decay: jax.Array | None, k: jax.Array) -> jax.Array:
+def decay_factors(log_decay: jax.Array | None, k: jax.Array) -> jax.Array:
     """(B, T, H[, D_k]) a_t, ones when None."""
     return jnp.ones(k.shape[:3], _wide(k)) if log_decay is None else jnp.exp(log_decay.astype(_wide(k)))
 
@@ -295,6 +305,10 @@ def _segment_count(segment_ids: jax.Array) -> jax.Array:
     return jnp.cumsum(jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0))), axis=1)
 
 
+def _memory_shape(k: jax.Array, v: jax.Array) -> tuple[int, int, int]:
+    return v.shape[2], k.shape[3], v.shape[3]
+
+
 def _start(state, initial, batch: int, memory: tuple[int, int, int], dtype) -> tuple[jax.Array, jax.Array]:
     """The (B, H, D_k, D_v) running memory to start from, and the (1, H, D_k, D_v) memory of new segments."""
     fresh = jnp.zeros((1, *memory), dtype) if initial is None else initial.astype(dtype)[None]
@@ -302,9 +316,9 @@ def _start(state, initial, batch: int, memory: tuple[int, int, int], dtype) -> t
     return (jnp.broadcast_to(fresh, (batch, *memory)) if running is None else running.astype(dtype)), fresh
 
 
-def _chunked(rule: Rule, q, k, v, state, initial, segment_ids, chunk_size: int, *, grid: bool = False):
+def run_chunks(rule: Rule, q, k, v, state, initial, segment_ids, chunk_size: int, *, grid: bool = False):
     """Run `rule` in chunks, from and to this module's states."""
-    running, fresh = _start(state, initial, q.shape[0], (*k.shape[2:], v.shape[3]), _wide(q, k, v))
+    running, fresh = _start(state, initial, q.shape[0], _memory_shape(k, v), _wide(q, k, v))
     count = None if segment_ids is None else _segment_count(segment_ids)
     if not grid:
         y, last, _ = run_rule(rule, q, k, v, running, fresh, count, chunk_size)
@@ -319,20 +333,22 @@ def _chunked(rule: Rule, q, k, v, state, initial, segment_ids, chunk_size: int, 
 # Token by token
 
 
-def _outer(key: jax.Array, value: jax.Array) -> jax.Array:
+def outer(key: jax.Array, value: jax.Array) -> jax.Array:
+    """(..., D_k) and (..., D_v) -> (..., D_k, D_v)."""
     return key[..., :, None] * value[..., None, :]
 
 
-def _recall(memory: jax.Array, key: jax.Array) -> jax.Array:
+def recall(memory: jax.Array, key: jax.Array) -> jax.Array:
+    """S^T k, (B, H, D_k, D_v) and (B, H, D_k) -> (B, H, D_v)."""
     return jnp.einsum('bhkv,bhk->bhv', memory, key, precision=jax.lax.Precision.HIGHEST)
 
 
-def _recurrent(
+def run_tokens(
     write: Callable[..., jax.Array], q, k, v, gates: tuple[jax.Array, ...], state, initial, segment_ids, *, grid=None, read='running'
 ):  # fmt: skip
     """Scan `write(memory, anchor, key, value, *gates)` over tokens; `grid` is the chunk size where there is one."""
     dtype, batch = _wide(q, k, v), q.shape[0]
-    memory, fresh = _start(state, initial, batch, (*k.shape[2:], v.shape[3]), dtype)
+    memory, fresh = _start(state, initial, batch, _memory_shape(k, v), dtype)
     anchor, position = (state.anchor.astype(dtype), state.position) if grid and state is not None else (memory, jnp.zeros(batch, jnp.int32))
     count = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else _segment_count(segment_ids)
     begins = jnp.diff(count, axis=1, prepend=0) > 0
@@ -343,7 +359,7 @@ def _recurrent(
         anchor = memory if grid is None else where_rows(position % grid == 0, memory, anchor)
         memory, anchor = (where_rows(begin, fresh, part) for part in (memory, anchor))
         memory = write(memory, anchor, key, value, *gates)
-        return (memory, anchor, position + 1), _recall(memory if read == 'running' else anchor, query)
+        return (memory, anchor, position + 1), recall(memory if read == 'running' else anchor, query)
 
     tokens = (*(x.astype(dtype) for x in (q, k, v)), begins, *(gate.astype(dtype) for gate in gates))
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)

@@ -13,6 +13,10 @@ with A_tj = prod_{j<i<=t} a_i (the WY form of arXiv:2412.06464v3), hence so is t
 are computed for all chunks at once; a scan over chunks then only multiplies a state by a matrix; the reads are again computed for all
 chunks at once.
 
+The rule of `dplr.py` removes along a key of its own, S_t = diag(a_t) S_{t-1} + b_t (m_t^T S_{t-1}) + k_t v_t^T with a decay for each
+channel, so it has two net writes a token: the rows p_t = S_{t-1}^T m_t, of the same affine form, along b, and the values along k. It goes
+through the same scan and the same reads with twice as many writes.
+
 Einsum letters: b batch, n chunks, h head, t, i, j tokens of a chunk, k key dim, v value dim.
 """
 
@@ -34,9 +38,10 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class Rule(NamedTuple):
     """The recurrence of the module's header, with gates (B, T, H)."""
 
-    log_decay: jax.Array | None  # log a_t, or (B, T, H, D_k) per channel without erasure; None where a_t = 1
+    log_decay: jax.Array | None  # log a_t, or (B, T, H, D_k) per channel where `erase` is None; None where a_t = 1
     rate: jax.Array | None = None  # None where rate_t = 1
-    erase: jax.Array | None = None  # None where nothing is erased
+    erase: jax.Array | None = None  # None where nothing is erased along k
+    removal: tuple[jax.Array, jax.Array] | None = None  # m_t and b_t, (B, T, H, D_k); needs a decay per channel
     anchored: bool = False  # u_t = v_t - A^T k_t
     read: str = 'running'
 
@@ -50,6 +55,7 @@ class _Tokens(NamedTuple):
     log_decay: jax.Array | None  # (N, B, H, C[, D_k]), as the gates below
     rate: jax.Array | None
     erase: jax.Array | None
+    removal: tuple[jax.Array, jax.Array] | None  # (N, B, H, C, D_k)
     count: jax.Array | None  # (N, B, 1, C) segments begun up to each token
     entering: jax.Array | None  # (N, B, 1, 1) segments begun before the chunk
 
@@ -62,12 +68,15 @@ class _Segments(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """What reads and writes of all chunks need besides the net writes; 'fresh' for segments that began inside the chunk."""
+    """What reads and writes of all chunks need besides the net writes; 'fresh' for segments that began inside the chunk.
+
+    There are R net writes: C, or 2 C with removals, those of a token along b and along k one after the other.
+    """
 
     reads: jax.Array  # (N, B, H, C, D_k) queries times what is left of the chunk's start state
     fresh_reads: jax.Array | None  # the same of the initial state
-    scores: jax.Array | None  # (N, B, H, C, C) A_tj q_t.k_j; None where reads see the anchor only
-    tails: jax.Array  # (N, B, H, C, D_k) keys times what is left of their write at the chunk's end
+    scores: jax.Array | None  # (N, B, H, C, R) A_tj q_t.k_j; None where reads see the anchor only
+    tails: jax.Array  # (N, B, H, R, D_k) keys times what is left of their write at the chunk's end
     keep: jax.Array  # (N, B, H, 1 or D_k, 1) what is left of the start state at the chunk's end
     fresh_keep: jax.Array | None
 
@@ -87,7 +96,7 @@ def run_rule(
 
     Args:
         rule: the recurrence and its gates.
-        q, k, v: (B, T, H, D).
+        q, k, v: (B, T, H, D); q and k may have one head for all.
         running: (B, H, D_k, D_v) memory before the first token, in the dtype to compute in.
         fresh: (1, H, D_k, D_v) memory new segments start from.
         count: (B, T) segments begun in this call up to each token; None for none.
@@ -120,7 +129,7 @@ def run_rule(
 
 def _tokens(rule: Rule, q, k, v, count, phase, chunk_size: int, dtype) -> tuple[_Tokens, int]:
     """Cut the inputs into chunks, and say into how many groups of equal size the chunks go."""
-    batch, time, heads, dim = q.shape
+    batch, time, heads, _ = v.shape
     size = min(chunk_size, time) if phase is None else chunk_size
     if rule.log_decay is not None and rule.log_decay.ndim == 4:
         size = 1 << (size - 1).bit_length()
@@ -128,13 +137,14 @@ def _tokens(rule: Rule, q, k, v, count, phase, chunk_size: int, dtype) -> tuple[
     chunks = -(-(time + (0 if phase is None else chunk_size - 1)) // size)
     groups = 1
     if jax.default_backend() == 'cpu':
-        groups = -(-chunks // max(1, _GROUP_ELEMENTS // (batch * size * heads * max(dim, v.shape[3]))))
+        groups = -(-chunks // max(1, _GROUP_ELEMENTS // (batch * size * heads * max(k.shape[3], v.shape[3]))))
     length = groups * -(-chunks // groups) * size
     split = lambda x: grid.to_chunks(grid.align(x, phase, length), size)
     widen = lambda x: None if x is None else split(x.astype(dtype))
     # Sums of a clipped -inf stay finite, so that masked ones contribute 0 and not NaN.
     log_decay = None if rule.log_decay is None else jnp.maximum(widen(rule.log_decay), _LOG_ZERO)
-    tokens = _Tokens(split(q), split(k), split(v), log_decay, widen(rule.rate), widen(rule.erase), None, None)
+    removal = None if rule.removal is None else tuple(map(widen, rule.removal))
+    tokens = _Tokens(split(q), split(k), split(v), log_decay, widen(rule.rate), widen(rule.erase), removal, None, None)
     if count is None:
         return tokens, groups
     begun = grid.to_chunks(grid.align(count, phase, length, edge=True)[..., None], size)
@@ -159,7 +169,9 @@ def _run_chunks(rule: Rule, tokens: _Tokens, running, anchor, fresh, dtype):
     segments = None
     if tokens.count is not None:
         segments = _Segments(tokens.count[..., :, None] == tokens.count[..., None, :], tokens.count == tokens.entering)
-    if tokens.log_decay is not None and tokens.log_decay.ndim == 5:
+    if tokens.removal is not None:
+        chunks, u, w = _removal_chunks(tokens, fresh, segments)
+    elif tokens.log_decay is not None and tokens.log_decay.ndim == 5:
         chunks, u, w = _channel_chunks(tokens.q, tokens.k, tokens.log_decay, segments), tokens.v.astype(fresh.dtype), None
     else:
         chunks, u, w = _scalar_chunks(rule, tokens, fresh, segments, None if anchor is None else anchor - running)
@@ -187,10 +199,11 @@ def _products(log_decay: jax.Array | None, segments: _Segments | None, shape: tu
 
 
 def _divide(segments: _Segments | None, share: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Divide each token's (..., C) share of an earlier state between the chunk's start state and the initial state."""
+    """Divide each token's (..., C[, D_k]) share of an earlier state between the chunk's start state and the initial state."""
     if segments is None:
         return share, None
-    return jnp.where(segments.carried, share, 0.0), jnp.where(segments.carried, 0.0, share)
+    carried = jnp.expand_dims(segments.carried, range(4, share.ndim))
+    return jnp.where(carried, share, 0.0), jnp.where(carried, 0.0, share)
 
 
 def _scalar_chunks(rule: Rule, tokens: _Tokens, fresh, segments, anchor_offset):
@@ -232,37 +245,96 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _channel_chunks(q, k, log_decay, segments) -> _Chunks:
-    """Chunks with a decay (N, B, H, C, D_k) for each key channel; C a power of two.
-
-    Scores of a block are those of its halves and those across its middle, where what is kept up to the middle multiplies the keys and
-    what is kept from there on the queries. All exponents are sums of log decays: none is positive and none a difference of large numbers.
-    """
-    *outer, size, dim = q.shape
-    blocks = lambda x, width: x.reshape(*outer, size // (2 * width), 2, width, x.shape[-1])
-    upto, after, width = log_decay, jnp.zeros_like(log_decay), 1
-    scores = jnp.sum(q * k, -1, dtype=log_decay.dtype)[..., None]
-    while width < size:
-        upto, after = blocks(upto, width), blocks(after, width)
-        q_half = (blocks(q, width)[..., 1, :, :] * jnp.exp(upto[..., 1, :, :])).astype(q.dtype)
-        k_half = (blocks(k, width)[..., 0, :, :] * jnp.exp(after[..., 0, :, :])).astype(k.dtype)
-        across = jnp.einsum('...tk,...jk->...tj', q_half, k_half, preferred_element_type=log_decay.dtype)
-        halves = blocks(scores, width)
-        first = jnp.concatenate([halves[..., 0, :, :], jnp.zeros_like(across)], -1)
-        scores = jnp.concatenate([first, jnp.concatenate([across, halves[..., 1, :, :]], -1)], -2)
-        totals = upto[..., -1:, :]
-        upto = jnp.concatenate([upto[..., 0, :, :], upto[..., 1, :, :] + totals[..., 0, :, :]], -2)
-        after = jnp.concatenate([after[..., 0, :, :] + totals[..., 1, :, :], after[..., 1, :, :]], -2)
-        width *= 2
-    scores, upto, after = (x.reshape(*outer, size, -1) for x in (scores, upto, after))
+    """Chunks with a decay (N, B, H, C, D_k) for each key channel; C a power of two."""
+    products = jnp.einsum('...k,...k->...', q, k, preferred_element_type=log_decay.dtype)[..., None, None]
+    scores, upto, after = _channel_scores(q, k, log_decay, products)
     if segments is not None:
         scores = jnp.where(segments.same, scores, 0.0)
-        upto = jnp.einsum('nbtj,nbhjk->nbhtk', jnp.tril(segments.same).astype(upto.dtype)[:, :, 0], log_decay, precision=_HIGHEST)
-        after = jnp.where(segments.same[..., -1, :, None], after, -jnp.inf)
-    kept, tails = jnp.exp(upto), jnp.exp(after) * k
-    if segments is None:
-        return _Chunks(kept * q, None, scores, tails, kept[..., -1, :, None], None)
-    shares = [jnp.where(mask[..., None], kept, 0.0) for mask in (segments.carried, ~segments.carried)]
-    return _Chunks(shares[0] * q, shares[1] * q, scores, tails, shares[0][..., -1, :, None], shares[1][..., -1, :, None])
+        upto = _segment_sums(jnp.tril(segments.same), log_decay)
+    return _channel_reads(q, k, scores, upto, after, segments)
+
+
+def _removal_chunks(tokens: _Tokens, fresh, segments):
+    """Chunks of the rule with removals; the net writes are the rows p_t = S_{t-1}^T m_t along b and the values along k.
+
+    A token is two steps: m reads what the tokens before it left and b is written, the memory having decayed; k is written and q reads. So
+
+        P = carried M S_0 + begun M fresh + tril(M B^T, -1) P + tril(M K^T, -1) V
+
+    where M, carried and begun, is times what is left before each token of the chunk's start state and of the initial state, and the
+    products are times what is left between the two tokens.
+
+    Returns:
+        As `_scalar_chunks`.
+    """
+    (m, b), log_decay = tokens.removal, tokens.log_decay
+    q, k, v = (x.astype(fresh.dtype) for x in (tokens.q, tokens.k, tokens.v))
+    steps = lambda first, second: jnp.stack([first, second], -2).reshape(*first.shape[:-2], -1, first.shape[-1])
+    writes, none = steps(b, k), jnp.zeros_like(log_decay)
+    products = [jnp.einsum('...k,...k->...', q, x, precision=_HIGHEST) for x in (b, k)]
+    products = jnp.stack([jnp.zeros_like(products[0])] * 2 + products, -1).reshape(*products[0].shape, 2, 2)
+    scores, upto, after = _channel_scores(steps(m, q), writes, steps(none, log_decay), products, _HIGHEST)
+    (of_m, of_q), (before, upto) = ((x[..., 0::2, :], x[..., 1::2, :]) for x in (scores, upto))
+    if segments is not None:
+        same = jnp.repeat(segments.same, 2, -1)
+        of_m, of_q = jnp.where(same, of_m, 0.0), jnp.where(same, of_q, 0.0)
+        before, upto = (_segment_sums(jnp.tril(segments.same, diagonal), log_decay) for diagonal in (-1, 0))
+    carried, begun = _divide(segments, jnp.exp(before))
+    rows = _matmul(of_m[..., 1::2], v)
+    if begun is not None:
+        rows += _matmul(begun * m, fresh[None])
+    solved = solve_unit_lower(-of_m[..., 0::2], jnp.concatenate([rows, -carried * m], -1))
+    p, w = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
+    return _channel_reads(q, writes, of_q, upto, after, segments), steps(p, v), steps(w, jnp.zeros_like(w))
+
+
+def _channel_scores(reads, writes, upto, scores, precision=None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Products of each step's row with those written by it and by earlier steps, times what is left in between.
+
+    Those of a block are those of its halves and those across its middle, where what is kept up to the middle multiplies the writes and
+    what is kept from there on the reads. All exponents are sums of log decays: none is positive and none a difference of large numbers.
+
+    Args:
+        reads, writes: (..., R, D_k) rows of R steps, a power of two.
+        upto: (..., R, D_k) sums of log decays from the start of each token, which is one or two steps, to what its steps read.
+        scores: (..., C, R / C, R / C) the products within each token. Nothing decays after a write within a token.
+        precision: of the products.
+
+    Returns:
+        (..., R, R) products, zero for later steps, and the sums of log decays (..., R, D_k) from the chunk's start up to each read, and
+        after each write to the chunk's end.
+    """
+    *outer, size, dim = reads.shape
+    after, dtype, width = jnp.zeros_like(upto), upto.dtype, scores.shape[-1]
+    halves = lambda x, last: jnp.unstack(x.reshape(*outer, -1, 2, width, last), axis=len(outer) + 1)
+    while width < size:
+        (_, read), (written, _), scored = halves(reads, dim), halves(writes, dim), halves(scores, width)
+        (upto_first, upto_second), (after_first, after_second) = halves(upto, dim), halves(after, dim)
+        read = (read * jnp.exp(upto_second)).astype(reads.dtype)
+        written = (written * jnp.exp(after_first)).astype(writes.dtype)
+        across = jnp.einsum('...tk,...jk->...tj', read, written, precision=precision, preferred_element_type=dtype)
+        above = jnp.concatenate([scored[0], jnp.zeros_like(across)], -1)
+        scores = jnp.concatenate([above, jnp.concatenate([across, scored[1]], -1)], -2)
+        upto = jnp.concatenate([upto_first, upto_second + upto_first[..., -1:, :]], -2)
+        after = jnp.concatenate([after_first + upto_second[..., -1:, :], after_second], -2)
+        width *= 2
+    return tuple(x.reshape(*outer, size, -1) for x in (scores, upto, after))
+
+
+def _segment_sums(mask, log_decay) -> jax.Array:
+    """Sums of log decays over the tokens that `mask` (N, B, 1, C, C) gives each token, (N, B, H, C, D_k)."""
+    return jnp.einsum('nbtj,nbhjk->nbhtk', mask.astype(log_decay.dtype)[:, :, 0], log_decay, precision=_HIGHEST)
+
+
+def _channel_reads(q, writes, scores, upto, after, segments) -> _Chunks:
+    """The `_Chunks` of writes (N, B, H, R, D_k), given the sums of log decays up to each token and after each write."""
+    if segments is not None:
+        last = jnp.repeat(segments.same[..., -1, :, None], writes.shape[-2] // q.shape[-2], -2)
+        after = jnp.where(last, after, -jnp.inf)
+    kept = _divide(segments, jnp.exp(upto))
+    reads, fresh_reads = (None if x is None else x * q for x in kept)
+    keep, fresh_keep = (None if x is None else x[..., -1, :, None] for x in kept)
+    return _Chunks(reads, fresh_reads, scores, jnp.exp(after) * writes, keep, fresh_keep)
 
 
 def _scan_states(chunks: _Chunks, u, w, running, fresh) -> tuple[jax.Array, jax.Array]:

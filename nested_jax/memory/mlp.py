@@ -2,6 +2,7 @@
 
     M(x) = x + act(x W_in) W_out                                     (Eq. 89 and 91, arXiv:2512.24695v1, transposed)
     grad_t = d/dM 1/2 |M(k_t) - v_t|^2 at the weights of the chunk's start, the anchor                        (Eq. 90)
+                 or of -M(k_t).v_t with objective='dot'
     S_t = beta_t S_{t-1} - eta_t grad_t                              (momentum, Eq. 9-10, arXiv:2501.00663v1)
     W_t = alpha_t W_{t-1} - epsilon_t x_t^T (x_t W_{t-1}) + S_t      (delta gradient descent, Eq. 57 and 88)
 
@@ -56,7 +57,9 @@ class _Options(NamedTuple):
     read: str
     decay_to: str
     residual: bool
+    objective: str
     chunk_size: int
+    aligned: bool
 
 
 class _Inputs(NamedTuple):
@@ -74,6 +77,7 @@ class _Inputs(NamedTuple):
     state: MLPState | None
     segment_ids: jax.Array | None
     valid: jax.Array | None
+    lengths: jax.Array | None
 
 
 class _Gates(NamedTuple):
@@ -85,6 +89,7 @@ class _Gates(NamedTuple):
     erase: jax.Array | None  # (B, T, H)
     damping: jax.Array | None  # (B, T, H)
     push: jax.Array  # (B, T, 1) 1 for a token, 0 for a null token
+    moves: jax.Array  # (B, T) int32: 1 for a token that takes a place on the grid, 0 past its row's length
     changed: jax.Array | None  # (B, T) bool: the segment differs from the previous token's; None without segments
 
 
@@ -133,12 +138,15 @@ def mlp_memory(
     state: MLPState | None = None,
     segment_ids: jax.Array | None = None,
     valid: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     chunk_size: int = 16,
     activation: Literal['silu', 'gelu', 'gelu_exact'] = 'silu',
     dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer',
     read: Literal['running', 'anchor'] = 'running',
     decay_to: Literal['zero', 'init'] = 'zero',
     residual: bool = True,
+    objective: Literal['l2', 'dot'] = 'l2',
+    aligned: bool = False,
 ) -> tuple[jax.Array, MLPState]:
     """Write and read a deep memory, in parallel inside each chunk. Eq. (88)-(91) and (57), arXiv:2512.24695v1.
 
@@ -160,11 +168,14 @@ def mlp_memory(
             grid. The first token of a call with a state continues the state's document.
         valid: (B, T) bool, True when None. A token that is not valid changes nothing whatever its gates are, also with momentum,
             where eta = 0 and alpha = 1 alone would add S once more. It takes a place on the grid.
+        lengths: (B,) int32 tokens of each row, T when None. What follows them is padding: it changes nothing and takes no place.
         chunk_size: positions between two anchors.
         dgd: which layers are erased: 'per_layer' both, W_out with normalised rates; 'input_only' W_in; 'none' (Titans).
         read: 'running' reads q_t from M_t, its own token included; 'anchor' from the chunk's first weights (Eq. 90).
         decay_to: what retention decays to, zero or the initial weights.
         activation, residual: of the hidden layer ('gelu' by tanh); whether M has the identity term.
+        objective: 'l2' is 1/2 |M(k) - v|^2; 'dot' is -M(k).v, whose steps do not shrink near the target: retention alone bounds it.
+        aligned: promises that every row of `state` stands at a chunk's start, which saves moving rows along the grid.
 
     Returns:
         y (B, T, H, D_out) in v's dtype, and the `MLPState` after the last token.
@@ -172,8 +183,8 @@ def mlp_memory(
     Raises:
         ValueError: for an unknown choice, or shapes that do not fit.
     """
-    options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
-    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid)
+    options = _Options(activation, dgd, read, decay_to, residual, objective, chunk_size, aligned)
+    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid, lengths)
     _check(options, inputs)
     run = _run_tokens if 4 * q.shape[1] <= chunk_size else _run_chunks  # a few tokens are not worth a whole chunk
     y, state = run(options, *_prepare(options, inputs))
@@ -194,16 +205,19 @@ def mlp_memory_reference(
     state: MLPState | None = None,
     segment_ids: jax.Array | None = None,
     valid: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     chunk_size: int = 16,
     activation: Literal['silu', 'gelu', 'gelu_exact'] = 'silu',
     dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer',
     read: Literal['running', 'anchor'] = 'running',
     decay_to: Literal['zero', 'init'] = 'zero',
     residual: bool = True,
+    objective: Literal['l2', 'dot'] = 'l2',
+    aligned: bool = False,
 ) -> tuple[jax.Array, MLPState]:
     """`mlp_memory` as a loop over tokens, gradients by `jax.grad`. Same arguments, results, errors and chunk grid."""
-    options = _Options(activation, dgd, read, decay_to, residual, chunk_size)
-    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid)
+    options = _Options(activation, dgd, read, decay_to, residual, objective, chunk_size, aligned)
+    inputs = _Inputs(q, k, v, eta, log_alpha, log_momentum, erase, damping, initial, state, segment_ids, valid, lengths)
     _check(options, inputs)
     y, state = _run_tokens(options, *_prepare(options, inputs))
     return y.astype(v.dtype), state
@@ -225,6 +239,7 @@ def _check(options: _Options, inputs: _Inputs) -> None:
     for name in ('segment_ids', 'valid'):
         _check_shape(name, getattr(inputs, name), (batch, time))
     hidden = initial.w_in.shape[-1]
+    _check_shape('lengths', inputs.lengths, (batch,))
     _check_shape('initial.w_in', initial.w_in, (heads, width, hidden))
     _check_shape('initial.w_out', initial.w_out, (heads, hidden, v.shape[-1]))
     if options.residual and v.shape[-1] != width:
@@ -252,6 +267,7 @@ def _check_options(options: _Options) -> None:
         'dgd': ('per_layer', 'input_only', 'none'),
         'read': ('running', 'anchor'),
         'decay_to': ('zero', 'init'),
+        'objective': ('l2', 'dot'),
     }
     for name, allowed in choices.items():
         if getattr(options, name) not in allowed:
@@ -272,17 +288,21 @@ def _prepare(options: _Options, inputs: _Inputs):
     def cast(tree):
         return jax.tree.map(lambda x: x.astype(dtype), tree)
 
-    q, k, v, initial, state, segment_ids, valid = inputs[:3] + inputs[8:]
+    q, k, v, initial, state, segment_ids, valid, lengths = inputs[:3] + inputs[8:]
     gates = cast(inputs[3:8])
     if options.dgd != 'none' and inputs.erase is None:
         gates = (*gates[:3], gates[0], gates[4])
     push = jnp.ones((*q.shape[:2], 1), dtype)
+    moves = jnp.ones(q.shape[:2], jnp.int32)
+    if lengths is not None:
+        inside = jnp.arange(q.shape[1])[None] < lengths[:, None]
+        moves, valid = inside.astype(jnp.int32), inside if valid is None else inside & valid
     if valid is not None:
         gates = jax.tree.map(lambda gate: jnp.where(valid[:, :, None], gate, 0.0), gates)
         push = valid.astype(dtype)[:, :, None]
     changed = None if segment_ids is None else jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
     state = state and cast(state)._replace(position=state.position)
-    return cast(q), cast(k), cast(v), _Gates(*gates, push, changed), cast(initial), state
+    return cast(q), cast(k), cast(v), _Gates(*gates, push, moves, changed), cast(initial), state
 
 
 def _repeat(weight: jax.Array, batch_size: int) -> jax.Array:
@@ -327,7 +347,9 @@ def _run_tokens(options, q, k, v, gates, initial, state):
             gate.damping,
             push,
         )
-        return MLPState(running, momentum, anchor, state.position + 1), look(anchor if options.read == 'anchor' else running, query)
+        return MLPState(running, momentum, anchor, state.position + gate.moves), look(
+            anchor if options.read == 'anchor' else running, query
+        )
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, gates))
     state, y = jax.lax.scan(step, state, tokens)
@@ -338,8 +360,8 @@ def _write_token(options, initial, anchor, running, momentum, key, value, eta, l
     """One token's write to one head's memory, without batch and head axes. Returns the weights and the momentum."""
 
     def objective(weights: MLPWeights) -> jax.Array:
-        error = mlp_read(weights, key, activation=options.activation, residual=options.residual) - value
-        return 0.5 * jnp.sum(error**2)
+        output = mlp_read(weights, key, activation=options.activation, residual=options.residual)
+        return -jnp.sum(output * value) if options.objective == 'dot' else 0.5 * jnp.sum((output - value) ** 2)
 
     to_hidden = key @ anchor.w_in
     hidden, slope = jax.jvp(ACTIVATIONS[options.activation], (to_hidden,), (jnp.ones_like(to_hidden),))
@@ -411,14 +433,15 @@ class _Chunk(NamedTuple):
 
 
 def _run_chunks(options, q, k, v, gates, initial, state):
-    """Scan over chunks. With a state, each row is moved right, so that its open chunk fills up first."""
+    """Scan over chunks. With a state that isn't aligned, each row is moved right, so that its open chunk fills up first."""
     batch, time, size = *q.shape[:2], options.chunk_size
-    phase = None if state is None else state.position % size
-    slots = -(-(time if state is None else time + size - 1) // size) * size
+    phase = None if state is None or options.aligned else state.position % size
+    slots = -(-(time if phase is None else time + size - 1) // size) * size
+    lengths = gates.moves.sum(1, dtype=jnp.int32)
     q, k, v, gates = jax.tree.map(lambda x: grid.align(x, phase, slots), (q, k, v, gates))
     stacked = _stack_chunks(options, q, k, v, gates)
     shared = jax.tree.map(lambda w: w[None], initial)
-    end = time if state is None else phase + time
+    end = lengths if phase is None else phase + lengths
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def run_chunk(item, running, momentum, anchor=None):
@@ -431,17 +454,17 @@ def _run_chunks(options, q, k, v, gates, initial, state):
         y, running, momentum = run_chunk(item, running, momentum)
         return MLPState(running, momentum, anchor, carry.position + size), y
 
-    if state is None:
-        carry = mlp_initial_state(initial, batch, momentum=gates.log_momentum is not None)
-        carry, y = jax.lax.scan(step, carry, stacked)
-        return grid.from_chunks(y, None, time), _close(options, carry._replace(position=jnp.full_like(carry.position, time)))
+    if phase is None:
+        before = mlp_initial_state(initial, batch, momentum=gates.log_momentum is not None) if state is None else state
+        carry, y = jax.lax.scan(step, before._replace(position=jnp.zeros_like(before.position)), stacked)
+        return grid.from_chunks(y, None, time), _close(options, carry._replace(position=before.position + lengths))
     # The first chunk is the only one whose anchor is not the weights it starts with.
     anchor = _select(phase == 0, state.running, state.anchor)
     y_first, running, momentum = run_chunk(jax.tree.map(lambda x: x[0], stacked), state.running, state.momentum, anchor)
     carry = MLPState(running, momentum, anchor, jnp.full_like(state.position, size))
     carry, y = jax.lax.scan(step, carry, jax.tree.map(lambda x: x[1:], stacked))
     y = grid.from_chunks(jnp.concatenate([y_first[None], y]), phase, time)
-    return y, _close(options, carry._replace(position=state.position + time))
+    return y, _close(options, carry._replace(position=state.position + lengths))
 
 
 def _run_chunk(options, item, running, momentum, anchor, rest):
@@ -452,7 +475,7 @@ def _run_chunk(options, item, running, momentum, anchor, rest):
     to_hidden = item.k @ start.w_in
     hidden, pull_back = jax.vjp(activate, to_hidden)
     output = hidden @ start.w_out
-    error_out = output - item.v + (item.k if options.residual else 0.0)
+    error_out = -item.v if options.objective == 'dot' else output - item.v + (item.k if options.residual else 0.0)
     (error_in,) = pull_back(error_out @ start.w_out.mT)
     (slope,) = pull_back(jnp.ones_like(hidden))
     shrink_in, shrink_out = _shrink(options, item.erase, item.damping, hidden, slope, start.w_out)

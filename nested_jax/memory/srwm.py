@@ -2,16 +2,16 @@
 
 With phi the softmax over the input dimension and W_t of (d_out + 2 d_in + 4) rows, Eq. (5) to (8), arXiv:2202.05780v2, read
 
-    y_t, q_t, k_t, beta_t = W_{t-1} phi(x_t)
+    y_t, q_t, k_t, beta_t = W_{t-1} x_t
     vbar_t = W_{t-1} phi(k_t),    v_t = W_{t-1} phi(q_t)
     W_t = W_{t-1} + sigmoid(beta_t) (v_t - vbar_t) (x) phi(k_t)
 
-where the four entries of beta_t are the learning rates of the rows that give y, q, k and beta. What is written depends on the matrix
+where the four entries of beta_t are the learning rates of the rows that give y, q, k and beta. Eq. (5) has phi(x_t) for x_t; the authors'
+public code has both, and for formal languages reads x_t as it is: phi is left to the caller there. What is written depends on the matrix
 through two softmaxes, so there is no chunk-parallel form: tokens are read one after another.
 
-Nothing bounds W: a write multiplies it by I + beta (phi(q) - phi(k)) phi(k)^T, whose norm may be above one, and the rates do not fall as
-W grows. From initial entries of variance 1 / d_in its largest entry grew by 0 to 110 % within 4,000 random tokens (d_in 16 and 32); from
-normal entries three times the size of the usual tests it overflowed within 1,000.
+Nothing bounds W: a write multiplies it by I + beta (phi(q) - phi(k)) phi(k)^T, whose norm may be above one, and rates do not fall as W
+grows.
 
 Einsum letters: b batch, h head, i input dim, o rows of W. As everywhere in this package a matrix is stored transposed.
 """
@@ -37,7 +37,7 @@ def srwm(
     """The recurrence of the module's header for several heads.
 
     Args:
-        x: (B, T, H, D_in) inputs, before the softmax.
+        x: (B, T, H, D_in) inputs, used as they are.
         initial: (H, D_in, D_out + 2 D_in + 4) W_0, what a sequence and each segment start from; its columns give y, q, k and beta.
         state: (B, H, D_in, D_out + 2 D_in + 4) what an earlier call returned, or None to start from `initial`.
         segment_ids: (B, T) integers; the matrix restarts from `initial` at each token whose id differs from the token's before. The first
@@ -60,7 +60,7 @@ def srwm(
     def step(matrix: jax.Array, token: tuple) -> tuple[jax.Array, jax.Array]:
         inputs, begins, writes = token
         matrix = grid.where_rows(begins, initial, matrix)
-        output, changed = _write(matrix, jax.nn.softmax(inputs.astype(dtype)), dim)
+        output, changed = _write(matrix, inputs.astype(dtype), dim)
         return grid.where_rows(writes, changed, matrix), output
 
     def chunk(matrix: jax.Array, tokens: tuple) -> tuple[jax.Array, jax.Array]:

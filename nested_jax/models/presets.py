@@ -36,7 +36,15 @@ _HIDDEN = {
     'hope-attention': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
     'gated-deltanet': {'tiny': 400, '124m': 1792, '340m': 2400, '760m': 3584, '1.3b': 4800},
     'titans': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'titans-mac': {'tiny': 288, '124m': 1216, '340m': 1664, '760m': 2464, '1.3b': 3344},
+    'titans-mag': {'tiny': 288, '124m': 1216, '340m': 1664, '760m': 2464, '1.3b': 3344},
+    'titans-mal': {'tiny': 200, '124m': 704, '340m': 976, '760m': 1440, '1.3b': 1984},
     'hope': {'tiny': 312, '124m': 1600, '340m': 2240, '760m': 3328, '1.3b': 4480},
+    'dla': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'moneta': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'yaad': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'memora': {'tiny': 376, '124m': 1728, '340m': 2352, '760m': 3504, '1.3b': 4720},
+    'atlas': {'tiny': 360, '124m': 1680, '340m': 2320, '760m': 3472, '1.3b': 4672},
     'hope-linear': {'tiny': 364, '124m': 1728, '340m': 2336, '760m': 3456, '1.3b': 4672},
     'linear-attention': {'tiny': 448, '124m': 2048, '340m': 2752, '760m': 4096, '1.3b': 5504},
     'retnet': {'tiny': 280, '124m': 1024, '340m': 1376, '760m': 2048, '1.3b': 2768},
@@ -49,7 +57,12 @@ _HIDDEN = {
     # References for state tracking, not parallel over tokens: nobody would train them at scale.
     'lstm': {'tiny': 272},
     'srwm': {'tiny': 544},
+    'rwkv7': {'tiny': 352, '124m': 1856, '340m': 2512, '760m': 3792, '1.3b': 5136},
+    'comba': {'tiny': 400, '124m': 1792, '340m': 2400, '760m': 3584, '1.3b': 4800},
 }
+
+# Windows that training sequences of 4,096 tokens outgrow, so that what lies further back has to come from the memory.
+_WINDOWED = AttentionConfig(num_persistent=16, window=1024, query_block=1024)
 
 _FAMILIES = {
     'transformer': dict(mixer='attention'),
@@ -58,6 +71,14 @@ _FAMILIES = {
     'hope-attention': dict(mixer='attention'),
     'gated-deltanet': dict(mixer='gated-delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
     'titans': dict(mixer='titans', memory=MemoryConfig(dgd='none')),
+    'dla': dict(mixer='dla', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'moneta': dict(mixer='moneta', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'yaad': dict(mixer='yaad', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'memora': dict(mixer='memora', memory=MemoryConfig(dgd='none', momentum=False, decay_to='init')),
+    'atlas': dict(mixer='atlas', memory=MemoryConfig(dgd='none', decay_to='init')),
+    'titans-mac': dict(mixer='titans-mac', memory=MemoryConfig(dgd='none'), attention=AttentionConfig(num_persistent=16, segment=512)),
+    'titans-mag': dict(mixer='titans-mag', memory=MemoryConfig(dgd='none'), attention=_WINDOWED),
+    'titans-mal': dict(mixer='titans-mal', memory=MemoryConfig(dgd='none'), attention=_WINDOWED),
     'hope': dict(mixer='self-modifying', memory=MemoryConfig(decay_to='init')),
     'hope-linear': dict(
         mixer='self-modifying',
@@ -80,10 +101,15 @@ _FAMILIES = {
 }
 
 # What else the tiny model of a family changes. Mamba-2: 8 heads whose states together are of RetNet's size; above, the published sizes.
-# Samba: the published window would see all of a sequence of a few hundred tokens.
+# Samba, Titans: larger windows would see all of a sequence of a few hundred tokens.
 _TINY = {
     'mamba2': dict(state_space=StateSpaceConfig(state_dim=32, head_dim=32)),
     'samba': dict(attention=AttentionConfig(window=64)),
+    'titans-mac': dict(attention=AttentionConfig(num_persistent=4, segment=64)),
+    'titans-mag': dict(attention=AttentionConfig(num_persistent=4, window=64)),
+    'titans-mal': dict(attention=AttentionConfig(num_persistent=4, window=64)),
+    'rwkv7': dict(mixer='rwkv7', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
+    'comba': dict(mixer='comba', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
 }
 
 
@@ -105,12 +131,12 @@ def preset(name: str, **overrides) -> ModelConfig:
         raise ValueError(f'preset is {name!r}, allowed is one of {", ".join(near or preset_names())}')
     family, size = name.rsplit('-', 1)
     shape, hidden = _SIZES[size], _HIDDEN[family][size]
+    options = _FAMILIES[family] | (_TINY.get(family, {}) if size == 'tiny' else {})
     periods = shape.periods if family.startswith('hope') else shape.periods[:1]
     config = ModelConfig(
         num_layers=shape.layers, width=shape.width, num_heads=shape.heads, head_dim=shape.width // shape.heads,
         levels=tuple(LevelConfig(hidden // len(periods), period) for period in periods),
-        vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny',
-        **_FAMILIES[family] | (_TINY.get(family, {}) if size == 'tiny' else {}),
+        vocab_size=shape.vocab_size, max_length=shape.max_length, scan_layers=size != 'tiny', **options,
     )  # fmt: skip
     return dataclasses.replace(config, **overrides)
 

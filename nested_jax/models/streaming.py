@@ -17,7 +17,7 @@ import numpy as np
 
 from nested_jax.config import ModelConfig
 from nested_jax.memory import continuum
-from nested_jax.models.language_model import Block, LanguageModel, close_state, open_state
+from nested_jax.models.language_model import Block, LanguageModel, close_state, open_rows, open_state
 from nested_jax.models.loss import next_token_loss
 
 PyTree = Any
@@ -228,12 +228,12 @@ def _hidden(model: LanguageModel, tokens: jax.Array, state: PyTree, *, fast: tup
     """
     config = model.config
     layers, context = open_state(state, segment_ids, True)
-    x = jnp.take(model.embedding, tokens, axis=0).astype(config.dtype)
+    rows = open_rows(config, model.embedding, tokens)
     stacked, states, used = model.variables['params']['blocks'], [], 0
 
-    def block(x, inputs):
+    def block(rows, inputs):
         variables, layer = inputs
-        return Block(config, parent=None).apply({'params': variables}, x, layer, context)
+        return Block(config, parent=None).apply({'params': variables}, rows, layer, context)
 
     block = block if config.remat == 'none' else jax.checkpoint(block, prevent_cse=False)
     for start, stop, named in _runs(config.num_layers, config.in_sequence.blocks):
@@ -242,10 +242,10 @@ def _hidden(model: LanguageModel, tokens: jax.Array, state: PyTree, *, fast: tup
             levels = jax.tree.map(lambda leaf, part=slice(used, used + stop - start): leaf[part], fast)
             channel = {**variables['channel'], **{f'level_{i}': level for i, level in enumerate(levels)}}
             variables, used = {**variables, 'channel': channel}, used + stop - start
-        x, after = jax.lax.scan(block, x, (variables, before), unroll=1 if config.scan_layers else stop - start)
+        rows, after = jax.lax.scan(block, rows, (variables, before), unroll=1 if config.scan_layers else stop - start)
         states.append(after)
     layers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *states)
-    return model.norm(x), close_state(state, layers, context, tokens, segment_ids)
+    return model.norm(rows.x), close_state(state, layers, context, tokens, segment_ids)
 
 
 def _runs(num_layers: int, named: tuple[int, ...]) -> list[tuple[int, int, bool]]:

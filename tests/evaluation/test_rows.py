@@ -29,3 +29,28 @@ def test_config_digest_ignores_order_and_sees_values():
 def test_commit_is_unknown_outside_a_repository(monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', str(tmp_path))  # no git to be found
     assert rows.commit() == 'unknown'
+
+
+def test_rows_are_added_in_one_write(tmp_path, monkeypatch):
+    """Whatever their size: a process that is killed leaves all of them or none."""
+    writes, write_all = [], open
+    many = [{'text': 'x' * 10_000, 'seed': seed} for seed in range(5)]
+
+    class Counted:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, text):
+            writes.append(text)
+            return self.file.write(text)
+
+    monkeypatch.setattr('builtins.open', lambda *args, **options: Counted(write_all(*args, **options)))
+    rows.append_rows(tmp_path / 'toy.jsonl', many)
+    monkeypatch.undo()
+    assert len(writes) == 1 and rows.read_rows(tmp_path / 'toy.jsonl') == many

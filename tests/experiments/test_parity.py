@@ -87,7 +87,7 @@ def test_smoke_run_trains_tests_and_stores_nothing(tmp_path, capsys):
 
 
 def test_a_run_stores_one_row_for_each_arm_and_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, 'make_fit', lambda model, config, draw: lambda seed: ({}, 0.5))
+    monkeypatch.setattr(parity, 'fit_one', lambda fit, seed: ({}, 0.5))
     monkeypatch.setattr(parity, 'evaluate', lambda predict, seed, count, index: dict(every=1.0, last=1.0, positions=1.0, distinct=count))
     assert parity.main(['--arms', 'dgd', 'plain', '--seeds', '3', '4', '--results', str(tmp_path / 'rows.jsonl')]) == 0
     rows = read_rows(tmp_path / 'rows.jsonl')

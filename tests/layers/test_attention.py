@@ -39,7 +39,7 @@ def _config(**attention) -> ModelConfig:
     )  # fmt: skip
 
 
-def _golden_layer(data, **attention):
+def _golden_layer(data, tokens=None, **attention):
     """A layer whose projections hand on the golden q, k and v, given unrotated, and its output heads."""
     unrotate = lambda x: rotate(x, -jnp.broadcast_to(jnp.arange(48)[None], (2, 48)), 10_000.0).reshape(2, 48, -1)
     x = jnp.concatenate([unrotate(data['q']), unrotate(data['k']), data['v'].reshape(2, 48, -1)], -1)
@@ -47,6 +47,9 @@ def _golden_layer(data, **attention):
     kernels = {'query': eye[:, :64], 'key': eye[:, 64:96], 'value': eye[:, 96:], 'output': jnp.eye(64)}
     variables = {'params': {name: {'kernel': kernel} for name, kernel in kernels.items()}}
     layer = Attention(_config(**attention))
+    if tokens is not None:  # they are of the model's width, here that of x
+        variables['params'] |= {'persistent_tokens': tokens, 'output': {'kernel': jnp.eye(64, 128)}}
+        layer = Attention(dataclasses.replace(_config(**attention), width=128))
     return x, fast_jit(lambda x, state, context: layer.apply(variables, x, state, context))
 
 
@@ -76,6 +79,37 @@ def test_blocks_of_queries_change_nothing(x64, golden, window):
 
     for blocks, whole in zip(run(10), run(None), strict=True):
         np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-5)
+
+
+def test_persistent_tokens_are_seen_by_every_query(x64, golden):
+    """A token whose key and value are zero adds 1 to the softmax's denominator; blocks, masks and streams agree."""
+    data = golden('attention_swa')
+    x, layer = _golden_layer(data, window=16, num_persistent=2, tokens=jnp.zeros((2, 128)))
+    scores = jnp.einsum('btgrd,bsgd->btgrs', data['q'].reshape(2, 48, 2, 2, 16), data['k']) / 4
+    distance = np.arange(48)[:, None] - np.arange(48)[None]
+    weights = jnp.where(((distance >= 0) & (distance < 16))[None, :, None, None], jnp.exp(scores), 0.0).sum(-1)
+    expected = data['o_w16'].reshape(2, 48, 2, 2, 16) * (weights / (weights + 2))[..., None]
+    whole, _ = layer(x, None, Context(None, None, True))
+    np.testing.assert_allclose(whole[..., :64], expected.reshape(2, 48, -1), rtol=0, atol=1e-9)
+
+
+def test_persistent_tokens_have_no_position(x64, golden):
+    """Read alone, at any place in the document: the softmax of unrotated scores."""
+    data, rng = golden('attention_swa'), np.random.default_rng(0)
+    tokens = jnp.asarray(rng.normal(size=(3, 128)))
+    x, _ = _golden_layer(data)
+    forms = [dict(window=7), dict(window=7, query_block=10)]
+    whole, blocks = (
+        _golden_layer(data, num_persistent=3, tokens=tokens, **form)[1](x, None, Context(None, None, True))[0] for form in forms
+    )
+    np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-12)
+    layer = _golden_layer(data, window=7, num_persistent=3, tokens=tokens)[1]
+    head, state = layer(x[:, :20], None, Context(None, jnp.zeros((2, 20), jnp.int32), True))
+    tail, _ = layer(x[:, 20:], state, Context(jnp.full(2, 20, jnp.int32), None, True))
+    np.testing.assert_allclose(jnp.concatenate([head, tail], 1), whole, rtol=0, atol=1e-12)
+    alone = jax.tree.map(jnp.zeros_like, state)
+    near, far = (layer(x[:, 20:21], alone, Context(jnp.full(2, at, jnp.int32), None, True))[0] for at in (0, 1000))
+    np.testing.assert_allclose(near, far, rtol=0, atol=1e-12)
 
 
 def test_documents_do_not_see_one_another(x64, golden):

@@ -35,7 +35,7 @@ def _parameters(data, model: str) -> dict:
         'key': kernel('k_proj'), 'value': kernel('v_proj'), 'gate': kernel('g_proj'),
         'output': {'kernel': _half_split(data['param.o_proj.weight'], 1).T},
         'gate_logits': {'kernel': data['param.learnable_ttt_lr_weight'][:, 0].T}, 'gate_bias': data['param.learnable_ttt_lr_bias'].T,
-        'token_rate': data['param.learnable_token_idx'],
+        'token_offset': data['param.learnable_token_idx'],
         'inner_norm_scale': _half_split(data['param.ttt_norm_weight'], 1), 'inner_norm_shift': _half_split(data['param.ttt_norm_bias'], 1),
         'norm': {'scale': _half_split(data['param.post_norm.weight'], 0), 'bias': _half_split(data['param.post_norm.bias'], 0)},
     }  # fmt: skip
@@ -80,4 +80,4 @@ def test_initial_values_and_precision():
     for name, deviation in {'initial_memory_in': 0.02, 'initial_memory_out': 0.01}.items():
         np.testing.assert_allclose(params[name].std(), deviation, rtol=0.05, err_msg=name)
     np.testing.assert_allclose(params['gate_logits']['kernel'].std(), 0.02, rtol=0.25)
-    assert not any(params[name].any() for name in ('initial_bias_in', 'initial_bias_out', 'gate_bias', 'token_rate', 'inner_norm_shift'))
+    assert not any(params[name].any() for name in ('initial_bias_in', 'initial_bias_out', 'gate_bias', 'token_offset', 'inner_norm_shift'))

@@ -82,3 +82,32 @@ def test_where_rows_chooses_whole_rows_of_a_pytree():
     chosen = grid.where_rows(jnp.array([True, False]), new, old)
     np.testing.assert_array_equal(chosen['a'].sum((1, 2)), [12, 0])
     np.testing.assert_array_equal(chosen['b'], [1, 0])
+
+
+@pytest.mark.parametrize('time', [1, 3, 4, 6, 9])
+def test_pieces_end_where_segments_do(time):
+    stream = np.arange(SIZE * 40).reshape(SIZE, 40) + 1
+    position = np.array([4, 5, 6, 7])  # all four phases, one a row
+    tokens = jnp.asarray(np.stack([row[start : start + time] for row, start in zip(stream, position, strict=True)]))
+    pieces = jax.jit(lambda tokens, position: grid.cut_pieces(tokens, SIZE, position))(tokens, position)
+    np.testing.assert_array_equal(grid.join_pieces(pieces, pieces.rows[..., None], time)[..., 0], tokens)
+    for row, start in enumerate(position):
+        cuts = [start, *(place for place in range(start + 1, start + time) if place % SIZE == 0), start + time]
+        expected = [stream[row, a:b].tolist() for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        lengths = pieces.lengths[:, row].tolist()
+        assert lengths == [len(piece) for piece in expected] + [0] * (len(lengths) - len(expected))
+        assert [pieces.rows[i, row, :length].tolist() for i, length in enumerate(lengths)][: len(expected)] == expected
+        assert pieces.phase[:, row].tolist() == [place % SIZE for place in cuts[:-1]] + [cuts[-1] % SIZE] * (len(lengths) - len(expected))
+
+
+@pytest.mark.parametrize('time', [3, 8, 9])
+def test_pieces_of_a_first_call_are_segments(time):
+    tokens = jnp.arange(2 * time).reshape(2, time)
+    pieces = grid.cut_pieces(tokens, SIZE)
+    assert pieces.phase is None and pieces.place is None
+    assert pieces.rows.shape == (-(-time // SIZE), 2, min(time, SIZE))
+    if time == 9:
+        np.testing.assert_array_equal(pieces.lengths, [[4, 4], [4, 4], [1, 1]])
+    else:
+        assert pieces.lengths is None
+    np.testing.assert_array_equal(grid.join_pieces(pieces, pieces.rows, time), tokens)

@@ -230,6 +230,29 @@ def test_null_tokens_are_exactly_inert(rule, time):
     close(y, jnp.einsum('hkv,bthk->bthv', x['initial'], x['q']), 1e-6)
 
 
+@pytest.mark.parametrize('rule', ['linear-decay', 'linear-channel', 'delta-decay'])
+def test_heads_may_share_queries_and_keys(x64, rule):
+    """One head of them is as good as equal ones, in chunks and token by token."""
+    x = inputs()
+    shared = x | {name: x[name][:, :, :1] for name in ('q', 'k')}
+    repeated = x | {name: jnp.repeat(shared[name], HEADS, 2) for name in ('q', 'k')}
+    options = dict(state=some_state(rule, x), initial=x['initial'], segment_ids=SEGMENTS, chunk_size=4)
+    expected = run(rule, repeated, **options)
+    for reference in (False, True):
+        close(run(rule, shared, reference=reference, **options), expected)
+
+
+def test_gradients_of_shared_queries_and_keys_add_up_over_heads(x64):
+    x = inputs()
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(x, repeats):
+        repeated = lambda x: x | {name: jnp.repeat(x[name][:, :, :1], repeats, 2) for name in ('q', 'k')}
+        return jax.grad(lambda x: jnp.sum(jnp.sin(run.__wrapped__('linear-decay', repeated(x), chunk_size=4)[0])))(x)
+
+    close(gradients(x, 1), gradients(x, HEADS))
+
+
 # The algebra of the rules (spec section 7)
 
 
@@ -436,6 +459,7 @@ def test_golden_packed_sequences(x64, shared_data):
     [
         ({'k': jnp.zeros((2, 13, 2, 5))}, 'k must'),
         ({'v': jnp.zeros((2, 12, 2, 3))}, 'v must'),
+        ({'v': jnp.zeros((2, 13, 3, 3))}, 'v must'),
         ({'q': jnp.zeros((2, 13, 8))}, 'q must'),
         ({'eta': jnp.zeros((2, 13))}, 'eta must'),
         ({'log_alpha': jnp.zeros((2, 13, 1))}, 'log_alpha must'),

@@ -27,15 +27,15 @@ def _softmax(x):
 def _equations(x, initial, segment_ids):
     """One row and head: W of (d_out + 2 d_in + 4, d_in), rows in the order y, q, k, beta.
 
-    Eq. (5) to (8), arXiv:2202.05780v2. The rule agrees with the authors' own plain test of their kernel (IDSIA/modern-srwm); the
-    numbers of the equations are from a secondary source, the paper itself was not at hand.
+    Eq. (5) to (8), arXiv:2202.05780v2, with x_t for phi(x_t). The rule agrees with the authors' own plain test of their kernel
+    (IDSIA/modern-srwm); the numbers of the equations are from a secondary source, the paper itself was not at hand.
     """
     w, outputs = initial.T.copy(), []
     rows = np.split(np.arange(len(w)), np.cumsum([OUT, WIDTH, WIDTH]))
     for t, x_t in enumerate(x):
         if t and segment_ids[t] != segment_ids[t - 1]:
             w = initial.T.copy()
-        y, q, k, beta = (w[part] @ _softmax(x_t) for part in rows)
+        y, q, k, beta = (w[part] @ x_t for part in rows)
         v_bar, v = w @ _softmax(k), w @ _softmax(q)
         w = w.copy()
         for part, rate in zip(rows, 1 / (1 + np.exp(-beta)), strict=True):
@@ -79,7 +79,7 @@ def test_tokens_that_are_not_valid_read_and_write_nothing(x64):
     x, initial = _inputs()
     y, state = fast_jit(srwm)(x, initial, valid=np.zeros((BATCH, LENGTH), bool))
     np.testing.assert_array_equal(state, np.broadcast_to(initial[None], state.shape))
-    np.testing.assert_allclose(y, np.einsum('bthi,hio->btho', jax.nn.softmax(x), initial[..., :OUT]), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(y, np.einsum('bthi,hio->btho', x, initial[..., :OUT]), rtol=0, atol=1e-12)
 
 
 def test_the_backward_pass_keeps_no_matrix_of_every_token():

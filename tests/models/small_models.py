@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, StateSpaceConfig
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, StateSpaceConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
 
@@ -24,11 +24,29 @@ BASELINES: dict[str, bool] = {
     'samba': True,
     'lstm': False,
     'srwm': False,
+    'dla': False,
+    'moneta': True,
+    'yaad': False,
+    'memora': False,
+    'atlas': False,
+    'titans-mac': False,
+    'titans-mag': True,
+    'titans-mal': False,
+    'rwkv7': True,
+    'comba': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
+    'dla': 2,
+    'moneta': 2,
+    'yaad': 2,
+    'memora': 2,
+    'atlas': 2,
+    'titans-mac': 2,
+    'titans-mag': 2,
+    'titans-mal': 2,
     'hope': 10,
     'hope-linear': 5,
     'ttt-linear': 2,
@@ -42,11 +60,20 @@ UNNORMALIZED = (
     'gla',
     'mamba2',
     'samba',
+    'rwkv7',
 )
 # What else the small model of a family changes.
 _SHRUNK: dict[str, dict] = {
     'mamba2': dict(state_space=StateSpaceConfig(state_dim=6, head_dim=8)),
     'samba': dict(num_layers=4, attention=AttentionConfig(window=6)),
+    'atlas': dict(memory=MemoryConfig(dgd='none', decay_to='init', chunk_size=4, projection_chunk_size=2, window=3, hidden_dim=6)),
+    # Two of the memory's chunks in a segment, which is the grid of four.
+    'titans-mac': dict(
+        attention=AttentionConfig(num_persistent=2, segment=4),
+        memory=MemoryConfig(dgd='none', chunk_size=2, projection_chunk_size=2, hidden_dim=7),
+    ),
+    'titans-mag': dict(attention=AttentionConfig(num_persistent=2, window=6)),
+    'titans-mal': dict(attention=AttentionConfig(num_persistent=2, window=6)),
 }
 
 # The tests compile much and compute little.

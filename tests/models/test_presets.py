@@ -90,6 +90,14 @@ def test_periods_are_at_least_a_training_sequence_and_ordered():
 def test_grids():
     on_a_grid = {
         'titans': 16,
+        'dla': 16,
+        'moneta': 16,
+        'yaad': 16,
+        'memora': 16,
+        'atlas': 16,
+        'titans-mac': 64,
+        'titans-mag': 16,
+        'titans-mal': 16,
         'hope': 16,
         'hope-linear': 16,
         'ttt-linear': 16,
@@ -146,6 +154,7 @@ def test_a_wrong_field_is_named(field, changes):
         ('read', dict(read='last')),
         ('decay_to', dict(decay_to='one')),
         ('hidden_dim', dict(hidden_dim=0)),
+        ('window', dict(window=0)),
     ],
 )
 def test_a_wrong_field_of_the_memory_is_named(field, changes):
