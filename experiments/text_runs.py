@@ -4,6 +4,7 @@ A cell's run lies in a folder of its own, named by its configuration, under `--r
 """
 
 import dataclasses
+import math
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from nested_jax.config import ModelConfig
 from nested_jax.data import Dataset
 from nested_jax.evaluation.rows import config_digest
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.training.config import FREE_FIELDS, TrainConfig, check_devices, check_model
+from nested_jax.training.config import FREE_FIELDS, TrainConfig, check_model
 from nested_jax.training.loop import Result, train
 from nested_jax.training.metrics import read_metrics
 
@@ -83,7 +84,6 @@ def run_text_grid(grid: TextGrid, data: Dataset, args: GridArgs, describe: Calla
         grid = dataclasses.replace(grid, model=lambda cell, model=grid.model: one_block(model(cell)))
     for cell in grid.cells:
         check_model(grid.train(cell), grid.model(cell), data.tokenizer.vocab_size)
-        check_devices(grid.train(cell), len(jax.devices()))
 
     def prepare(model: str, task: str) -> Train:
         def train(seeds: Sequence[int]) -> list[dict]:
@@ -122,7 +122,8 @@ def run_cell(model: ModelConfig, settings: TrainConfig, data: Dataset, runs: pat
     """
     config = cell_config(model, settings, data)
     settings = dataclasses.replace(settings, output=str(runs / config_digest(config)))
-    result = train(settings, model, data, config)
+    count = math.gcd(settings.batch_size // settings.accumulation, len(jax.devices()))  # devices that get as many rows each
+    result = train(settings, model, data, config, devices=jax.devices()[:count])
     if result.stopped_by is not None:
         raise KeyboardInterrupt
     speeds = [record['tokens_per_second'] for record in read_metrics(runs / config_digest(config) / 'metrics.jsonl') if 'loss' in record]
