@@ -25,6 +25,7 @@ class AtlasState(NamedTuple):
 class Atlas(nn.Module):
     """Token mixer: the Omega rule over `memory.window` tokens, with Muon's five Newton-Schulz iterations on its momentum.
 
+    The source is secondary; the readings of `nested_jax.memory.omega` and the gates, scalars of each head and token, are ours.
     The steps of one chunk add up, so eta is at most 1 / chunk_size: a chunk moves each singular value by at most about one.
     Values have norm one, as no gradient's size tells these steps how far a target is.
     """

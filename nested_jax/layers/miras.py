@@ -27,8 +27,9 @@ class MirasState(NamedTuple):
 class Miras(nn.Module):
     """Token mixer: an MLP memory of normalised outputs, written by one gradient step a token; `config.mixer` names the rule.
 
-    Without erasure the steps of one chunk add up, so eta is at most 1 / chunk_size, and damped. The gates are scalars of each head and
-    token where the paper has channels of low rank, the memory's hidden layer has `memory.hidden_dim` units, and its norm a learned scale.
+    Without erasure the steps of one chunk add up, so eta is at most 1 / chunk_size, and damped. Ours are, beside the readings of
+    `nested_jax.memory.deep`: gates that are scalars of each head and token where the paper has channels, from projections of low rank;
+    a hidden layer as wide as the head (or `memory.hidden_dim`), not four times; and the learned scale of the memory's norm.
     """
 
     config: ModelConfig

@@ -21,7 +21,9 @@ The numbers of the equations are those of secondary sources; these readings are 
 * Inside a chunk weights move linearly from the exact ones of its start: by the first weights' norm for 'lq', by the derivative of the
   softmax at equal weights for 'kl'. At the chunk's end R is exact again, and no rounding or negative weight is carried on.
 * |A|_4 below 1 does not divide: the rule as printed gives |W|_4 = 1 / |A|_4, which forgetting would let grow without bound.
-* alpha_t and eta_t are scalars of each head. Retention decays to the learned A_0, or to zero with `decay_to='zero'` as printed.
+* alpha_t and eta_t are scalars of each head, where the paper has one for each channel. Retention decays to the learned A_0: at zero
+  weights the gradients of both layers vanish, for good. `decay_to='zero'` is the rule as printed.
+* Rates may be damped (`deep_memory`): LN makes gradients large where its inputs are small, and steps of a chunk add up.
 * Eq. 26's l1 term is read as the norm of the error, as in Eq. 15: its gradient is continuous where the cases meet.
 
 Einsum letters and axes: b batch, t time, h head, c token of the chunk, d head width, f hidden unit. Inside, arrays are head-first,

@@ -9,6 +9,7 @@ Letters: B batch, T tokens of the call, H heads, n chunks, c tokens of a chunk.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ def open_chunk(grid: Grid, length: int):
     return jax.tree.map(take, grid.chunks)
 
 
-def scan_chunks(step, inputs, fresh, chunk_size: int, *, state=None, position: jax.Array | None = None, segment_ids=None):
+def scan_chunks(step: Callable, inputs, fresh, chunk_size: int, *, state=None, position: jax.Array | None = None, segment_ids=None):
     """Read and write a memory chunk by chunk, each chunk rematerialised; a stream's state is the memory at its open chunk's start.
 
     Args:
@@ -91,6 +92,9 @@ def scan_chunks(step, inputs, fresh, chunk_size: int, *, state=None, position: j
 
     Returns:
         y (B, T, ...), and the state: the memory at the open chunk's start and that chunk's inputs (B, c, ...).
+
+    Raises:
+        ValueError: if `state` comes without `position`.
     """
     if state is not None and position is None:
         raise ValueError('position is None, allowed with a state is an int32 array (batch,)')

@@ -12,8 +12,8 @@ they leave room, these readings are ours:
   sizes of its parts.
 * NS is taken once a chunk, of S at its end, in place of each token's: M moves by sum_t (prod_{i>t} alpha_i) eta_t NS(S_C).
 * Tokens read the weights of their chunk's start, the last ones that are orthogonalised. A stream's weights change at chunk ends only.
-* phi takes the powers x_i and x_i^2 of each channel where the polynomial kernel has all products x_i x_j: keys are learned projections,
-  so the channels' squares span what products of projections would.
+* phi takes x_i and x_i^2 of each channel, with fixed coefficients, where the polynomial kernel has all products x_i x_j: keys are learned
+  projections, and a product of two is a difference of squares of two others.
 
 Einsum letters and axes: b batch, t time, h head, c token of the chunk, d head width, f hidden unit. Inside, arrays are head-first,
 (b, h, c, dim). Everything is float32, or float64 for float64 inputs.

@@ -91,6 +91,8 @@ _FAMILIES = {
     'mamba2': dict(mixer='mamba2', memory=MemoryConfig(kind='matrix', chunk_size=64, projection_chunk_size=64)),
     'ttt-linear': dict(mixer='ttt', memory=MemoryConfig(kind='matrix')),
     'ttt-mlp': dict(mixer='ttt', memory=MemoryConfig(kind='mlp')),
+    'rwkv7': dict(mixer='rwkv7', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
+    'comba': dict(mixer='comba', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
     'samba': dict(
         mixer='mamba-attention',
         attention=AttentionConfig(window=2048),
@@ -108,8 +110,6 @@ _TINY = {
     'titans-mac': dict(attention=AttentionConfig(num_persistent=4, segment=64)),
     'titans-mag': dict(attention=AttentionConfig(num_persistent=4, window=64)),
     'titans-mal': dict(attention=AttentionConfig(num_persistent=4, window=64)),
-    'rwkv7': dict(mixer='rwkv7', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
-    'comba': dict(mixer='comba', memory=MemoryConfig(kind='matrix', chunk_size=32, projection_chunk_size=32)),
 }
 
 
