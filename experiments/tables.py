@@ -113,16 +113,16 @@ def _check_same(one: dict, other: dict, where: str) -> None:
             raise ValueError(f'{where}: {name} is {json.dumps(first)} and {json.dumps(second)}, allowed is one value: tables mix none')
 
 
-def entry(runs: Iterable[list[float]]) -> str:
+def entry(runs: Iterable[list[float]], digits: int = 1) -> str:
     """Means and half-widths of the 95 % intervals, and the number of runs; 'not run' without any."""
     runs = list(runs)
     if not runs:
         return NOT_RUN
     if len(runs) == 1:
-        return f'{_means(runs)} (n = 1)'
+        return f'{_means(runs, digits)} (n = 1)'
     spreads = (interval(values) for values in zip(*runs, strict=True))
-    return ' / '.join(f'{mean:.1f} ± {half:.1f}' for mean, half in spreads) + f' (n = {len(runs)})'
+    return ' / '.join(f'{mean:.{digits}f} ± {half:.{digits}f}' for mean, half in spreads) + f' (n = {len(runs)})'
 
 
-def _means(runs: list[list[float]]) -> str:
-    return ' / '.join(f'{mean:.1f}' for mean in np.mean(runs, 0)) if runs else ''
+def _means(runs: list[list[float]], digits: int = 1) -> str:
+    return ' / '.join(f'{mean:.{digits}f}' for mean in np.mean(runs, 0)) if runs else ''

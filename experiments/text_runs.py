@@ -92,7 +92,8 @@ def run_text_grid(grid: TextGrid, data: Dataset, args: GridArgs, describe: Calla
 
         return train
 
-    config = lambda cell: cell_config(grid.model(cell), grid.train(cell), data) | grid.measured
+    task = lambda cell: dict(task=dict(name=cell.task))
+    config = lambda cell: cell_config(grid.model(cell), grid.train(cell), data) | task(cell) | grid.measured
     runs = Grid(grid.experiment, grid.cells, config, prepare, describe or show, grid.results)
     return run_grid(runs, minutes=args.minutes, store=not args.smoke)
 

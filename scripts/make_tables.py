@@ -2,7 +2,7 @@
 
 Runs of one model, number of tokens, learning rate and text are one line: the mean over seeds, and the sample standard deviation.
 Only runs evaluated on the whole held-out text count, and of each model and number of tokens the learning rate with the best mean. The
-tables of the grids are those of experiments/tables.py.
+tables of the grids are those of experiments/tables.py and experiments/text_tables.py.
 """
 
 import argparse
@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import optimizer_race
 from experiments.racing import interval
 from experiments.tables import language_table, mad_table
+from experiments.text_tables import ablation_table, context_table, language_modeling_table, levels_table, probe_table
 from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
 README, RESULTS = ROOT / 'README.md', ROOT / 'experiments' / 'results'
@@ -32,7 +33,12 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     race = race_table(read_rows(results / 'optimizer_race.jsonl'))
     languages = language_table(read_rows(results / 'formal_languages.jsonl'))
     mad = mad_table(read_rows(results / 'mad.jsonl'))
-    made = [pretraining_table(pretraining), speeds, parity, race, languages, mad]
+    models = language_modeling_table(read_rows(results / 'language_modeling.jsonl'))
+    ablated = read_rows(results / 'ablations.jsonl')
+    levels = levels_table(read_rows(results / 'cms_levels.jsonl'))
+    context = context_table(read_rows(results / 'context_use.jsonl'))
+    made = [pretraining_table(pretraining), models, ablation_table(ablated), probe_table(ablated), levels, context]
+    made += [speeds, parity, languages, mad, race]
     return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 
