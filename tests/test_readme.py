@@ -14,6 +14,8 @@ import tomllib
 
 import pytest
 
+from nested_jax.models.presets import preset_names
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / 'README.md').read_text()
 MAIN_JOB = ['python', '-m', 'experiments.hope_pretrain']
@@ -49,6 +51,16 @@ def test_blocks_are_found():
     assert 'exec "$python" -m experiments.hope_pretrain "$@"' in (ROOT / 'scripts' / 'demo.sh').read_text()
 
 
+def test_every_family_has_a_line_in_the_table_of_models_and_its_tests_exist():
+    table = [line for line in TEXT.partition('\n## Models\n')[2].partition('\n## ')[0].splitlines() if line.startswith('| `')]
+    named = set()
+    for line in table:
+        first, *others = re.findall(r'`([a-z0-9-]+)`', line.split('|')[1])
+        named |= {first, *(first.split('-')[0] + other if other.startswith('-') else other for other in others)}
+        assert all((ROOT / 'tests' / path).is_file() for path in re.findall(r'`(\w+/test_\w+\.py)`', line)), line
+    assert named | {'transformer-conv'} == {name.rpartition('-')[0] for name in preset_names()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('words', LOCAL, ids=' '.join)
 def test_local_commands_run(words, tmp_path):
@@ -78,16 +90,6 @@ def test_settings_fit(words):
 
     args = parse(words[3:])
     check_model(args.train, preset(args.model.preset), vocab_size=256)
-
-
-def test_presets_exist():
-    from nested_jax.models.presets import preset
-
-    families, sizes = re.search(r'The presets .*?: (.*), each at\s+(.*?)\. ', TEXT, re.DOTALL).groups()
-    names = [f'{family}-{size}' for family in re.findall('`(.*?)`', families) for size in re.findall('`(.*?)`', sizes)]
-    assert len(names) == 30
-    for name in names:
-        assert preset(name).num_layers >= 1
 
 
 @pytest.mark.parametrize('code', blocks(TEXT, 'python'))
