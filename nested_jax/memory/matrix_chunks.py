@@ -41,9 +41,9 @@ class Rule(NamedTuple):
     log_decay: jax.Array | None  # log a_t, or (B, T, H, D_k) per channel where `erase` is None; None where a_t = 1
     rate: jax.Array | None = None  # None where rate_t = 1
     erase: jax.Array | None = None  # None where nothing is erased along k
-    removal: tuple[jax.Array, jax.Array] | None = None  # m_t and b_t, (B, T, H, D_k); needs a decay per channel
     anchored: bool = False  # u_t = v_t - A^T k_t
     read: str = 'running'
+    removal: tuple[jax.Array, jax.Array] | None = None  # m_t and b_t, (B, T, H, D_k); needs a decay per channel
 
 
 class _Tokens(NamedTuple):
