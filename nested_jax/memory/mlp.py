@@ -172,8 +172,7 @@ def mlp_memory(
         chunk_size: positions between two anchors.
         dgd: which layers are erased: 'per_layer' both, W_out with normalised rates; 'input_only' W_in; 'none' (Titans).
         read: 'running' reads q_t from M_t, its own token included; 'anchor' from the chunk's first weights (Eq. 90).
-        decay_to: what retention decays to, zero or the initial weights.
-        activation, residual: of the hidden layer ('gelu' by tanh); whether M has the identity term.
+        decay_to, activation, residual: what retention decays to; of the hidden layer ('gelu' by tanh); whether M has the identity term.
         objective: 'l2' is 1/2 |M(k) - v|^2; 'dot' is -M(k).v, whose steps do not shrink near the target: retention alone bounds it.
         aligned: promises that every row of `state` stands at a chunk's start, which saves moving rows along the grid.
 

@@ -45,6 +45,7 @@ def test_dot_products_write_deep_linear_attention(x64):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_chunked_dot_products_equal_the_reference(x64):
     compare_with_reference('none', True, 'running', 'init', True, time=7, chunk_size=3, objective='dot')
 
