@@ -75,7 +75,7 @@ def test_settings_of_tasks():
     assert not model('transformer', 'memorization').tie_embeddings
 
 
-@pytest.mark.parametrize('arguments', [['--tasks', 'copying'], ['--models', 'rwkv8'], ['--warmup-steps', '800'], ['--train-examples', '0']])
+@pytest.mark.parametrize('arguments', [['--tasks', 'copying'], ['--models', 'rwkv8'], ['--warmup-steps', '600'], ['--train-examples', '0']])
 def test_wrong_input_exits_with_2_and_names_it(arguments, capsys, monkeypatch):
     monkeypatch.setattr(mad, 'run_grid', lambda *_, **__: pytest.fail('no device work before'))
     with pytest.raises(SystemExit) as stop:
