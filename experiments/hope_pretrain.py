@@ -53,7 +53,7 @@ class ModelArgs:
     """The model."""
 
     preset: str = 'hope-linear-tiny'
-    """Family and size: hope, hope-linear, hope-attention, titans, gated-deltanet or transformer; tiny, 124m, 340m, 760m or 1.3b."""
+    """Family and size, as hope-tiny or mamba2-340m; README.md has a table of the families."""
     vocab_size: int | None = None
     """Entries of the vocabulary; None: the tokenizer's."""
     dtype: Literal['float32', 'bfloat16'] | None = None
