@@ -67,13 +67,7 @@ def make_fit(
 
         return _lanes(run)(states, data, rates)
 
-    @jax.jit
-    @_lanes
-    def keep(runs: tuple[Fitted, TrainState, jax.Array], data: PyTree, rate: jax.Array) -> Fitted:
-        kept, state, last = runs
-        new = jnp.zeros(()) if score is None else score(state.params, data)
-        choose = functools.partial(jnp.where, new >= kept.score)
-        return Fitted(jax.tree.map(choose, state.params, kept.params), last, choose(new, kept.score), choose(state.step, kept.step))
+    keep = jax.jit(_lanes(functools.partial(_keep, score)))
 
     def fit(seeds: Sequence[int], rates: Sequence[float] = (config.learning_rate,), data: PyTree = None) -> Fitted:
         rates, done = jnp.asarray(rates, jnp.float32), 0
@@ -101,6 +95,14 @@ def fit_one(fit: Callable[..., Fitted], seed: int) -> tuple[PyTree, float]:
 def lane(tree: PyTree, *index: int) -> PyTree:
     """One run's part of stacked leaves."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _keep(score: Callable | None, runs: tuple[Fitted, TrainState, jax.Array], data: PyTree, rate: jax.Array) -> Fitted:
+    """The better of the checkpoint kept so far and a run's state, of equals the latter; the loss is the last in any case."""
+    kept, state, last = runs
+    new = jnp.zeros(()) if score is None else score(state.params, data)
+    choose = functools.partial(jnp.where, new >= kept.score)
+    return Fitted(jax.tree.map(choose, state.params, kept.params), last, choose(new, kept.score), choose(state.step, kept.step))
 
 
 def _lanes(function: Callable) -> Callable:
