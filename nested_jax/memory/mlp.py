@@ -156,8 +156,7 @@ def mlp_memory(
     Args:
         q, k: (B, T, H, D_in) queries and keys, any float dtype. Queries are not scaled.
         v: (B, T, H, D_out) targets; D_out = D_in with `residual`.
-        eta: (B, T, H) inner learning rate.
-        log_alpha: (B, T, H) log of the retention, at most 0; -inf wipes the memory.
+        eta, log_alpha: (B, T, H) inner learning rate, and log of the retention, at most 0; -inf wipes the memory.
         log_momentum: (B, T, H) log of the momentum beta, or None for S_t = -eta_t grad_t.
         erase: (B, T, H) rate epsilon of DGD's erasure, of W_out over 1 + epsilon |h|^2; `eta` when None.
         damping: (B, T, H) rates d, or None for rates as given: eta is divided by 1 + d |act'(z) W_out|^2 for W_in, and with W_out's
@@ -166,15 +165,13 @@ def mlp_memory(
         state: of an earlier call with the same options; None starts new sequences.
         segment_ids: (B, T) integers. A change at a chunk's first position resets weights and momentum; documents start on the chunk
             grid. The first token of a call with a state continues the state's document.
-        valid: (B, T) bool, True when None. A token that is not valid changes nothing whatever its gates are, also with momentum,
-            where eta = 0 and alpha = 1 alone would add S once more. It takes a place on the grid.
-        lengths: (B,) int32 tokens of each row, T when None. What follows them is padding: it changes nothing and takes no place.
-        chunk_size: positions between two anchors.
+        valid: (B, T) bool, True when None. Tokens that are not valid change nothing (eta = 0 and alpha = 1 alone would add S once more),
+            but take a place on the grid. Padding that takes none follows the `lengths`, (B,) int32, of each row; None: T.
+        chunk_size: positions between two anchors; `aligned` promises that each row of `state` stands at one, to save moving rows.
         dgd: which layers are erased: 'per_layer' both, W_out with normalised rates; 'input_only' W_in; 'none' (Titans).
         read: 'running' reads q_t from M_t, its own token included; 'anchor' from the chunk's first weights (Eq. 90).
         decay_to, activation, residual: what retention decays to; of the hidden layer ('gelu' by tanh); whether M has the identity term.
         objective: 'l2' is 1/2 |M(k) - v|^2; 'dot' is -M(k).v, whose steps do not shrink near the target: retention alone bounds it.
-        aligned: promises that every row of `state` stands at a chunk's start, which saves moving rows along the grid.
 
     Returns:
         y (B, T, H, D_out) in v's dtype, and the `MLPState` after the last token.

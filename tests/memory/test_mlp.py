@@ -366,26 +366,6 @@ def test_invalid_tokens_are_inert(x64, function, decay_to):
     assert_trees_close(jax.tree.map(lambda x: x[0], state_garbage), jax.tree.map(lambda x: x[0], state), 1e-12)
 
 
-@pytest.mark.parametrize(
-    ('function', 'cut', 'aligned'),
-    [
-        (mlp_memory, 3, False),
-        pytest.param(mlp_memory, 8, True, marks=pytest.mark.slow),
-        pytest.param(mlp_memory_reference, 3, False, marks=pytest.mark.slow),
-    ],
-)
-def test_rows_may_end_early(x64, function, cut, aligned):
-    """Padding takes no place: the state after is that of a call with fewer tokens, its open chunk included."""
-    call, lengths, options = random_call(cut + 9, dgd='none'), (9, 4), dict(chunk_size=4, dgd='none')
-    _, state = run(part(call, 0, cut), mlp_memory_reference, **options)
-    rest = {**part(call, cut, cut + 9), 'state': state}
-    y, after = run({**rest, 'lengths': jnp.array(lengths)}, function, aligned=aligned, **options)
-    for row, length in enumerate(lengths):
-        expected, state = run(part(rest, 0, length), mlp_memory_reference, **options)
-        np.testing.assert_allclose(y[row, :length], expected[row], rtol=0, atol=1e-12)
-        assert_trees_close(*(jax.tree.map(lambda leaf, row=row: leaf[row], tree) for tree in (after, state)), atol=1e-12)
-
-
 def test_eta_zero_alpha_one_is_inert_without_momentum(x64):
     call = random_call(10, momentum=False)
     silent = {name: call[name].at[:, 6:].set(0.0) for name in ('eta', 'log_alpha', 'erase')}
