@@ -154,8 +154,7 @@ def mlp_memory(
     stays below about 1 without DGD (less with momentum).
 
     Args:
-        q, k: (B, T, H, D_in) queries and keys, any float dtype. Queries are not scaled.
-        v: (B, T, H, D_out) targets; D_out = D_in with `residual`.
+        q, k, v: (B, T, H, D_in) queries, used as they are, and keys, (B, T, H, D_out) targets; D_out = D_in with `residual`.
         eta, log_alpha: (B, T, H) inner learning rate, and log of the retention, at most 0; -inf wipes the memory.
         log_momentum: (B, T, H) log of the momentum beta, or None for S_t = -eta_t grad_t.
         erase: (B, T, H) rate epsilon of DGD's erasure, of W_out over 1 + epsilon |h|^2; `eta` when None.
