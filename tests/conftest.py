@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
+def pytest_runtest_teardown(item, nextitem):
+    """Programs are kept as long as tests that share them follow: a process that holds those of all files runs out of memory maps."""
+    group = lambda test: test.get_closest_marker('xdist_group').args
+    if nextitem is None or group(nextitem) != group(item):
+        jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Run the test in float64."""
