@@ -85,7 +85,7 @@ def test_gradients_equal_the_tokens(x64, monkeypatch, group):
 @pytest.mark.slow
 def test_gradients_equal_finite_differences(x64):
     x = inputs(time=5, batch=1)
-    function = fast_jit(lambda *arrays: run.__wrapped__(dict(zip(NAMES, arrays, strict=True)), initial=x['initial'], chunk_size=2))
+    function = jax.jit(lambda *arrays: run.__wrapped__(dict(zip(NAMES, arrays, strict=True)), initial=x['initial'], chunk_size=2))
     check_grads(function, tuple(x[name] for name in NAMES), order=1, modes=['rev'], atol=1e-6, rtol=1e-6)
 
 
