@@ -15,7 +15,7 @@ The whole model also answers what critics asked (`probe` in its row):
     memories    how far each meta-learned memory moves in a context, as a share of its initial state, and what text costs when memories
                 are only read
 
-COSTS
+No rows yet: the grid has been tried for a few steps only.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ held-out text, and then trains with its best one for each seed.
 Zero-shot accuracies are not measured here. The models of the table come first, with three seeds; --models takes any family of the presets.
 A run that is stopped goes on from its checkpoint in --runs when the same command is given again.
 
-COSTS
+No rows yet: the grid has been tried for a few steps only.
 """
 
 import dataclasses
