@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory.products import inner, outer, product
+from nested_jax.memory.rows import scale_rows
 
 # exp(-1e4) is exactly zero, and sums of it stay finite: a retention of zero may be given as a log of -inf.
 _LOG_ZERO = -1e4
@@ -161,7 +162,7 @@ def erasure_inverse(decays: ChunkDecays, inputs: jax.Array, erase: jax.Array, *,
 
 def _erasure_system(decays: ChunkDecays, erase: jax.Array, gram: jax.Array) -> jax.Array:
     """The triangular system of a chunk's erasures without its unit diagonal, (..., C, C)."""
-    return erase[..., None] * decays.spans_before * gram
+    return scale_rows(decays.spans_before * gram, erase)
 
 
 def layer_writes(
@@ -196,18 +197,18 @@ def layer_writes(
     Returns:
         The chunk's `LayerWrites`.
     """
-    pushes = rate[..., None] * error
+    pushes = scale_rows(error, rate)
     if erase is None:
         return LayerWrites(inputs, pushes, None)
     gram = overlaps(inputs, inputs) if gram is None else gram
     outputs = product(inputs, weight) if outputs is None else outputs
-    seen = _start(decays.kept_before[..., None], outputs, None if rest is None else product(inputs, _like(rest, weight)))
+    seen = _start(decays.kept_before, outputs, None if rest is None else product(inputs, _like(rest, weight)))
     if momentum is None:
         # Pushes and erasures decay alike, so the system is solved for their sums.
-        return LayerWrites(inputs, _solve_erasures(decays, pushes + erase[..., None] * seen, erase, gram, inverse), None)
-    seen += decays.pushed_before[..., None] * product(inputs, momentum)
-    seen -= product(decays.push_spans_before * gram, pushes)
-    return LayerWrites(inputs, pushes, _solve_erasures(decays, erase[..., None] * seen, erase, gram, inverse))
+        return LayerWrites(inputs, _solve_erasures(decays, pushes + scale_rows(seen, erase), erase, gram, inverse), None)
+    seen += scale_rows(product(inputs, momentum), decays.pushed_before)
+    seen += product(-decays.push_spans_before * gram, pushes)
+    return LayerWrites(inputs, pushes, _solve_erasures(decays, scale_rows(seen, erase), erase, gram, inverse))
 
 
 def _solve_erasures(decays: ChunkDecays, rows: jax.Array, erase: jax.Array, gram: jax.Array, inverse: jax.Array | None) -> jax.Array:
@@ -234,15 +235,16 @@ def weight_after(
     Returns:
         (..., D_in, D_out) weight, and the momentum of the same shape or None.
     """
-    rows = decays.push_spans[..., -1, :, None] * writes.pushes
+    rows = scale_rows(writes.pushes, decays.push_spans[..., -1, :])
     if writes.erasures is not None:
-        rows += decays.spans[..., -1, :, None] * writes.erasures
-    new_weight = _start(decays.kept[..., -1:, None], weight, rest) - outer(writes.inputs, rows)
+        rows += scale_rows(writes.erasures, decays.spans[..., -1, :])
+    downhill = -writes.inputs  # subtracting the products would negate the whole weight's derivative, not these few rows
+    new_weight = _start(decays.kept[..., -1:], weight, rest) + outer(downhill, rows)
     if momentum is None:
         return new_weight, None
-    new_weight += decays.pushed[..., -1:, None] * momentum
-    pushed = outer(writes.inputs, decays.momentum_spans[..., -1, :, None] * writes.pushes)
-    return new_weight, decays.momentum_kept[..., -1:, None] * momentum - pushed
+    new_weight += _start(decays.pushed[..., -1:], momentum, None)
+    pushed = outer(downhill, scale_rows(writes.pushes, decays.momentum_spans[..., -1, :]))
+    return new_weight, _start(decays.momentum_kept[..., -1:], momentum, None) + pushed
 
 
 def read_running(
@@ -267,9 +269,9 @@ def read_running(
         (..., C, D_out).
     """
     overlap = overlaps(queries, writes.inputs) if overlap is None else overlap
-    rows = _start(decays.kept[..., None], product(queries, weight), None if rest is None else product(queries, _like(rest, weight)))
+    rows = _start(decays.kept, product(queries, weight), None if rest is None else product(queries, _like(rest, weight)))
     if momentum is not None:
-        rows += decays.pushed[..., None] * product(queries, momentum)
+        rows += scale_rows(product(queries, momentum), decays.pushed)
     if writes.erasures is None:
         return rows - product(decays.push_spans * overlap, writes.pushes)
     return rows - product(decays.push_spans * overlap, writes.pushes) - product(decays.spans * overlap, writes.erasures)
@@ -281,8 +283,9 @@ def _like(rest: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _start(kept: jax.Array, value: jax.Array, rest: jax.Array | None) -> jax.Array:
-    """What retention leaves of `value` when it decays to `rest` (zero when None)."""
-    return kept * value if rest is None else rest + kept * (value - rest)
+    """What retention leaves of the rows `value` when they decay to `rest` (zero when None)."""
+    kept = jnp.broadcast_to(kept, value.shape[:-1])
+    return scale_rows(value, kept) if rest is None else rest + scale_rows(value - rest, kept)
 
 
 @jax.custom_vjp

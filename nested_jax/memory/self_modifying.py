@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from nested_jax.memory import chunk, grid
 from nested_jax.memory.products import inner, product
-from nested_jax.memory.rows import normalize, square_norms
+from nested_jax.memory.rows import normalize, scale_rows, square_norms
 
 _GATES = 2  # eta, alpha: memories with one output
 
@@ -329,7 +329,7 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     wide_error = wide_output - generated.wide_target
     gate_error = gate_output - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
     back = jnp.concatenate([inner(wide_error, anchor.wide), inner(gate_error, anchor.gate)], -3) * slope
-    back *= _damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none')[..., None]
+    back = scale_rows(back, _damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none'))
     # Rows that the erasures would compute again, if the weights are those of the anchor.
     known = (to_hidden, wide_output, gate_output) if anchor is running else (None,) * 3
     decays = chunk.chunk_decays(generated.log_alpha, momentum=generated.momentum)
