@@ -284,7 +284,6 @@ def _like(rest: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _start(kept: jax.Array, value: jax.Array, rest: jax.Array | None) -> jax.Array:
     """What retention leaves of the rows `value` when they decay to `rest` (zero when None)."""
-    kept = jnp.broadcast_to(kept, value.shape[:-1])
     return scale_rows(value, kept) if rest is None else rest + scale_rows(value - rest, kept)
 
 

@@ -19,6 +19,7 @@ Einsum letters: b batch, h head, m memory, c token of the chunk, d head width, f
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -227,26 +228,32 @@ def _activate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.jvp(jax.nn.silu, (z,), (jnp.ones_like(z),))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_memory(rule: Rule, rows: jax.Array) -> jax.Array:
     """Rows of all first layers, (..., c, (m + 2) F) -> (..., m + 2, c, F).
 
     As cuts, not a reshape and a transposition: XLA's CPU backend computes these element by element within what it fuses them with.
+    The derivative is the inverse, not a sum of padded cuts.
     """
     return jnp.stack(jnp.split(rows, rule.wide + _GATES, -1), -3)
 
 
-def _side_by_side(rows: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _side_by_side(rule: Rule, rows: jax.Array) -> jax.Array:
     """Inverse of `_by_memory`, (..., m + 2, c, F) -> (..., c, (m + 2) F)."""
-    return jnp.concatenate(list(jnp.moveaxis(rows, -3, 0)), -1)
+    return jnp.concatenate([rows[..., i, :, :] for i in range(rule.wide + _GATES)], -1)
+
+
+_by_memory.defvjp(lambda rule, rows: (_by_memory(rule, rows), None), lambda rule, _, cotangent: (_side_by_side(rule, cotangent),))
+_side_by_side.defvjp(lambda rule, rows: (_side_by_side(rule, rows), None), lambda rule, _, cotangent: (_by_memory(rule, cotangent),))
 
 
 def _outputs(rule: Rule, memories: Memories, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """f(x) of all memories, (..., c, D) -> (..., m, c, D) and (..., c, 2)."""
     if rule.kind == 'matrix':
         return _split(rule, product(x, memories.first))
-    hidden = jax.nn.silu(_by_memory(rule, product(x, memories.first)))
-    gates = product(hidden[..., rule.wide :, :, :], memories.gate)
-    return product(hidden[..., : rule.wide, :, :], memories.wide), jnp.moveaxis(gates[..., 0], -2, -1)
+    wide, gate = jnp.split(jax.nn.silu(_by_memory(rule, product(x, memories.first))), [rule.wide], -3)
+    return product(wide, memories.wide), jnp.moveaxis(product(gate, memories.gate)[..., 0], -2, -1)
 
 
 def _split(rule: Rule, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -259,9 +266,10 @@ def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: _Tokens) -
     """Keys, values, rates and targets of a chunk, all read from `source` (Eq. 86-87)."""
     part = lambda name, x: x if name in rule.self_modified else jnp.zeros_like(x)
     wide, gates = _outputs(rule, source, tokens.key)
-    key = normalize(tokens.key + part('key', wide[..., 1, :, :]))
-    value = normalize(tokens.value + part('value', wide[..., 2, :, :]))
-    query = normalize(tokens.query + wide[..., 3, :, :]) if rule.adaptive_query else tokens.query
+    _, to_key, to_value, *to_query = jnp.unstack(wide, axis=-3)
+    key = normalize(tokens.key + part('key', to_key))
+    value = normalize(tokens.value + part('value', to_value))
+    query = normalize(tokens.query + to_query[0]) if rule.adaptive_query else tokens.query
     if rule.kind == 'matrix':  # values and keys in one product
         at_value, at_key = jnp.split(product(jnp.concatenate([value, key], -2), source.first), 2, -2)
         wide_hat, gate_hat = _split(rule, at_value)
@@ -324,8 +332,8 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     key, eta, rate = generated.key, generated.eta, generated.rate
     to_hidden = product(key, anchor.first)
     hidden, slope = _activate(_by_memory(rule, to_hidden))
-    wide_output = product(hidden[..., : rule.wide, :, :], anchor.wide)
-    gate_output = product(hidden[..., rule.wide :, :, :], anchor.gate)
+    wide_rows, gate_rows = jnp.split(hidden, [rule.wide], -3)
+    wide_output, gate_output = product(wide_rows, anchor.wide), product(gate_rows, anchor.gate)
     wide_error = wide_output - generated.wide_target
     gate_error = gate_output - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
     back = jnp.concatenate([inner(wide_error, anchor.wide), inner(gate_error, anchor.gate)], -3) * slope
@@ -336,14 +344,13 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     layers = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
     (first, *second), erase = list(layers), None if rule.dgd == 'none' else eta
     first_writes = chunk.layer_writes(
-        decays, key, _side_by_side(back), rate, *first[:2], erase=erase, outputs=known[0], rest=first[2]
+        decays, key, _side_by_side(rule, back), rate, *first[:2], erase=erase, outputs=known[0], rest=first[2]
     )  # fmt: skip
     after = [chunk.weight_after(decays, first_writes, *first[:2], rest=first[2])]
     each = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
     writes = []
-    parts = ((slice(None, rule.wide), wide_error, known[1]), (slice(rule.wide, None), gate_error, known[2]))
-    for (part, error, outputs), weights in zip(parts, second, strict=True):
-        rows = hidden[..., part, :, :]
+    parts = ((wide_rows, wide_error, known[1]), (gate_rows, gate_error, known[2]))
+    for (rows, error, outputs), weights in zip(parts, second, strict=True):
         shrink = _damping(rule, eta[..., None, :], square_norms(rows), erased=rule.dgd == 'per_layer')
         erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
         writes.append(
