@@ -24,6 +24,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nested_jax.memory.products import inner, outer, product
+from nested_jax.memory.rows import scale_rows
+
 # exp(-1e4) is exactly zero, and sums of it stay finite: a retention of zero may be given as a log of -inf.
 _LOG_ZERO = -1e4
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -68,8 +71,8 @@ class LayerWrites(NamedTuple):
     """The rank-one writes of one chunk to one layer."""
 
     inputs: jax.Array  # (..., C, D_in)  x_t
-    pushes: jax.Array  # (..., C, D_out) eta_t e_t
-    erasures: jax.Array | None  # (..., C, D_out) epsilon_t p_t; None without DGD
+    pushes: jax.Array  # (..., C, D_out) eta_t e_t; without momentum and with DGD eta_t e_t + epsilon_t p_t
+    erasures: jax.Array | None  # (..., C, D_out) epsilon_t p_t; None without DGD or momentum
 
 
 def _spans(log_factor: jax.Array) -> jax.Array:
@@ -93,34 +96,52 @@ def _shift(rows: jax.Array, axis: int, first: float) -> jax.Array:
     return jax.lax.slice_in_dim(padded, 0, rows.shape[axis], axis=axis)
 
 
-def chunk_decays(log_alpha: jax.Array, log_momentum: jax.Array | None = None, push: jax.Array | None = None) -> ChunkDecays:
+def decay_products(log_factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Products of exp(log_factor) from the chunk's first token to t, and from the token after j to t.
+
+    Args:
+        log_factor: (..., C), -inf allowed.
+
+    Returns:
+        (..., C), and lower triangular (..., C, C) with 1 on the diagonal.
+    """
+    log_factor = jnp.maximum(log_factor, _LOG_ZERO)
+    spans = _spans(log_factor)
+    return jnp.exp(log_factor[..., :1]) * spans[..., :, 0], spans
+
+
+def chunk_decays(
+    log_alpha: jax.Array,
+    log_momentum: jax.Array | None = None,
+    push: jax.Array | None = None,
+    *,
+    momentum: tuple[jax.Array, jax.Array] | None = None,
+) -> ChunkDecays:
     """Products of retention and momentum between all pairs of tokens of a chunk.
 
     Args:
         log_alpha: (..., C) log of the retention of each token, -inf allowed.
         log_momentum: (..., C) log of the momentum of each token, or None.
         push: (..., C) factor on S_t in W_t: 1 for a token, 0 for a null token. None for all ones; of no effect without momentum.
+        momentum: `decay_products(log_momentum)` instead of `log_momentum`, if they are known.
 
     Returns:
         The `ChunkDecays`, in the arguments' dtype.
     """
-    log_alpha = jnp.maximum(log_alpha, _LOG_ZERO)
-    spans = _spans(log_alpha)
-    kept = jnp.exp(log_alpha[..., :1]) * spans[..., :, 0]
-    if log_momentum is None:
+    kept, spans = decay_products(log_alpha)
+    momentum = momentum if log_momentum is None else decay_products(log_momentum)
+    if momentum is None:
         return ChunkDecays(kept, spans, None, None, None, spans)
-    log_momentum = jnp.maximum(log_momentum, _LOG_ZERO)
-    momentum_spans = _spans(log_momentum)
-    momentum_kept = jnp.exp(log_momentum[..., :1]) * momentum_spans[..., :, 0]
+    momentum_kept, momentum_spans = momentum
     pushing = spans if push is None else spans * push[..., None, :]
     pushed = jnp.einsum('...ti,...i->...t', pushing, momentum_kept, precision=_HIGHEST)
-    push_spans = jnp.matmul(pushing, momentum_spans, precision=_HIGHEST)
+    push_spans = product(pushing, momentum_spans, _HIGHEST)
     return ChunkDecays(kept, spans, momentum_kept, momentum_spans, pushed, push_spans)
 
 
 def overlaps(rows: jax.Array, inputs: jax.Array) -> jax.Array:
     """Inner products (..., C, C) of all pairs of rows: between inputs, or between queries and inputs, both (..., C, D_in)."""
-    return jnp.einsum('...td,...jd->...tj', rows, inputs, precision=_HIGHEST)
+    return inner(rows, inputs, _HIGHEST)
 
 
 def erasure_inverse(decays: ChunkDecays, inputs: jax.Array, erase: jax.Array, *, gram: jax.Array | None = None) -> jax.Array:
@@ -133,7 +154,7 @@ def erasure_inverse(decays: ChunkDecays, inputs: jax.Array, erase: jax.Array, *,
         gram: `overlaps(inputs, inputs)`, computed here when None.
 
     Returns:
-        (..., C, C) inverse of I + tril(A_{t-1,j} epsilon_j x_t.x_j, -1).
+        (..., C, C) inverse of I + tril(epsilon_t A_{t-1,j} x_t.x_j, -1).
     """
     gram = overlaps(inputs, inputs) if gram is None else gram
     return invert_unit_lower(_erasure_system(decays, erase, gram))
@@ -141,7 +162,7 @@ def erasure_inverse(decays: ChunkDecays, inputs: jax.Array, erase: jax.Array, *,
 
 def _erasure_system(decays: ChunkDecays, erase: jax.Array, gram: jax.Array) -> jax.Array:
     """The triangular system of a chunk's erasures without its unit diagonal, (..., C, C)."""
-    return decays.spans_before * erase[..., None, :] * gram
+    return scale_rows(decays.spans_before * gram, erase)
 
 
 def layer_writes(
@@ -176,20 +197,25 @@ def layer_writes(
     Returns:
         The chunk's `LayerWrites`.
     """
-    pushes = rate[..., None] * error
+    pushes = scale_rows(error, rate)
     if erase is None:
         return LayerWrites(inputs, pushes, None)
     gram = overlaps(inputs, inputs) if gram is None else gram
-    outputs = inputs @ weight if outputs is None else outputs
-    seen = _start(decays.kept_before[..., None], outputs, None if rest is None else inputs @ rest)
-    if momentum is not None:
-        seen += decays.pushed_before[..., None] * (inputs @ momentum)
-    seen -= (decays.push_spans_before * gram) @ pushes
+    outputs = product(inputs, weight) if outputs is None else outputs
+    seen = _start(decays.kept_before, outputs, None if rest is None else product(inputs, _like(rest, weight)))
+    if momentum is None:
+        # Pushes and erasures decay alike, so the system is solved for their sums.
+        return LayerWrites(inputs, _solve_erasures(decays, pushes + scale_rows(seen, erase), erase, gram, inverse), None)
+    seen += scale_rows(product(inputs, momentum), decays.pushed_before)
+    seen += product(-decays.push_spans_before * gram, pushes)
+    return LayerWrites(inputs, pushes, _solve_erasures(decays, scale_rows(seen, erase), erase, gram, inverse))
+
+
+def _solve_erasures(decays: ChunkDecays, rows: jax.Array, erase: jax.Array, gram: jax.Array, inverse: jax.Array | None) -> jax.Array:
+    """The system's solution for `rows`, by its inverse if that is known."""
     if inverse is None:
-        solved = solve_unit_lower(_erasure_system(decays, erase, gram), seen)
-    else:
-        solved = jnp.matmul(inverse, seen, precision=_HIGHEST)
-    return LayerWrites(inputs, pushes, erase[..., None] * solved)
+        return solve_unit_lower(_erasure_system(decays, erase, gram), rows)
+    return product(inverse, rows, _HIGHEST)
 
 
 def weight_after(
@@ -209,15 +235,16 @@ def weight_after(
     Returns:
         (..., D_in, D_out) weight, and the momentum of the same shape or None.
     """
-    rows = decays.push_spans[..., -1, :, None] * writes.pushes
+    rows = scale_rows(writes.pushes, decays.push_spans[..., -1, :])
     if writes.erasures is not None:
-        rows += decays.spans[..., -1, :, None] * writes.erasures
-    new_weight = _start(decays.kept[..., -1:, None], weight, rest) - writes.inputs.mT @ rows
+        rows += scale_rows(writes.erasures, decays.spans[..., -1, :])
+    downhill = -writes.inputs  # subtracting the products would negate the whole weight's derivative, not these few rows
+    new_weight = _start(decays.kept[..., -1:], weight, rest) + outer(downhill, rows)
     if momentum is None:
         return new_weight, None
-    new_weight += decays.pushed[..., -1:, None] * momentum
-    pushed = writes.inputs.mT @ (decays.momentum_spans[..., -1, :, None] * writes.pushes)
-    return new_weight, decays.momentum_kept[..., -1:, None] * momentum - pushed
+    new_weight += _start(decays.pushed[..., -1:], momentum, None)
+    pushed = outer(downhill, scale_rows(writes.pushes, decays.momentum_spans[..., -1, :]))
+    return new_weight, _start(decays.momentum_kept[..., -1:], momentum, None) + pushed
 
 
 def read_running(
@@ -242,19 +269,22 @@ def read_running(
         (..., C, D_out).
     """
     overlap = overlaps(queries, writes.inputs) if overlap is None else overlap
-    rows = _start(decays.kept[..., None], queries @ weight, None if rest is None else queries @ rest)
+    rows = _start(decays.kept, product(queries, weight), None if rest is None else product(queries, _like(rest, weight)))
     if momentum is not None:
-        rows += decays.pushed[..., None] * (queries @ momentum)
+        rows += scale_rows(product(queries, momentum), decays.pushed)
     if writes.erasures is None:
-        return rows - (decays.push_spans * overlap) @ writes.pushes
-    if momentum is None:
-        return rows - (decays.spans * overlap) @ (writes.pushes + writes.erasures)
-    return rows - (decays.push_spans * overlap) @ writes.pushes - (decays.spans * overlap) @ writes.erasures
+        return rows - product(decays.push_spans * overlap, writes.pushes)
+    return rows - product(decays.push_spans * overlap, writes.pushes) - product(decays.spans * overlap, writes.erasures)
+
+
+def _like(rest: jax.Array, weight: jax.Array) -> jax.Array:
+    """`rest`, which sequences may share, once for each of them."""
+    return jnp.broadcast_to(rest, weight.shape)
 
 
 def _start(kept: jax.Array, value: jax.Array, rest: jax.Array | None) -> jax.Array:
-    """What retention leaves of `value` when it decays to `rest` (zero when None)."""
-    return kept * value if rest is None else rest + kept * (value - rest)
+    """What retention leaves of the rows `value` when they decay to `rest` (zero when None)."""
+    return scale_rows(value, kept) if rest is None else rest + scale_rows(value - rest, kept)
 
 
 @jax.custom_vjp
@@ -299,8 +329,7 @@ def _invert_forward(strict: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _invert_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    inner = jnp.matmul(inverse.mT, cotangent, precision=_HIGHEST)
-    return (-jnp.tril(jnp.matmul(inner, inverse.mT, precision=_HIGHEST), -1),)
+    return (-jnp.tril(inner(outer(inverse, cotangent, _HIGHEST), inverse, _HIGHEST), -1),)
 
 
 invert_unit_lower.defvjp(_invert_forward, _invert_backward)
@@ -328,8 +357,8 @@ def _solve_forward(strict: jax.Array, rows: jax.Array) -> tuple[jax.Array, tuple
 
 def _solve_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     inverse, solved = saved
-    rows = jnp.matmul(inverse.mT, cotangent, precision=_HIGHEST)
-    return -jnp.tril(jnp.matmul(rows, solved.mT, precision=_HIGHEST), -1), rows
+    rows = outer(inverse, cotangent, _HIGHEST)
+    return -jnp.tril(inner(rows, solved, _HIGHEST), -1), rows
 
 
 solve_unit_lower.defvjp(_solve_forward, _solve_backward)

@@ -16,8 +16,8 @@ def square_norms(x: jax.Array) -> jax.Array:
 
 
 def scale_rows(x: jax.Array, factors: jax.Array) -> jax.Array:
-    """Each row times its own factor, (..., D) and (...) -> (..., D)."""
-    return jnp.einsum('...d,...->...d', x, factors, precision=_HIGHEST)
+    """Each row times its own factor, (..., D) and (...), which is broadcast, -> (..., D)."""
+    return jnp.einsum('...d,...->...d', x, jnp.broadcast_to(factors, x.shape[:-1]), precision=_HIGHEST)
 
 
 def normalize(x: jax.Array) -> jax.Array:

@@ -19,13 +19,15 @@ Einsum letters: b batch, h head, m memory, c token of the chunk, d head width, f
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nested_jax.memory import chunk, grid
-from nested_jax.memory.rows import normalize, square_norms
+from nested_jax.memory.products import inner, product
+from nested_jax.memory.rows import normalize, scale_rows, square_norms
 
 _GATES = 2  # eta, alpha: memories with one output
 
@@ -88,6 +90,18 @@ class SelfModifyingState(NamedTuple):
     opened: Inputs  # (B, c, H, ...)
 
 
+class _Tokens(NamedTuple):
+    """What of a chunk's tokens does not need the memories, in their dtype; a leading axis of chunks outside the scan."""
+
+    query: jax.Array  # (B, H, c, D)
+    key: jax.Array  # (B, H, c, D)
+    value: jax.Array  # (B, H, c, D), |v| = 1
+    eta: jax.Array  # (B, H, c)
+    alpha: jax.Array  # (B, H, c)
+    push: jax.Array | None  # (B, H, c) 1 - momentum; None without
+    momentum: tuple[jax.Array, jax.Array] | None  # `chunk.decay_products` of the momentum, (B, H, c) and (B, H, c, c); None without
+
+
 class _Generated(NamedTuple):
     query: jax.Array  # (B, H, c, D)
     key: jax.Array  # (B, H, c, D)
@@ -95,7 +109,9 @@ class _Generated(NamedTuple):
     gate_target: jax.Array  # (B, H, c, 2)
     eta: jax.Array  # (B, H, c)
     log_alpha: jax.Array  # (B, H, c)
-    log_momentum: jax.Array | None  # (B, H, c)
+    rate: jax.Array  # (B, H, c) learning rate of what enters the momentum: (1 - momentum) eta, so that a write adds up to eta
+    momentum: tuple[jax.Array, jax.Array] | None  # as in `_Tokens`
+    outputs: jax.Array | None  # (B, H, c, m D + 2) of the source's matrix memories at the key; None for MLPs
 
 
 def self_modifying(
@@ -141,10 +157,10 @@ def self_modifying(
     @jax.checkpoint
     def step(carry, xs):
         tokens, flag = xs
-        y, after, before = _chunk(rule, retention_scale, start, carry, _heads_first(tokens), flag)
+        y, after, before = _chunk(rule, retention_scale, start, carry, tokens, flag)
         return after if flag['complete'] is None else grid.where_rows(flag['complete'], after, before), jnp.moveaxis(y, 1, 2)
 
-    carry, y = jax.lax.scan(step, carry, (chunks, flags))
+    carry, y = jax.lax.scan(step, carry, (_static(chunks, initial.first.dtype), flags))
     return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
 
 
@@ -153,8 +169,14 @@ def _open_ids(segment_ids: jax.Array | None, size: int) -> jax.Array | None:
     return None if segment_ids is None else jnp.broadcast_to(segment_ids[:, :1], (segment_ids.shape[0], size))
 
 
-def _heads_first(tokens: Inputs) -> Inputs:
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), tokens)
+def _static(chunks: Inputs, dtype: jnp.dtype) -> _Tokens:
+    """What of the tokens (n, B, c, H, ...) does not need the memories, for all chunks at once."""
+    query, key, value, eta, alpha, momentum = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 3).astype(dtype), chunks)
+    tokens = _Tokens(query, key, normalize(value), eta, alpha, None, None)
+    if momentum is None:
+        return tokens
+    log_momentum = jax.nn.log_sigmoid(momentum)
+    return tokens._replace(push=-jnp.expm1(log_momentum), momentum=chunk.decay_products(log_momentum))
 
 
 def _first_carry(rule: Rule, start: Memories, state: SelfModifyingState | None, position: jax.Array | None, momentum: bool):
@@ -175,7 +197,7 @@ def _flags(rule: Rule, laid: grid.Grid, ids: jax.Array | None, position: jax.Arr
     return {'complete': laid.complete, 'long': index % ratio == 0, 'fresh': None if ids is None else grid.starts_document(ids)}
 
 
-def _chunk(rule: Rule, scale: jax.Array, start: Memories, carry, tokens: Inputs, flag: dict[str, jax.Array | None]):
+def _chunk(rule: Rule, scale: jax.Array, start: Memories, carry, tokens: _Tokens, flag: dict[str, jax.Array | None]):
     """One base chunk: outputs (B, H, c, D), the carry after it, and the carry at its start."""
     running, momentum, held = carry
     if flag['fresh'] is not None:
@@ -206,26 +228,32 @@ def _activate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.jvp(jax.nn.silu, (z,), (jnp.ones_like(z),))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _by_memory(rule: Rule, rows: jax.Array) -> jax.Array:
     """Rows of all first layers, (..., c, (m + 2) F) -> (..., m + 2, c, F).
 
     As cuts, not a reshape and a transposition: XLA's CPU backend computes these element by element within what it fuses them with.
+    The derivative is the inverse, not a sum of padded cuts.
     """
     return jnp.stack(jnp.split(rows, rule.wide + _GATES, -1), -3)
 
 
-def _side_by_side(rows: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _side_by_side(rule: Rule, rows: jax.Array) -> jax.Array:
     """Inverse of `_by_memory`, (..., m + 2, c, F) -> (..., c, (m + 2) F)."""
-    return jnp.concatenate(list(jnp.moveaxis(rows, -3, 0)), -1)
+    return jnp.concatenate([rows[..., i, :, :] for i in range(rule.wide + _GATES)], -1)
+
+
+_by_memory.defvjp(lambda rule, rows: (_by_memory(rule, rows), None), lambda rule, _, cotangent: (_side_by_side(rule, cotangent),))
+_side_by_side.defvjp(lambda rule, rows: (_side_by_side(rule, rows), None), lambda rule, _, cotangent: (_by_memory(rule, cotangent),))
 
 
 def _outputs(rule: Rule, memories: Memories, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """f(x) of all memories, (..., c, D) -> (..., m, c, D) and (..., c, 2)."""
     if rule.kind == 'matrix':
-        return _split(rule, x @ memories.first)
-    hidden = jax.nn.silu(_by_memory(rule, x @ memories.first))
-    gates = hidden[..., rule.wide :, :, :] @ memories.gate
-    return hidden[..., : rule.wide, :, :] @ memories.wide, jnp.moveaxis(gates[..., 0], -2, -1)
+        return _split(rule, product(x, memories.first))
+    wide, gate = jnp.split(jax.nn.silu(_by_memory(rule, product(x, memories.first))), [rule.wide], -3)
+    return product(wide, memories.wide), jnp.moveaxis(product(gate, memories.gate)[..., 0], -2, -1)
 
 
 def _split(rule: Rule, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -234,23 +262,27 @@ def _split(rule: Rule, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.moveaxis(wide, -2, -3), rows[..., -_GATES:]
 
 
-def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: Inputs) -> _Generated:
+def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: _Tokens) -> _Generated:
     """Keys, values, rates and targets of a chunk, all read from `source` (Eq. 86-87)."""
-    dtype = source.first.dtype
-    static_query, static_key, static_value = (x.astype(dtype) for x in tokens[:3])
     part = lambda name, x: x if name in rule.self_modified else jnp.zeros_like(x)
-    wide, gates = _outputs(rule, source, static_key)
-    key = normalize(static_key + part('key', wide[..., 1, :, :]))
-    value = normalize(normalize(static_value) + part('value', wide[..., 2, :, :]))
-    query = normalize(static_query + wide[..., 3, :, :]) if rule.adaptive_query else static_query
-    wide_hat, gate_hat = _outputs(rule, source, value)
+    wide, gates = _outputs(rule, source, tokens.key)
+    _, to_key, to_value, *to_query = jnp.unstack(wide, axis=-3)
+    key = normalize(tokens.key + part('key', to_key))
+    value = normalize(tokens.value + part('value', to_value))
+    query = normalize(tokens.query + to_query[0]) if rule.adaptive_query else tokens.query
+    if rule.kind == 'matrix':  # values and keys in one product
+        at_value, at_key = jnp.split(product(jnp.concatenate([value, key], -2), source.first), 2, -2)
+        wide_hat, gate_hat = _split(rule, at_value)
+    else:
+        (wide_hat, gate_hat), at_key = _outputs(rule, source, value), None
     wide_hat = part('target', wide_hat)
-    log_alpha = -scale[None, :, None] * jax.nn.softplus(tokens.alpha.astype(dtype) + part('alpha', gates[..., 1]))
+    log_alpha = -scale[None, :, None] * jax.nn.softplus(tokens.alpha + part('alpha', gates[..., 1]))
     if not rule.retention:
         log_alpha = jnp.zeros_like(log_alpha)
-    eta = jax.nn.sigmoid(tokens.eta.astype(dtype) + part('eta', gates[..., 0])) * _largest_rate(rule, jnp.exp(log_alpha))
-    log_momentum = None if tokens.momentum is None else jax.nn.log_sigmoid(tokens.momentum.astype(dtype))
-    return _Generated(query, key, normalize(value[..., None, :, :] + wide_hat), jnp.tanh(gate_hat), eta, log_alpha, log_momentum)
+    eta = jax.nn.sigmoid(tokens.eta + part('eta', gates[..., 0])) * _largest_rate(rule, jnp.exp(log_alpha))
+    rate = eta if tokens.push is None else eta * tokens.push
+    wide_target = normalize(value[..., None, :, :] + wide_hat)
+    return _Generated(query, key, wide_target, jnp.tanh(gate_hat), eta, log_alpha, rate, tokens.momentum, at_key)
 
 
 def _largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
@@ -265,24 +297,20 @@ def _largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
     return largest if rule.dgd == 'none' else 0.5 * largest
 
 
-def _push_rate(generated: _Generated) -> jax.Array:
-    """Learning rate of what enters the momentum: (1 - momentum) eta, so that a write adds up to eta."""
-    if generated.log_momentum is None:
-        return generated.eta
-    return generated.eta * -jnp.expm1(generated.log_momentum)
-
-
 def _write_matrix(rule: Rule, generated: _Generated, anchor: Memories, running: Memories, momentum: Memories | None, rest: Memories | None):
     """Outputs and (running, momentum) after a chunk of writes to matrix memories."""
     targets = jnp.concatenate([*jnp.moveaxis(generated.wide_target, -3, 0), generated.gate_target], -1)
     error, erase = -targets, generated.eta * (1.0 if rule.dgd == 'none' else 2.0)
+    outputs = generated.outputs if anchor is running else None
     if rule.gradient == 'chunk':
-        error += generated.key @ anchor.first
+        error += product(generated.key, anchor.first) if outputs is None else outputs
         erase = None if rule.dgd == 'none' else generated.eta
-    decays = chunk.chunk_decays(generated.log_alpha, generated.log_momentum)
+    decays = chunk.chunk_decays(generated.log_alpha, momentum=generated.momentum)
     pushed = None if momentum is None else momentum.first
     rest = None if rest is None else rest.first
-    writes = chunk.layer_writes(decays, generated.key, error, _push_rate(generated), running.first, pushed, erase=erase, rest=rest)
+    writes = chunk.layer_writes(
+        decays, generated.key, error, generated.rate, running.first, pushed, erase=erase, outputs=outputs, rest=rest
+    )
     first, pushed_after = chunk.weight_after(decays, writes, running.first, pushed, rest=rest)
     width = generated.query.shape[-1]
     if rule.read == 'anchor':
@@ -301,35 +329,34 @@ def _read_columns(decays, writes: chunk.LayerWrites, queries, weight, momentum, 
 
 def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Memories, momentum: Memories | None, rest: Memories | None):
     """Outputs and (running, momentum) after a chunk of writes to MLP memories, each layer by its own input."""
-    key, eta, rate = generated.key, generated.eta, _push_rate(generated)
-    to_hidden = key @ anchor.first
+    key, eta, rate = generated.key, generated.eta, generated.rate
+    to_hidden = product(key, anchor.first)
     hidden, slope = _activate(_by_memory(rule, to_hidden))
-    wide_output = hidden[..., : rule.wide, :, :] @ anchor.wide
-    gate_output = hidden[..., rule.wide :, :, :] @ anchor.gate
+    wide_rows, gate_rows = jnp.split(hidden, [rule.wide], -3)
+    wide_output, gate_output = product(wide_rows, anchor.wide), product(gate_rows, anchor.gate)
     wide_error = wide_output - generated.wide_target
     gate_error = gate_output - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
-    back = jnp.concatenate([wide_error @ anchor.wide.mT, gate_error @ anchor.gate.mT], -3) * slope
-    back *= _damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none')[..., None]
+    back = jnp.concatenate([inner(wide_error, anchor.wide), inner(gate_error, anchor.gate)], -3) * slope
+    back = scale_rows(back, _damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none'))
     # Rows that the erasures would compute again, if the weights are those of the anchor.
     known = (to_hidden, wide_output, gate_output) if anchor is running else (None,) * 3
-    decays = chunk.chunk_decays(generated.log_alpha, generated.log_momentum)
+    decays = chunk.chunk_decays(generated.log_alpha, momentum=generated.momentum)
     layers = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
     (first, *second), erase = list(layers), None if rule.dgd == 'none' else eta
     first_writes = chunk.layer_writes(
-        decays, key, _side_by_side(back), rate, *first[:2], erase=erase, outputs=known[0], rest=first[2]
+        decays, key, _side_by_side(rule, back), rate, *first[:2], erase=erase, outputs=known[0], rest=first[2]
     )  # fmt: skip
     after = [chunk.weight_after(decays, first_writes, *first[:2], rest=first[2])]
-    inner = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
+    each = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
     writes = []
-    parts = ((slice(None, rule.wide), wide_error, known[1]), (slice(rule.wide, None), gate_error, known[2]))
-    for (part, error, outputs), weights in zip(parts, second, strict=True):
-        rows = hidden[..., part, :, :]
+    parts = ((wide_rows, wide_error, known[1]), (gate_rows, gate_error, known[2]))
+    for (rows, error, outputs), weights in zip(parts, second, strict=True):
         shrink = _damping(rule, eta[..., None, :], square_norms(rows), erased=rule.dgd == 'per_layer')
         erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
         writes.append(
-            chunk.layer_writes(inner, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, outputs=outputs, rest=weights[2])
+            chunk.layer_writes(each, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, outputs=outputs, rest=weights[2])
         )
-        after.append(chunk.weight_after(inner, writes[-1], *weights[:2], rest=weights[2]))
+        after.append(chunk.weight_after(each, writes[-1], *weights[:2], rest=weights[2]))
     y = _read_mlp(rule, generated.query, anchor, decays, first_writes, writes[0], first, second[0])
     return y, tuple(None if part[0] is None else Memories(*part) for part in zip(*after, strict=True))
 
@@ -398,7 +425,7 @@ def _token(rule: Rule, scale: jax.Array, start: Memories, carry, xs):
     running, momentum = choose(fresh, start, running), choose(fresh, jax.tree.map(jnp.zeros_like, start), momentum)
     source = choose(index % rule.projection_chunk_size == 0, running, source)
     anchor = choose(index % rule.chunk_size == 0, running, anchor)
-    batched = jax.tree.map(lambda x: x[None, None, None], token)
+    batched = jax.tree.map(lambda x: x[0], _static(jax.tree.map(lambda x: x[None, None, None, None], token), start.first.dtype))
     made = jax.tree.map(lambda x: x[0, 0], _generate(rule, scale[None], jax.tree.map(lambda x: x[None, None], source), batched))
 
     def objective(memories: Memories) -> jax.Array:
@@ -408,7 +435,7 @@ def _token(rule: Rule, scale: jax.Array, start: Memories, carry, xs):
     at = running if rule.gradient == 'token' else _join(rule, anchor, source)
     gradient, eta, alpha = jax.grad(objective)(at), made.eta[0], jnp.exp(made.log_alpha[0])
     rest = start if rule.decay_to == 'init' else jax.tree.map(jnp.zeros_like, start)
-    beta = 0.0 if made.log_momentum is None else jnp.exp(made.log_momentum[0])
+    beta = 0.0 if token.momentum is None else jax.nn.sigmoid(token.momentum)
     inputs, rates, erasures = _layer_inputs(rule, at, made.key[0], eta)
     momentum = jax.tree.map(lambda s, g, rate: beta * s - (1.0 - beta) * rate * g, momentum, gradient, rates)
     erased = jax.tree.map(_erase, running, inputs, erasures)
