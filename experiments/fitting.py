@@ -46,11 +46,12 @@ def make_fit(
     Args:
         model: to train: a `LanguageModel`, or what has its `hidden` and `head`.
         config: the optimizer's settings and the number of steps.
-        draw: a seed's data and the state of its run -> the step's batch of 'tokens', 'targets' and 'weights', each (count, length).
+        draw: a seed's data and the state of its run -> the step's batch of 'tokens', 'targets', 'weights' and perhaps 'segment_ids',
+            each (count, length).
         score: parameters, a seed's data -> scalar by which the checkpoint is chosen, of equals the latest.
         score_every: steps between two checkpoints, a multiple of 50; None: the last step is the only one.
     """
-    loss = lambda params, batch: model_loss(model, params, batch['tokens'], batch['targets'], weights=batch['weights'])
+    loss = lambda params, batch: model_loss(model, params, **batch)
 
     @jax.jit
     @_lanes

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import optimizer_race
 from experiments.racing import interval
-from experiments.tables import language_table, mad_table
+from experiments.tables import babilong_table, language_table, mad_table, needle_table
 from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
 README, RESULTS = ROOT / 'README.md', ROOT / 'experiments' / 'results'
@@ -32,7 +32,9 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     race = race_table(read_rows(results / 'optimizer_race.jsonl'))
     languages = language_table(read_rows(results / 'formal_languages.jsonl'))
     mad = mad_table(read_rows(results / 'mad.jsonl'))
-    made = [pretraining_table(pretraining), speeds, parity, race, languages, mad]
+    needles = needle_table(read_rows(results / 'needle.jsonl'))
+    stories = babilong_table(read_rows(results / 'babilong.jsonl'))
+    made = [pretraining_table(pretraining), speeds, parity, race, languages, mad, needles, stories]
     return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 

@@ -1,0 +1,146 @@
+"""The grid of needles: reading in pieces, scoring against known mistakes, rows that are trained on, and a run of a few steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import haystack_runs, needle
+from experiments.grid import Cell
+from experiments.haystack_runs import ROWS, answer_depth, count_right, measure_length, pieces, reader, training_rows, trivial
+from experiments.needle import Args
+from nested_jax.config import LevelConfig
+from nested_jax.data.tasks.haystack import Plan
+from nested_jax.data.tasks.needles import Needles
+from nested_jax.models.language_model import LanguageModel
+from tests.models.small_models import fast_jit
+
+SINGLE = lambda length: Needles(length=length)
+
+
+class Oracle:
+    """Knows the answers of the first texts, and makes the mistakes it is told to: (text, place, from the end)."""
+
+    def __init__(self, task: Needles, mistakes: tuple[tuple[int, int], ...] = ()):
+        self.answers = task.batch(0, 2 * ROWS, split='test', seed=3)['targets']
+        for text, place in mistakes:
+            self.answers[text, place] += 1
+        self.groups = 0
+
+    def init_state(self, count: int) -> tuple[int, int]:
+        """The texts that are read next, and how many tokens of them have been."""
+        self.groups += 1
+        return count * (self.groups - 1), 0
+
+    def read(self, params: None, tokens: np.ndarray, state: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+        """The answers behind each of the tokens."""
+        (first, done), (rows, length) = state, tokens.shape
+        return self.answers[first : first + rows, done : done + length], (first, done + length)
+
+
+def test_scores_of_known_mistakes():
+    """A text with one wrong byte in its answer of nine is wrong; what is wrong before the answer does not count."""
+    task = SINGLE(700)
+    oracle = Oracle(task, ((3, -1), (9, -9), (9, -8), (12, -10), (12, 0)))
+    found = measure_length(oracle, oracle.read, None, task, split='test', seed=3, count=2 * ROWS)
+    assert found['whole'] == 14 / 16 and found['positions'] == 1 - 3 / (16 * 9)
+    depths = [task.deal(index, 'test', 3)[1].inserts[0][0] for index in range(16)]
+    thirds = [[index for index in range(16) if third <= 3 * depths[index] < third + 1 or depths[index] == 1 == third / 2] for third in range(3)]
+    assert found['thirds'] == [[len(set(texts) - {3, 9}), len(texts)] for texts in thirds]
+
+
+def test_depth_is_that_of_the_one_sentence_with_the_answer():
+    plan = lambda *facts: Plan(b'', tuple(zip((0.1, 0.5, 0.9), facts, strict=True)), b'', b' here.')
+    assert answer_depth(plan(b'a', b'It is here.', b'b')) == 0.5
+    assert answer_depth(plan(b'here', b'It is here.', b'b')) is None and answer_depth(plan(b'a', b'b', b'c')) is None
+
+
+@pytest.mark.parametrize(('name', 'size'), [('hope-linear', 180), ('transformer-window-8', 150)])
+def test_reading_in_pieces_is_reading_as_a_whole(name, size, monkeypatch):
+    monkeypatch.setattr(jax, 'jit', fast_jit)
+    task = SINGLE(360)
+    config = Args(models=(name,)).model(name)
+    config = dataclasses.replace(config, num_layers=1, width=16, head_dim=8, levels=(LevelConfig(8, 1),), max_length=360)
+    model, batch = LanguageModel(config), task.batch(0, 2, split='test')
+    params = fast_jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+    whole = np.asarray(fast_jit(lambda params, tokens: model.apply({'params': params}, tokens)[0].argmax(-1))(params, batch['tokens']))
+    read, guesses = reader(model), []
+
+    def remember(params, tokens, state):
+        guessed, state = read(params, tokens, state)
+        guesses.append(guessed)
+        return guessed, state
+
+    right, places = count_right(remember, params, model.init_state(2), pieces(task, range(2), size, split='test', seed=0))
+    assert [guess.shape[1] for guess in guesses] == ([150, 150, 60] if size == 150 else [180, 180]) and (places == 9).all()
+    np.testing.assert_array_equal(np.concatenate(guesses, 1), whole)
+    due = batch['weights'] > 0
+    np.testing.assert_array_equal(right, (due & (whole == batch['targets'])).sum(1))
+
+
+def test_rows_are_full_of_texts_of_one_length():
+    rows = training_rows(SINGLE, (384, 512, 1024), 0.25, 7, 6)
+    assert rows['tokens'].shape == (6, 1024)
+    for row, (length, first) in enumerate([(384, 0), (512, 0), (1024, 0), (384, 2), (512, 2), (1024, 1)]):
+        number = 1024 // length
+        for index in range(number):
+            text, span = SINGLE(length).example(first + index, seed=7), slice(index * length, (index + 1) * length)
+            assert all((rows[name][row, span] == text[name]).all() for name in ('tokens', 'targets'))
+            np.testing.assert_array_equal(rows['weights'][row, span], np.maximum(text['weights'], 0.25))
+            assert (rows['segment_ids'][row, span] == index + 1).all()
+        assert (rows['weights'][row, number * length :] == 0).all()
+        assert number * length == 1024 or rows['segment_ids'][row, -1] == number + 1
+
+
+def test_questions_are_the_same_at_all_lengths():
+    plans = [SINGLE(length).deal(5, 'test', 1)[1] for length in (512, 16_384)]
+    assert plans[0] == plans[1]
+
+
+def test_trivial_rules():
+    single, several = (trivial(Needles(length=700, kind=kind), 0, 80) for kind in ('single_1', 'multikey_1'))
+    assert single == {'most frequent answer': 0, 'last mention': 1}
+    assert several['most frequent answer'] == 0 and abs(several['last mention'] - 1 / 4) < 0.15
+
+
+def test_lengths_too_short_for_a_kind_are_left_out():
+    args = Args()
+    config = args.row(Cell('transformer', 'multikey_1', 0))['train']
+    assert config['train_lengths'] == (1024,) and config['test_lengths'][0] == 1024
+    assert args.row(Cell('transformer', 'single_1', 0))['train']['train_lengths'] == (512, 1024)
+
+
+def test_windows_are_variants():
+    args = Args()
+    assert args.model('transformer-window-256').attention.window == 256 and args.model('transformer').max_length == 16_384
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['--tasks', 'single_4'],
+        ['--models', 'gated-deltanet-window-8'],
+        ['--train-lengths', '1024', '512'],
+        ['--train-lengths', '500'],
+        ['--test-lengths', '300'],
+        ['--test-examples', '12'],
+        ['--elsewhere', '2'],
+    ],
+)
+def test_wrong_input_exits_with_2_and_names_it(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(haystack_runs, 'run_grid', lambda *_, **__: pytest.fail('no device work before'))
+    with pytest.raises(SystemExit) as stop:
+        needle.main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.replace('-', '_')
+    assert (arguments[1] if arguments[0] == '--models' else arguments[0].strip('-')).replace('-', '_') in said
+
+
+def test_smoke_run_trains_tests_and_stores_nothing(tmp_path, capsys):
+    results = tmp_path / 'rows.jsonl'
+    words = ['--smoke', '--models', 'transformer', '--tasks', 'single_1', '--train-lengths', '512', '--results', str(results)]
+    assert needle.main(words) == 0
+    said = capsys.readouterr().out
+    assert 'single_1 transformer seed 0' in said and 'last mention 100.0' in said and 'nan' not in said and not results.exists()
