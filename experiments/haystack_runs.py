@@ -21,7 +21,7 @@ import numpy as np
 
 from experiments.fitting import Fitted, lane, make_fit
 from experiments.grid import Cell, Grid, Train, make_cells, run_grid
-from experiments.task_runs import VALIDATION_SEED, TaskArgs, best, examples, fit_rates, model_config, reading_order, registered, stack
+from experiments.task_runs import VALIDATION_SEED, TaskArgs, best, examples, fit_rates, model_config, registered, stack
 from nested_jax.config import ModelConfig
 from nested_jax.data.tasks.haystack import HaystackTask, Plan
 from nested_jax.data.tasks.task import Example, score
@@ -48,13 +48,15 @@ class HaystackArgs(TaskArgs):
     """Of the tasks that there are, see above."""
     learning_rates: tuple[float, ...] = (3e-3,)
     """Peaks that every run tries; it keeps what does best on validation texts of the lengths trained on."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Rows a step, each as long as the longest text trained on and full of texts of one length."""
+    train_examples: int = 8000
+    """Rows of the training set, of which each step reads some at random."""
     train_lengths: tuple[int, ...] = (512, 1024)
-    """Bytes of the texts trained on, by turns; those too short for a task are left out."""
+    """Bytes of the texts trained on, the shortest first; those too short for a task are left out."""
     test_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16_384)
     """Bytes of the texts tested on; those too short for a task are left out."""
-    elsewhere: float = 0.1
+    elsewhere: float = 1.0
     """Factor of the loss of bytes outside the answer, whose own is 1."""
     validation_examples: int = 40
     """Texts of each length trained on by which learning rates are chosen, a multiple of 8."""
@@ -70,6 +72,10 @@ class HaystackArgs(TaskArgs):
         for name in ('train_lengths', 'test_lengths'):
             lengths = getattr(self, name)
             self.check(name, bool(lengths) and list(lengths) == sorted(set(lengths)) and lengths[0] > 0, 'ascending integers above 0')
+        for name in ('steps', 'train_examples'):
+            self.check(
+                name, getattr(self, name) >= len(self.train_lengths), f'at least as many as train_lengths, {len(self.train_lengths)}'
+            )
         self.check('elsewhere', 0 <= self.elsewhere <= 1, 'a number from 0 to 1')
         self.check('models', bool(self.models), 'at least one')
         self.check('tasks', bool(self.tasks) and set(self.tasks) <= set(self.known_tasks), f'some of {", ".join(self.known_tasks)}')
@@ -98,7 +104,7 @@ class HaystackArgs(TaskArgs):
 
     def model(self, name: str) -> ModelConfig:
         """The model of a name, which can look back over the longest text."""
-        return model_config(name, width=64, heads=2, vocab_size=256, max_length=max(*self.train_lengths, *self.test_lengths))
+        return model_config(name, width=64, heads=4, vocab_size=256, max_length=max(*self.train_lengths, *self.test_lengths))
 
     def smaller(self) -> Self:
         """The arguments of a smoke run: a row of one text a step, and a test at the same length."""
@@ -137,7 +143,7 @@ def prepare(args: HaystackArgs, name: str, task: str) -> Train:
     measure = functools.partial(measure_length, model, reader(model))
 
     def train(seeds: Sequence[int]) -> list[dict]:
-        fitted = fit_rates(args, fit, seeds, stack([_data(args, texts, trained, seed) for seed in seeds]))
+        fitted = fit_rates(args, fit, seeds, stack([training_data(args, texts, trained, seed) for seed in seeds]))
         return [best(args, validate(lane(fitted, index), seed), functools.partial(test, seed)) for index, seed in enumerate(seeds)]
 
     def validate(runs: Fitted, seed: int) -> Fitted:
@@ -153,36 +159,49 @@ def prepare(args: HaystackArgs, name: str, task: str) -> Train:
     return train
 
 
-def _data(args: HaystackArgs, texts: Texts, lengths: Sequence[int], seed: int) -> dict:
-    """A run's training rows and the order in which they are read."""
-    order = reading_order(args, seed)
-    return dict(train=training_rows(texts, lengths, args.elsewhere, seed, int(order.max()) + 1), order=order)
+def training_data(args: HaystackArgs, texts: Texts, lengths: Sequence[int], seed: int) -> dict:
+    """A run's rows and which of them each step reads: a curriculum of as many stages as lengths, each with one more of them, ascending.
+
+    Args:
+        args: numbers of rows and steps, and the weight of places outside of answers.
+        texts: the task of a length.
+        lengths: of texts, ascending.
+        seed: of the run.
+
+    Returns:
+        'train', see `training_rows`, and 'order' (steps, batch) int32.
+    """
+    count, stages = min(args.train_examples, args.steps * args.batch_size), len(lengths)
+    first = -(-np.arange(stages + 1) * count // stages)
+    rows = [lengths[index % (stage + 1)] for stage in range(stages) for index in range(first[stage], first[stage + 1])]
+    stage = np.arange(args.steps)[:, None] * stages // args.steps
+    order = np.random.default_rng(seed).integers(first[stage], first[stage + 1], (args.steps, args.batch_size))
+    return dict(train=training_rows(texts, rows, lengths[-1], args.elsewhere, seed), order=order.astype(np.int32))
 
 
-def training_rows(texts: Texts, lengths: Sequence[int], elsewhere: float, seed: int, count: int) -> Example:
-    """Rows as long as the longest text, each filled with texts of one length, by turns.
+def training_rows(texts: Texts, lengths: Iterable[int], size: int, elsewhere: float, seed: int) -> Example:
+    """Rows of one size, each filled with texts of one length, of which no two ask the same.
 
     Args:
         texts: the task of a length.
-        lengths: of texts, ascending.
+        lengths: of each row's texts.
+        size: of a row.
         elsewhere: weight of the places outside of answers.
         seed: of the texts.
-        count: rows.
 
     Returns:
-        'tokens' and 'targets' (count, T), 'weights' (count, T), 0 behind the last text, and 'segment_ids' (count, T): 1 for a row's first
-        text, 2 for the next, and one more behind the last.
+        'tokens' and 'targets' (N, size) uint8, 'weights' (N, size) float32, 0 behind the last text, and 'segment_ids' (N, size) uint8: 1
+        for a row's first text, 2 for the next, and one more behind the last.
     """
-    longest, rows, used = lengths[-1], [], collections.Counter()
-    for length in (lengths[index % len(lengths)] for index in range(count)):
-        number, task = longest // length, texts(length)
-        packed = [task.example(index, seed=seed) for index in range(used[length], used[length] + number)]
-        used[length] += number
+    rows, used = [], 0
+    for length in lengths:
+        number, task = size // length, texts(length)
+        packed = [task.example(index, seed=seed) for index in range(used, used + number)]
         row = {name: np.concatenate([example[name] for example in packed]) for name in packed[0]}
         row |= dict(weights=np.maximum(row['weights'], elsewhere), segment_ids=np.repeat(np.arange(1, number + 1), length))
-        left = (0, longest - number * length)
-        last = dict(tokens=0, targets=0, weights=0, segment_ids=number + 1)
-        rows.append({name: np.pad(values, left, constant_values=last[name]) for name, values in row.items()})
+        behind = dict(tokens=0, targets=0, weights=0, segment_ids=number + 1)
+        rows.append({name: np.pad(row[name], (0, size - number * length), constant_values=behind[name]) for name in behind})
+        used += number
     dtypes = dict(tokens=np.uint8, targets=np.uint8, weights=np.float32, segment_ids=np.uint8)
     return {name: np.stack([row[name] for row in rows]).astype(dtype) for name, dtype in dtypes.items()}
 

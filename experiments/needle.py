@@ -26,6 +26,8 @@ from nested_jax.data.tasks.needles import KINDS, Needles
 EXPERIMENT = 'needle'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
 
+BRIEF = 384  # bytes up to which texts are brief
+
 
 @dataclasses.dataclass(frozen=True)
 class Args(HaystackArgs):
@@ -39,8 +41,8 @@ class Args(HaystackArgs):
     """File that a row for each run is added to."""
 
     def text(self, task: str, length: int) -> HaystackTask:
-        """The needles of a kind."""
-        return Needles(length=length, kind=task)
+        """The needles of a kind; up to 384 bytes without the reference's sentences around."""
+        return Needles(length=length, kind=task, brief=length <= BRIEF)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import haystack_runs, needle
 from experiments.grid import Cell
-from experiments.haystack_runs import ROWS, answer_depth, count_right, measure_length, pieces, reader, training_rows, trivial
+from experiments.haystack_runs import ROWS, answer_depth, count_right, measure_length, pieces, reader, training_data, training_rows, trivial
 from experiments.needle import Args
 from nested_jax.config import LevelConfig
 from nested_jax.data.tasks.haystack import Plan
@@ -47,7 +47,9 @@ def test_scores_of_known_mistakes():
     found = measure_length(oracle, oracle.read, None, task, split='test', seed=3, count=2 * ROWS)
     assert found['whole'] == 14 / 16 and found['positions'] == 1 - 3 / (16 * 9)
     depths = [task.deal(index, 'test', 3)[1].inserts[0][0] for index in range(16)]
-    thirds = [[index for index in range(16) if third <= 3 * depths[index] < third + 1 or depths[index] == 1 == third / 2] for third in range(3)]
+    thirds = [
+        [index for index in range(16) if third <= 3 * depths[index] < third + 1 or depths[index] == 1 == third / 2] for third in range(3)
+    ]
     assert found['thirds'] == [[len(set(texts) - {3, 9}), len(texts)] for texts in thirds]
 
 
@@ -81,9 +83,10 @@ def test_reading_in_pieces_is_reading_as_a_whole(name, size, monkeypatch):
 
 
 def test_rows_are_full_of_texts_of_one_length():
-    rows = training_rows(SINGLE, (384, 512, 1024), 0.25, 7, 6)
-    assert rows['tokens'].shape == (6, 1024)
-    for row, (length, first) in enumerate([(384, 0), (512, 0), (1024, 0), (384, 2), (512, 2), (1024, 1)]):
+    lengths = (384, 512, 1024, 384)
+    rows = training_rows(SINGLE, lengths, 1024, 0.25, 7)
+    assert rows['tokens'].shape == (4, 1024)
+    for row, (length, first) in enumerate(zip(lengths, (0, 2, 4, 5), strict=True)):
         number = 1024 // length
         for index in range(number):
             text, span = SINGLE(length).example(first + index, seed=7), slice(index * length, (index + 1) * length)
@@ -92,6 +95,18 @@ def test_rows_are_full_of_texts_of_one_length():
             assert (rows['segment_ids'][row, span] == index + 1).all()
         assert (rows['weights'][row, number * length :] == 0).all()
         assert number * length == 1024 or rows['segment_ids'][row, -1] == number + 1
+
+
+def test_longer_texts_come_later():
+    """Three stages of five steps and four rows: texts of 192 bytes, of 192 and 256, and of all three lengths."""
+    texts = lambda length: Needles(length=length, brief=True)
+    args = Args(steps=15, batch_size=4, warmup_steps=1, train_examples=12)
+    data = training_data(args, texts, (192, 256, 512), 3)
+    order, number = data['order'], data['train']['segment_ids'].max(1)  # one more where texts leave some of a row
+    stages = [set(order[first : first + 5].ravel()) for first in (0, 5, 10)]
+    assert order.shape == (15, 4) and all(rows <= set(range(first, first + 4)) for rows, first in zip(stages, (0, 4, 8), strict=True))
+    assert number[:4].tolist() == [3, 3, 3, 3] and sorted(number[4:8]) == [2, 2, 3, 3] and set(number[8:]) == {1, 2, 3}
+    assert not np.array_equal(order, training_data(args, texts, (192, 256, 512), 4)['order'])
 
 
 def test_questions_are_the_same_at_all_lengths():

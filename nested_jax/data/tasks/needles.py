@@ -73,13 +73,15 @@ class Needles(HaystackTask):
 
     kind: str = 'single_1'
     """One of `KINDS`."""
+    brief: bool = False
+    """Without the sentence before the text and the first of the two behind it, some 200 bytes; the reference has both."""
 
     prompt_end = re.compile(r' mentioned in the provided text (is|are)(?= |$)')
 
     def __post_init__(self):
         check_choice('kind', self.kind, KINDS)
         fewest = self.draw(np.random.default_rng(0), 'train').size - 1
-        check('length', self.length, self.length >= fewest, f'at least {fewest} for kind={self.kind!r}')
+        check('length', self.length, self.length >= fewest, f'at least {fewest} for kind={self.kind!r} and brief={self.brief}')
 
     def draw(self, rng: np.random.Generator, split: str) -> NeedlePlan:
         """Keys, values, depths and what is asked for."""
@@ -91,6 +93,7 @@ class Needles(HaystackTask):
         needles = [needles[number] for number in rng.permutation(len(needles))]
         answers = [value for query in asked for key, value in needles if key == query]
         head, tail = _template(kind.value, _enumerate(asked), len(answers))
+        head, tail = (b'', b'\n' + tail.split(b'? ')[1]) if self.brief else (head, tail)
         inserts = tuple((float(depth), _write_needle(kind, *needle)) for depth, needle in zip(depths, needles, strict=True))
         return NeedlePlan(head, inserts, tail, spell(answers), order)
 

@@ -40,6 +40,19 @@ def test_needles_and_answers(kind, needles, answers):
         assert len(values) == answers and all(len(value) == 7 and f'is: {value}.' in body for value in values)
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_brief_texts_ask_the_same_in_fewer_words(kind):
+    brief, whole = (Needles(2048, kind, brief).draw(np.random.default_rng(5), 'train') for brief in (True, False))
+    assert (brief.inserts, brief.answer) == (whole.inserts, whole.answer) and brief.head == b''
+    assert brief.tail == b'\n' + whole.tail.split(b'? ')[1] and b'?' not in brief.tail
+    task = Needles(512, kind, brief=True)
+    batch = task.batch(0, 10)
+    for row in range(10):
+        targets, weights = task.solve(batch['tokens'][row])
+        np.testing.assert_array_equal(weights, batch['weights'][row])
+        np.testing.assert_array_equal(targets[weights > 0], batch['targets'][row][weights > 0])
+
+
 @pytest.mark.parametrize('kind', ['multikey_2', 'multikey_3'])
 def test_distractors_have_other_keys(kind):
     for text in texts(Needles(8192, kind), 5):
