@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.fitting import Fitted, lane, make_fit
+from experiments.fitting import Fitted, Phase, lane, make_fit
 from experiments.grid import Cell, Grid, Train, make_cells, run_grid
-from experiments.task_runs import VALIDATION_SEED, TaskArgs, best, examples, fit_rates, model_config, registered, stack
+from experiments.task_runs import VALIDATION_SEED, TaskArgs, best, examples, fit_rates, model_config, reading_order, registered, stack
 from nested_jax.config import ModelConfig
 from nested_jax.data.tasks.haystack import HaystackTask, Plan
 from nested_jax.data.tasks.task import Example, score
@@ -48,12 +48,12 @@ class HaystackArgs(TaskArgs):
     """Of the tasks that there are, see above."""
     learning_rates: tuple[float, ...] = (3e-3,)
     """Peaks that every run tries; it keeps what does best on validation texts of the lengths trained on."""
-    batch_size: int = 4
-    """Rows a step, each as long as the longest text trained on and full of texts of one length."""
-    train_examples: int = 8000
-    """Rows of the training set, of which each step reads some at random."""
-    train_lengths: tuple[int, ...] = (512, 1024)
-    """Bytes of the texts trained on, the shortest first; those too short for a task are left out."""
+    batch_size: int = 1
+    """Texts a step of the longest trained on; of shorter ones as many as have no more bytes."""
+    train_examples: int = 20_000
+    """Texts of each length trained on, which are read again and again in new orders."""
+    train_lengths: tuple[int, ...] = (64, 256, 512, 1024)
+    """Bytes of the texts trained on, the same part of the steps on each, the shortest first; those too short for a task are left out."""
     test_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16_384)
     """Bytes of the texts tested on; those too short for a task are left out."""
     elsewhere: float = 1.0
@@ -72,16 +72,12 @@ class HaystackArgs(TaskArgs):
         for name in ('train_lengths', 'test_lengths'):
             lengths = getattr(self, name)
             self.check(name, bool(lengths) and list(lengths) == sorted(set(lengths)) and lengths[0] > 0, 'ascending integers above 0')
-        for name in ('steps', 'train_examples'):
-            self.check(
-                name, getattr(self, name) >= len(self.train_lengths), f'at least as many as train_lengths, {len(self.train_lengths)}'
-            )
+        self.check('steps', self.steps >= len(self.train_lengths), f'at least {len(self.train_lengths)}, one for each of train_lengths')
         self.check('elsewhere', 0 <= self.elsewhere <= 1, 'a number from 0 to 1')
         self.check('models', bool(self.models), 'at least one')
         self.check('tasks', bool(self.tasks) and set(self.tasks) <= set(self.known_tasks), f'some of {", ".join(self.known_tasks)}')
         for name in self.models:
-            grid = self.model(name).grid
-            self.check('train_lengths', all(length % grid == 0 for length in self.train_lengths), f'multiples of {grid} for {name}')
+            self.model(name)
         for task in self.tasks:
             for name in ('train_lengths', 'test_lengths'):
                 self.check(name, bool(self.lengths(task, name)), f'at least one that is long enough for {task}')
@@ -107,7 +103,7 @@ class HaystackArgs(TaskArgs):
         return model_config(name, width=64, heads=4, vocab_size=256, max_length=max(*self.train_lengths, *self.test_lengths))
 
     def smaller(self) -> Self:
-        """The arguments of a smoke run: a row of one text a step, and a test at the same length."""
+        """The arguments of a smoke run: one text a step, and a test at the same length."""
         length = self.lengths(self.tasks[0], 'train_lengths')[-1:]
         few = dict(batch_size=1, validation_examples=ROWS, test_examples=ROWS, train_lengths=length, test_lengths=length)
         return super().smaller(models=self.models[:1], tasks=self.tasks[:1], **few)
@@ -143,7 +139,7 @@ def prepare(args: HaystackArgs, name: str, task: str) -> Train:
     measure = functools.partial(measure_length, model, reader(model))
 
     def train(seeds: Sequence[int]) -> list[dict]:
-        fitted = fit_rates(args, fit, seeds, stack([training_data(args, texts, trained, seed) for seed in seeds]))
+        fitted = fit_rates(args, fit, seeds, phases(args, texts, trained, seeds))
         return [best(args, validate(lane(fitted, index), seed), functools.partial(test, seed)) for index, seed in enumerate(seeds)]
 
     def validate(runs: Fitted, seed: int) -> Fitted:
@@ -159,56 +155,39 @@ def prepare(args: HaystackArgs, name: str, task: str) -> Train:
     return train
 
 
-def training_data(args: HaystackArgs, texts: Texts, lengths: Sequence[int], seed: int) -> dict:
-    """A run's rows and which of them each step reads: a curriculum of as many stages as lengths, each with one more of them, ascending.
+def phases(args: HaystackArgs, texts: Texts, lengths: Sequence[int], seeds: Sequence[int]) -> list[Phase]:
+    """The texts that runs train on: of one length after the other, the shortest first, as many steps and bytes a step of each.
 
     Args:
-        args: numbers of rows and steps, and the weight of places outside of answers.
+        args: numbers of steps and texts, and the weight of places outside of answers.
         texts: the task of a length.
         lengths: of texts, ascending.
-        seed: of the run.
+        seeds: of the runs.
 
     Returns:
-        'train', see `training_rows`, and 'order' (steps, batch) int32.
+        Phases of 'first', their first step, 'order' (steps, texts a step), and texts' 'tokens', 'targets' and 'weights', stacked by seed.
     """
-    count, stages = min(args.train_examples, args.steps * args.batch_size), len(lengths)
-    first = -(-np.arange(stages + 1) * count // stages)
-    rows = [lengths[index % (stage + 1)] for stage in range(stages) for index in range(first[stage], first[stage + 1])]
-    stage = np.arange(args.steps)[:, None] * stages // args.steps
-    order = np.random.default_rng(seed).integers(first[stage], first[stage + 1], (args.steps, args.batch_size))
-    return dict(train=training_rows(texts, rows, lengths[-1], args.elsewhere, seed), order=order.astype(np.int32))
+    found, first, used = [], 0, 0
+    for index, length in enumerate(lengths):
+        end, size = args.steps * (index + 1) // len(lengths), args.batch_size * lengths[-1] // length
+        order = [reading_order(end - first, size, args.train_examples, seed) for seed in seeds]
+        count = int(order[0].max()) + 1
+        read = [texts(length).batch(used, count, seed=seed) for seed in seeds]
+        data = [dict(first=np.int32(first), order=rows, **compact(batch, args.elsewhere)) for rows, batch in zip(order, read, strict=True)]
+        found.append(Phase(end, stack(data)))
+        first, used = end, used + count
+    return found
 
 
-def training_rows(texts: Texts, lengths: Iterable[int], size: int, elsewhere: float, seed: int) -> Example:
-    """Rows of one size, each filled with texts of one length, of which no two ask the same.
-
-    Args:
-        texts: the task of a length.
-        lengths: of each row's texts.
-        size: of a row.
-        elsewhere: weight of the places outside of answers.
-        seed: of the texts.
-
-    Returns:
-        'tokens' and 'targets' (N, size) uint8, 'weights' (N, size) float32, 0 behind the last text, and 'segment_ids' (N, size) uint8: 1
-        for a row's first text, 2 for the next, and one more behind the last.
-    """
-    rows, used = [], 0
-    for length in lengths:
-        number, task = size // length, texts(length)
-        packed = [task.example(index, seed=seed) for index in range(used, used + number)]
-        row = {name: np.concatenate([example[name] for example in packed]) for name in packed[0]}
-        row |= dict(weights=np.maximum(row['weights'], elsewhere), segment_ids=np.repeat(np.arange(1, number + 1), length))
-        behind = dict(tokens=0, targets=0, weights=0, segment_ids=number + 1)
-        rows.append({name: np.pad(row[name], (0, size - number * length), constant_values=behind[name]) for name in behind})
-        used += number
-    dtypes = dict(tokens=np.uint8, targets=np.uint8, weights=np.float32, segment_ids=np.uint8)
-    return {name: np.stack([row[name] for row in rows]).astype(dtype) for name, dtype in dtypes.items()}
+def compact(batch: Example, elsewhere: float) -> Example:
+    """A batch in fewer bytes, its weights at least `elsewhere`."""
+    tokens = {name: batch[name].astype(np.uint8) for name in ('tokens', 'targets')}
+    return tokens | dict(weights=np.maximum(batch['weights'], np.float32(elsewhere)))
 
 
 def _batch(data: dict, state: TrainState) -> Example:
-    batch = jax.tree.map(lambda rows: rows[data['order'][state.step]], data['train'])
-    return batch | {name: batch[name].astype(jnp.int32) for name in ('tokens', 'targets', 'segment_ids')}
+    rows = data['order'][state.step - data['first']]
+    return {name: data[name][rows].astype(dtype) for name, dtype in dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32).items()}
 
 
 def reader(model: LanguageModel) -> Read:

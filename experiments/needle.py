@@ -26,7 +26,7 @@ from nested_jax.data.tasks.needles import KINDS, Needles
 EXPERIMENT = 'needle'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
 
-BRIEF = 384  # bytes up to which texts are brief
+BRIEF = 256  # bytes up to which texts are brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Args(HaystackArgs):
     """File that a row for each run is added to."""
 
     def text(self, task: str, length: int) -> HaystackTask:
-        """The needles of a kind; up to 384 bytes without the reference's sentences around."""
+        """The needles of a kind; up to 256 bytes in the fewest words."""
         return Needles(length=length, kind=task, brief=length <= BRIEF)
 
 

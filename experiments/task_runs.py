@@ -206,17 +206,17 @@ def examples(task: Task, split: str, seed: int, count: int) -> Example:
     return task.batch(0, count, split=split, seed=seed)
 
 
-def reading_order(args: TaskArgs, seed: int) -> np.ndarray:
-    """Which training examples each step reads, (steps, batch) int32: every one once before any is read again."""
-    rng, reads = np.random.default_rng(seed), args.steps * args.batch_size
-    count = min(args.train_examples, reads)
+def reading_order(steps: int, batch_size: int, most: int, seed: int) -> np.ndarray:
+    """Which of at most `most` examples each step reads, (steps, batch_size) int32: every one once before any is read again."""
+    rng, reads = np.random.default_rng(seed), steps * batch_size
+    count = min(most, reads)
     order = np.concatenate([rng.permutation(count) for _ in range(-(-reads // count))])[:reads]
-    return order.reshape(args.steps, args.batch_size).astype(np.int32)
+    return order.reshape(steps, batch_size).astype(np.int32)
 
 
 def _data(args: TaskArgs, task: Task, validation: str, seed: int) -> dict:
     """A run's training set, the order in which it is read, and what its choices are made by."""
-    order = reading_order(args, seed)
+    order = reading_order(args.steps, args.batch_size, args.train_examples, seed)
     return dict(
         train=examples(task, 'train', seed, int(order.max()) + 1), order=order,
         validation=examples(task, validation, VALIDATION_SEED + seed, args.validation_examples),

@@ -9,12 +9,13 @@ import pytest
 
 from experiments import haystack_runs, needle
 from experiments.grid import Cell
-from experiments.haystack_runs import ROWS, answer_depth, count_right, measure_length, pieces, reader, training_data, training_rows, trivial
+from experiments.haystack_runs import ROWS, answer_depth, count_right, measure_length, phases, pieces, reader, trivial
 from experiments.needle import Args
 from nested_jax.config import LevelConfig
 from nested_jax.data.tasks.haystack import Plan
 from nested_jax.data.tasks.needles import Needles
 from nested_jax.models.language_model import LanguageModel
+from nested_jax.training.state import TrainState
 from tests.models.small_models import fast_jit
 
 SINGLE = lambda length: Needles(length=length)
@@ -82,31 +83,32 @@ def test_reading_in_pieces_is_reading_as_a_whole(name, size, monkeypatch):
     np.testing.assert_array_equal(right, (due & (whole == batch['targets'])).sum(1))
 
 
-def test_rows_are_full_of_texts_of_one_length():
-    lengths = (384, 512, 1024, 384)
-    rows = training_rows(SINGLE, lengths, 1024, 0.25, 7)
-    assert rows['tokens'].shape == (4, 1024)
-    for row, (length, first) in enumerate(zip(lengths, (0, 2, 4, 5), strict=True)):
-        number = 1024 // length
-        for index in range(number):
-            text, span = SINGLE(length).example(first + index, seed=7), slice(index * length, (index + 1) * length)
-            assert all((rows[name][row, span] == text[name]).all() for name in ('tokens', 'targets'))
-            np.testing.assert_array_equal(rows['weights'][row, span], np.maximum(text['weights'], 0.25))
-            assert (rows['segment_ids'][row, span] == index + 1).all()
-        assert (rows['weights'][row, number * length :] == 0).all()
-        assert number * length == 1024 or rows['segment_ids'][row, -1] == number + 1
+def test_runs_train_on_longer_and_longer_texts():
+    """Three phases of five steps, of 1,024 bytes each; no text of one asks what one of another does."""
+    texts, lengths = lambda length: Needles(length=length, brief=length < 512), (64, 256, 512)
+    found = phases(Args(steps=15, batch_size=2, warmup_steps=1, train_examples=30, elsewhere=0.25), texts, lengths, (3, 4))
+    assert [phase.end for phase in found] == [5, 10, 15]
+    used = 0
+    for phase, length, size, count in zip(found, lengths, (16, 4, 2), (30, 20, 10), strict=True):
+        data = phase.data
+        assert data['order'].shape == (2, 5, size) and data['first'].tolist() == [phase.end - 5] * 2
+        assert set(np.unique(data['order'])) == set(range(count)) and not np.array_equal(*data['order'])
+        batch = texts(length).batch(used, count, seed=4)
+        assert all((data[name][1] == batch[name]).all() for name in ('tokens', 'targets'))
+        np.testing.assert_array_equal(data['weights'][1], np.maximum(batch['weights'], 0.25))
+        used += count
 
 
-def test_longer_texts_come_later():
-    """Three stages of five steps and four rows: texts of 192 bytes, of 192 and 256, and of all three lengths."""
-    texts = lambda length: Needles(length=length, brief=True)
-    args = Args(steps=15, batch_size=4, warmup_steps=1, train_examples=12)
-    data = training_data(args, texts, (192, 256, 512), 3)
-    order, number = data['order'], data['train']['segment_ids'].max(1)  # one more where texts leave some of a row
-    stages = [set(order[first : first + 5].ravel()) for first in (0, 5, 10)]
-    assert order.shape == (15, 4) and all(rows <= set(range(first, first + 4)) for rows, first in zip(stages, (0, 4, 8), strict=True))
-    assert number[:4].tolist() == [3, 3, 3, 3] and sorted(number[4:8]) == [2, 2, 3, 3] and set(number[8:]) == {1, 2, 3}
-    assert not np.array_equal(order, training_data(args, texts, (192, 256, 512), 4)['order'])
+def test_a_step_reads_the_texts_of_its_phase():
+    texts, lengths = lambda length: Needles(length=length, brief=True), (64, 128)
+    found = phases(Args(steps=4, batch_size=1, warmup_steps=1), texts, lengths, (0,))
+    for step, (phase, place) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        data = jax.tree.map(lambda leaf: leaf[0], found[phase].data)
+        batch = haystack_runs._batch(data, TrainState(jnp.asarray(step), None, None, None))
+        rows = data['order'][place]
+        assert batch['tokens'].dtype == jnp.int32 and batch['tokens'].shape == (2 - phase, lengths[phase])
+        np.testing.assert_array_equal(batch['tokens'], data['tokens'][rows])
+        np.testing.assert_array_equal(batch['weights'], data['weights'][rows])
 
 
 def test_questions_are_the_same_at_all_lengths():
@@ -123,8 +125,8 @@ def test_trivial_rules():
 def test_lengths_too_short_for_a_kind_are_left_out():
     args = Args()
     config = args.row(Cell('transformer', 'multikey_1', 0))['train']
-    assert config['train_lengths'] == (1024,) and config['test_lengths'][0] == 1024
-    assert args.row(Cell('transformer', 'single_1', 0))['train']['train_lengths'] == (512, 1024)
+    assert config['train_lengths'] == (256, 1024) and config['test_lengths'][0] == 1024
+    assert args.row(Cell('transformer', 'single_1', 0))['train']['train_lengths'] == args.train_lengths
 
 
 def test_windows_are_variants():
@@ -138,7 +140,7 @@ def test_windows_are_variants():
         ['--tasks', 'single_4'],
         ['--models', 'gated-deltanet-window-8'],
         ['--train-lengths', '1024', '512'],
-        ['--train-lengths', '500'],
+        ['--train-lengths', '30'],
         ['--test-lengths', '300'],
         ['--test-examples', '12'],
         ['--elsewhere', '2'],

@@ -74,9 +74,9 @@ class Needles(HaystackTask):
     kind: str = 'single_1'
     """One of `KINDS`."""
     brief: bool = False
-    """Without the sentence before the text and the first of the two behind it, some 200 bytes; the reference has both."""
+    """For short texts, and not the reference's: 'sela-kegu is: 5391295.' is all of a needle, and 'sela-kegu is' of the question."""
 
-    prompt_end = re.compile(r' mentioned in the provided text (is|are)(?= |$)')
+    prompt_end = re.compile(r'(?: mentioned in the provided text|\n[a-z0-9, -]+) (?:is|are)(?= |$)')
 
     def __post_init__(self):
         check_choice('kind', self.kind, KINDS)
@@ -93,8 +93,9 @@ class Needles(HaystackTask):
         needles = [needles[number] for number in rng.permutation(len(needles))]
         answers = [value for query in asked for key, value in needles if key == query]
         head, tail = _template(kind.value, _enumerate(asked), len(answers))
-        head, tail = (b'', b'\n' + tail.split(b'? ')[1]) if self.brief else (head, tail)
-        inserts = tuple((float(depth), _write_needle(kind, *needle)) for depth, needle in zip(depths, needles, strict=True))
+        if self.brief:
+            head, tail = b'', f'\n{_enumerate(asked)} {"is" if len(answers) == 1 else "are"}'.encode()
+        inserts = tuple((float(depth), self._write(*needle)) for depth, needle in zip(depths, needles, strict=True))
         return NeedlePlan(head, inserts, tail, spell(answers), order)
 
     def sentences(self, rng: np.random.Generator, plan: NeedlePlan) -> Iterator[bytes]:
@@ -105,15 +106,20 @@ class Needles(HaystackTask):
         number = kind.num_keys
         while True:
             key = None if kind.haystack == 'noise' else _draw_key(rng, kind.key, plan.key_order, number)
-            yield _NOISE if key is None else _write_needle(kind, key, _draw_value(rng, kind.value))
+            yield _NOISE if key is None else self._write(key, _draw_value(rng, kind.value))
             number += 1
+
+    def _write(self, key: str, value: str) -> bytes:
+        kind = KINDS[self.kind]
+        begin, end = '' if self.brief else f'One of the special magic {kind.value}s for ', ' ' if kind.haystack == 'prose' else '\n'
+        return f'{begin}{key} is: {value}.{end}'.encode()
 
     def read(self, prompt: str) -> list[str]:
         """Collects every needle; see `HaystackTask.read`."""
         values = {}
         for key, value in _find_needles(prompt):
             values.setdefault(key, []).append(value)
-        asked = re.findall(r'special magic \w+ for (.*?) mentioned in the provided text', prompt)[-1]
+        asked = _ASKED.fullmatch(prompt.rsplit('\n', 1)[1])[1]
         return [value for key in re.split(r', and |, ', asked) for value in values.get(key, [])]
 
     def guesses(self) -> dict[str, Guess]:
@@ -129,8 +135,11 @@ class Needles(HaystackTask):
         return {'last mention': last_mention}
 
 
+_ASKED = re.compile(r'(?:.* special magic \w+ for )?(.*?)(?: mentioned in the provided text)? (?:is|are)')
+
+
 def _find_needles(text: str) -> list[tuple[str, str]]:
-    return re.findall(r'One of the special magic \w+ for (\S+) is: (\S+)\.(?=\s)', text)
+    return re.findall(r'(\S+) is: (\S+)\.(?=\s)', text)
 
 
 def _draw_key_order(rng: np.random.Generator) -> tuple[int, int]:
@@ -151,11 +160,6 @@ def _draw_key(rng: np.random.Generator, kind: str, order: tuple[int, int], numbe
 
 def _draw_value(rng: np.random.Generator, kind: str) -> str:
     return str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == 'uuid' else str(rng.integers(10**6, 10**7))
-
-
-def _write_needle(kind: Kind, key: str, value: str) -> bytes:
-    end = ' ' if kind.haystack == 'prose' else '\n'
-    return f'One of the special magic {kind.value}s for {key} is: {value}.{end}'.encode()
 
 
 def _enumerate(keys: list[str]) -> str:
