@@ -8,6 +8,7 @@ SETTING
 COSTS
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -31,12 +32,17 @@ class Args(HaystackArgs):
     tasks: tuple[str, ...] = tuple(QUESTIONS)
     """Of qa1, qa2 and qa3."""
     num_facts: int = 8
-    """Sentences of a story."""
+    """Sentences of a story, fewer in texts too short for as many."""
+    train_lengths: tuple[int, ...] = (256, 384, 512, 1024)
+    """Bytes of the texts trained on, the shortest alone at first, then the next one too, and so on; those too short are left out."""
     results: pathlib.Path = RESULTS
     """File that a row for each run is added to."""
 
     def text(self, task: str, length: int) -> HaystackTask:
-        """A question about stories."""
+        """A question about stories of as many sentences as fit."""
+        for num_facts in range(self.num_facts, 0, -1):
+            with contextlib.suppress(ValueError):
+                return BabiHaystack(length=length, question=task, num_facts=num_facts)
         return BabiHaystack(length=length, question=task, num_facts=self.num_facts)
 
 

@@ -21,16 +21,17 @@ import numpy as np
 
 from experiments.fitting import Fitted, Phase, lane, make_fit
 from experiments.grid import Cell, Grid, Train, make_cells, run_grid
-from experiments.task_runs import VALIDATION_SEED, TaskArgs, best, examples, fit_rates, model_config, reading_order, registered, stack
+from experiments.task_runs import VALIDATION_SEED, TaskArgs, best, examples, fit_rates, model_config, registered, stack
 from nested_jax.config import ModelConfig
 from nested_jax.data.tasks.haystack import HaystackTask, Plan
 from nested_jax.data.tasks.task import Example, score
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.training.state import TrainState
 
-MODELS = ('hope-linear', 'gated-deltanet', 'titans', 'transformer', 'transformer-window-256', 'samba')
+MODELS = ('hope-linear-zero', 'gated-deltanet', 'transformer', 'titans', 'transformer-window-256', 'hope-linear', 'samba')
 ROWS = 8  # texts read side by side
 PIECE = 256  # tokens read at a time
+PHASE = 50  # steps on texts of one length
 TRIVIAL_TEXTS = 256  # of which the most frequent answer is taken
 Texts = Callable[[int], HaystackTask]  # length -> task
 Read = Callable[[Any, np.ndarray, Any], tuple[jax.Array, Any]]  # parameters, (B, T) tokens, state -> (B, T) bytes guessed, state
@@ -46,14 +47,16 @@ class HaystackArgs(TaskArgs):
     """Families of the presets, or variants: <family>-without-<part>, <family>-chunk-<tokens>, <family>-window-<tokens>."""
     tasks: tuple[str, ...] = ()
     """Of the tasks that there are, see above."""
-    learning_rates: tuple[float, ...] = (3e-3,)
+    learning_rates: tuple[float, ...] = (5e-3,)
     """Peaks that every run tries; it keeps what does best on validation texts of the lengths trained on."""
+    steps: int = 5000
+    """Optimizer steps."""
     batch_size: int = 1
     """Texts a step of the longest trained on; of shorter ones as many as have no more bytes."""
     train_examples: int = 20_000
-    """Texts of each length trained on, which are read again and again in new orders."""
-    train_lengths: tuple[int, ...] = (64, 256, 512, 1024)
-    """Bytes of the texts trained on, the same part of the steps on each, the shortest first; those too short for a task are left out."""
+    """Texts of each length trained on, which are read again and again."""
+    train_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Bytes of the texts trained on, the shortest alone at first, then the next one too, and so on; those too short are left out."""
     test_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16_384)
     """Bytes of the texts tested on; those too short for a task are left out."""
     elsewhere: float = 1.0
@@ -100,7 +103,7 @@ class HaystackArgs(TaskArgs):
 
     def model(self, name: str) -> ModelConfig:
         """The model of a name, which can look back over the longest text."""
-        return model_config(name, width=64, heads=4, vocab_size=256, max_length=max(*self.train_lengths, *self.test_lengths))
+        return model_config(name, width=64, heads=2, vocab_size=256, max_length=max(*self.train_lengths, *self.test_lengths))
 
     def smaller(self) -> Self:
         """The arguments of a smoke run: one text a step, and a test at the same length."""
@@ -156,7 +159,7 @@ def prepare(args: HaystackArgs, name: str, task: str) -> Train:
 
 
 def phases(args: HaystackArgs, texts: Texts, lengths: Sequence[int], seeds: Sequence[int]) -> list[Phase]:
-    """The texts that runs train on: of one length after the other, the shortest first, as many steps and bytes a step of each.
+    """What runs train on: texts of one length for some steps, then of another, as `schedule` has it.
 
     Args:
         args: numbers of steps and texts, and the weight of places outside of answers.
@@ -165,29 +168,40 @@ def phases(args: HaystackArgs, texts: Texts, lengths: Sequence[int], seeds: Sequ
         seeds: of the runs.
 
     Returns:
-        Phases of 'first', their first step, 'order' (steps, texts a step), and texts' 'tokens', 'targets' and 'weights', stacked by seed.
+        Phases of 'first', (S,), their first step, and 'tokens', 'targets' and 'weights', (S, steps, texts a step, length).
     """
-    found, first, used = [], 0, 0
-    for index, length in enumerate(lengths):
-        end, size = args.steps * (index + 1) // len(lengths), args.batch_size * lengths[-1] // length
-        order = [reading_order(end - first, size, args.train_examples, seed) for seed in seeds]
-        count = int(order[0].max()) + 1
-        read = [texts(length).batch(used, count, seed=seed) for seed in seeds]
-        data = [dict(first=np.int32(first), order=rows, **compact(batch, args.elsewhere)) for rows, batch in zip(order, read, strict=True)]
-        found.append(Phase(end, stack(data)))
-        first, used = end, used + count
+    found, first, used = [], 0, collections.Counter()
+    for end, length in schedule(args.steps, lengths):
+        shape = (end - first, args.batch_size * lengths[-1] // length, length)
+        places = used[length] + np.arange(shape[0] * shape[1])
+        # No text of one length asks what a text of another does.
+        indices = lengths.index(length) * args.train_examples + places % args.train_examples
+        data = [pack([texts(length).example(int(index), seed=seed) for index in indices], args.elsewhere, shape) for seed in seeds]
+        found.append(Phase(end, stack([rows | dict(first=np.int32(first)) for rows in data])))
+        first, used[length] = end, used[length] + len(indices)
     return found
 
 
-def compact(batch: Example, elsewhere: float) -> Example:
-    """A batch in fewer bytes, its weights at least `elsewhere`."""
-    tokens = {name: batch[name].astype(np.uint8) for name in ('tokens', 'targets')}
-    return tokens | dict(weights=np.maximum(batch['weights'], np.float32(elsewhere)))
+def schedule(steps: int, lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """The steps at which phases end, and the lengths of their texts.
+
+    There is a stage for each length, all of them as long: phases of this length and of all shorter ones take turns in it.
+    """
+    ends = [min(first + PHASE, steps) for first in range(0, steps, PHASE)]
+    stages = [index * len(lengths) // len(ends) for index in range(len(ends))]
+    return [(end, lengths[stage - index % (stage + 1)]) for index, (end, stage) in enumerate(zip(ends, stages, strict=True))]
+
+
+def pack(rows: list[Example], elsewhere: float, shape: tuple[int, ...]) -> Example:
+    """Examples stacked to a shape, in as few bytes as they need, their weights at least `elsewhere`."""
+    whole = {name: np.stack([row[name] for row in rows]).reshape(shape) for name in rows[0]}
+    tokens = {name: whole[name].astype(np.uint8) for name in ('tokens', 'targets')}
+    return tokens | dict(weights=np.maximum(whole['weights'], np.float32(elsewhere)))
 
 
 def _batch(data: dict, state: TrainState) -> Example:
-    rows = data['order'][state.step - data['first']]
-    return {name: data[name][rows].astype(dtype) for name, dtype in dict(tokens=jnp.int32, targets=jnp.int32, weights=jnp.float32).items()}
+    rows = {name: data[name][state.step - data['first']] for name in ('tokens', 'targets', 'weights')}
+    return rows | {name: rows[name].astype(jnp.int32) for name in ('tokens', 'targets')}
 
 
 def reader(model: LanguageModel) -> Read:

@@ -26,8 +26,6 @@ from nested_jax.data.tasks.needles import KINDS, Needles
 EXPERIMENT = 'needle'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
 
-BRIEF = 256  # bytes up to which texts are brief
-
 
 @dataclasses.dataclass(frozen=True)
 class Args(HaystackArgs):
@@ -37,12 +35,16 @@ class Args(HaystackArgs):
 
     tasks: tuple[str, ...] = ('single_1', 'multikey_1')
     """Of single_1, single_2, single_3, multikey_1, multikey_2, multikey_3, multivalue and multiquery."""
+    brief: bool = True
+    """Needles and questions in the fewest words, not in the reference's."""
+    digits: int = 4
+    """Of a number; the reference has 7."""
     results: pathlib.Path = RESULTS
     """File that a row for each run is added to."""
 
     def text(self, task: str, length: int) -> HaystackTask:
-        """The needles of a kind; up to 256 bytes in the fewest words."""
-        return Needles(length=length, kind=task, brief=length <= BRIEF)
+        """The needles of a kind."""
+        return Needles(length=length, kind=task, brief=self.brief, digits=self.digits)
 
 
 def main(argv: list[str] | None = None) -> int:

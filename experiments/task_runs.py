@@ -1,8 +1,8 @@
 """Small models by name, trained on the tasks of `nested_jax/data/tasks`: what the grids of formal languages and of MAD share.
 
 A name is a family of the presets, 'hope-linear', or one of its variants: 'hope-linear-without-dgd' leaves a part out
-(`models.presets.without`), 'hope-linear-chunk-1' refreshes memories and projections at every token, 'transformer-window-256' sees no more
-tokens than that.
+(`models.presets.without`), 'hope-linear-zero' decays to zero and not to learned initial states, 'hope-linear-chunk-1' refreshes memories
+and projections at every token, 'transformer-window-256' sees no more tokens than that.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from nested_jax.training.state import TrainState
 Predict = Callable[[np.ndarray], np.ndarray]  # (count, length) tokens -> (count, length) answers
 ROWS_A_CALL = 100  # of a prediction
 VALIDATION_SEED = 2**31  # added to a run's, apart from all of theirs
-_NAME = re.compile(r'(?P<family>.+?)(-without-(?P<part>[a-z]+))?(-chunk-(?P<chunk>\d+))?(-window-(?P<window>\d+))?')
+_NAME = re.compile(r'(?P<family>.+?)(-without-(?P<part>[a-z]+))?(?P<zero>-zero)?(-chunk-(?P<chunk>\d+))?(-window-(?P<window>\d+))?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def model_config(name: str, *, width: int, heads: int, vocab_size: int, max_leng
     """
     parts = _NAME.fullmatch(name)
     if parts is None or parts['family'] not in families():
-        variants = '-without-<part>, -chunk-<tokens> or -window-<tokens>'
+        variants = '-without-<part>, -zero, -chunk-<tokens> or -window-<tokens>'
         raise ValueError(f'model is {name!r}, allowed is one of {", ".join(families())}, or a variant, {variants}')
     tiny = preset(f'{parts["family"]}-tiny')
     hidden = sum(level.hidden_dim for level in tiny.levels) * width // tiny.width
@@ -115,6 +115,10 @@ def model_config(name: str, *, width: int, heads: int, vocab_size: int, max_leng
     )  # fmt: skip
     if parts['part']:
         config = without(config, parts['part'])
+    if parts['zero']:
+        if config.memory.decay_to == 'zero':
+            raise ValueError(f'model is {name!r}, allowed is -zero for families whose memories decay to their initial states')
+        config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, decay_to='zero'))
     if parts['chunk']:
         sizes = dict(chunk_size=int(parts['chunk']), projection_chunk_size=int(parts['chunk']))
         memory, config = config.memory, dataclasses.replace(config, memory=dataclasses.replace(config.memory, **sizes))

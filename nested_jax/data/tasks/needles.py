@@ -76,10 +76,14 @@ class Needles(HaystackTask):
     brief: bool = False
     """For short texts, and not the reference's: 'sela-kegu is: 5391295.' is all of a needle, and 'sela-kegu is' of the question."""
 
+    digits: int = 7
+    """Of a number; the reference has 7."""
+
     prompt_end = re.compile(r'(?: mentioned in the provided text|\n[a-z0-9, -]+) (?:is|are)(?= |$)')
 
     def __post_init__(self):
         check_choice('kind', self.kind, KINDS)
+        check('digits', self.digits, 1 <= self.digits <= 18, '1 to 18')
         fewest = self.draw(np.random.default_rng(0), 'train').size - 1
         check('length', self.length, self.length >= fewest, f'at least {fewest} for kind={self.kind!r} and brief={self.brief}')
 
@@ -87,7 +91,7 @@ class Needles(HaystackTask):
         """Keys, values, depths and what is asked for."""
         kind, order = KINDS[self.kind], _draw_key_order(rng)
         keys = [_draw_key(rng, kind.key, order, number) for number in range(kind.num_keys)]
-        needles = [(key, _draw_value(rng, kind.value)) for key in keys for _ in range(kind.num_values)]
+        needles = [(key, _draw_value(rng, kind.value, self.digits)) for key in keys for _ in range(kind.num_values)]
         asked = [keys[number] for number in rng.permutation(kind.num_keys)[: kind.num_queries]]
         depths = np.sort(rng.choice(_DEPTHS, len(needles), replace=False)) / (_DEPTHS - 1)
         needles = [needles[number] for number in rng.permutation(len(needles))]
@@ -106,7 +110,7 @@ class Needles(HaystackTask):
         number = kind.num_keys
         while True:
             key = None if kind.haystack == 'noise' else _draw_key(rng, kind.key, plan.key_order, number)
-            yield _NOISE if key is None else self._write(key, _draw_value(rng, kind.value))
+            yield _NOISE if key is None else self._write(key, _draw_value(rng, kind.value, self.digits))
             number += 1
 
     def _write(self, key: str, value: str) -> bytes:
@@ -150,7 +154,7 @@ def _draw_key_order(rng: np.random.Generator) -> tuple[int, int]:
 
 def _draw_key(rng: np.random.Generator, kind: str, order: tuple[int, int], number: int) -> str:
     if kind == 'uuid':
-        return _draw_value(rng, kind)
+        return _draw_value(rng, kind, 0)
     code, syllables = (order[0] * number + order[1]) % _NUM_WORDS, []
     for _ in range(4):
         code, syllable = divmod(code, len(_SYLLABLES))
@@ -158,8 +162,8 @@ def _draw_key(rng: np.random.Generator, kind: str, order: tuple[int, int], numbe
     return '{}{}-{}{}'.format(*syllables)
 
 
-def _draw_value(rng: np.random.Generator, kind: str) -> str:
-    return str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == 'uuid' else str(rng.integers(10**6, 10**7))
+def _draw_value(rng: np.random.Generator, kind: str, digits: int) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == 'uuid' else str(rng.integers(10 ** (digits - 1), 10**digits))
 
 
 def _enumerate(keys: list[str]) -> str:
