@@ -32,11 +32,18 @@ class Args(HaystackArgs):
     tasks: tuple[str, ...] = tuple(QUESTIONS)
     """Of qa1, qa2 and qa3."""
     num_facts: int = 8
-    """Sentences of a story, fewer in texts too short for as many."""
+    """Sentences of a story, in training fewer where texts are too short for as many."""
     train_lengths: tuple[int, ...] = (256, 384, 512, 1024)
     """Bytes of the texts trained on, the shortest alone at first, then the next one too, and so on; those too short are left out."""
+    elsewhere: float = 0.05
+    """Factor of the loss of bytes outside the answer, whose own is 1; most of them are prose that nobody could know."""
     results: pathlib.Path = RESULTS
     """File that a row for each run is added to."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        facts = {self.text(task, length).num_facts for task in self.tasks for length in self.lengths(task, 'test_lengths')}
+        self.check('num_facts', facts == {self.num_facts}, 'a number that fits into the shortest of test_lengths')
 
     def text(self, task: str, length: int) -> HaystackTask:
         """A question about stories of as many sentences as fit."""

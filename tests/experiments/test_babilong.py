@@ -15,6 +15,11 @@ def test_trivial_rules_get_less_than_most_answers():
     assert 0.25 < shares['qa1']['last mention'] < 0.7 and all(share['last mention'] < 0.8 for share in shares.values())
 
 
+def test_short_texts_have_as_many_sentences_as_fit():
+    assert [Args().text('qa1', length).num_facts for length in (256, 384, 512, 1024)] == [1, 5, 8, 8]
+    assert Args().lengths('qa3', 'train_lengths') == (384, 512, 1024)
+
+
 def test_a_row_says_what_stories_there_were():
     config = Args(num_facts=4).row(Cell('titans', 'qa3', 2))
     assert config['task']['name'] == config['task']['question'] == 'qa3' and config['task']['num_facts'] == 4 and config['seed'] == 2
@@ -24,10 +29,10 @@ def test_a_row_says_what_stories_there_were():
 def test_wrong_input_exits_with_2_and_names_it(arguments, capsys, monkeypatch):
     monkeypatch.setattr(haystack_runs, 'run_grid', lambda *_, **__: pytest.fail('no device work before'))
     with pytest.raises(SystemExit) as stop:
-        babilong.main([*arguments, *(('--train-lengths', '512') if '--num-facts' in arguments else ())])
+        babilong.main(arguments)
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert {'--num-facts': 'long enough', '--tasks': 'qa1, qa2, qa3'}.get(arguments[0], arguments[-1].strip('-')) in said
+    assert {'--num-facts': 'num_facts', '--tasks': 'qa1, qa2, qa3'}.get(arguments[0], arguments[-1].strip('-')) in said
 
 
 def test_smoke_run_trains_tests_and_stores_nothing(tmp_path, capsys):

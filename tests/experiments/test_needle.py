@@ -1,6 +1,7 @@
 """The grid of needles: reading in pieces, scoring against known mistakes, rows that are trained on, and a run of a few steps."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from experiments import haystack_runs, needle
 from experiments.grid import Cell
-from experiments.haystack_runs import ROWS, answer_depth, count_right, measure_length, phases, pieces, reader, trivial
+from experiments.haystack_runs import ROWS, answer_depth, count_right, measure_length, phases, pieces, reader, schedule, trivial
 from experiments.needle import Args
 from nested_jax.config import LevelConfig
 from nested_jax.data.tasks.haystack import Plan
@@ -21,37 +22,26 @@ from tests.models.small_models import fast_jit
 SINGLE = lambda length: Needles(length=length)
 
 
-class Oracle:
-    """Knows the answers of the first texts, and makes the mistakes it is told to: (text, place, from the end)."""
-
-    def __init__(self, task: Needles, mistakes: tuple[tuple[int, int], ...] = ()):
-        self.answers = task.batch(0, 2 * ROWS, split='test', seed=3)['targets']
-        for text, place in mistakes:
-            self.answers[text, place] += 1
-        self.groups = 0
-
-    def init_state(self, count: int) -> tuple[int, int]:
-        """The texts that are read next, and how many tokens of them have been."""
-        self.groups += 1
-        return count * (self.groups - 1), 0
-
-    def read(self, params: None, tokens: np.ndarray, state: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-        """The answers behind each of the tokens."""
-        (first, done), (rows, length) = state, tokens.shape
-        return self.answers[first : first + rows, done : done + length], (first, done + length)
-
-
-def test_scores_of_known_mistakes():
+def test_scores_of_known_mistakes(monkeypatch):
     """A text with one wrong byte in its answer of nine is wrong; what is wrong before the answer does not count."""
     task = SINGLE(700)
-    oracle = Oracle(task, ((3, -1), (9, -9), (9, -8), (12, -10), (12, 0)))
-    found = measure_length(oracle, oracle.read, None, task, split='test', seed=3, count=2 * ROWS)
+    answers = task.batch(0, 2 * ROWS, split='test', seed=3)['targets']
+    for text, place in ((3, -1), (9, -9), (9, -8), (12, -10), (12, 0)):
+        answers[text, place] += 1
+    first = itertools.count(0, ROWS)
+
+    def read(params: None, tokens: np.ndarray, state) -> tuple[np.ndarray, tuple[int, int]]:
+        """What stands in `answers` behind each of the tokens; the state is made of the group and of the tokens read."""
+        group, done = state if isinstance(state, tuple) else (next(first), 0)
+        return answers[group : group + ROWS, done : done + tokens.shape[1]], (group, done + tokens.shape[1])
+
+    monkeypatch.setattr(haystack_runs, 'reader', lambda config: read)
+    monkeypatch.setattr(LanguageModel, 'init_state', lambda model, count: count)
+    found = measure_length(Args().model('transformer'), None, task, split='test', seed=3, count=2 * ROWS)
     assert found['whole'] == 14 / 16 and found['positions'] == 1 - 3 / (16 * 9)
     depths = [task.deal(index, 'test', 3)[1].inserts[0][0] for index in range(16)]
-    thirds = [
-        [index for index in range(16) if third <= 3 * depths[index] < third + 1 or depths[index] == 1 == third / 2] for third in range(3)
-    ]
-    assert found['thirds'] == [[len(set(texts) - {3, 9}), len(texts)] for texts in thirds]
+    thirds = [{index for index in range(16) if min(int(3 * depths[index]), 2) == third} for third in range(3)]
+    assert found['thirds'] == [[len(texts - {3, 9}), len(texts)] for texts in thirds] and all(thirds)
 
 
 def test_depth_is_that_of_the_one_sentence_with_the_answer():
@@ -69,7 +59,7 @@ def test_reading_in_pieces_is_reading_as_a_whole(name, size, monkeypatch):
     model, batch = LanguageModel(config), task.batch(0, 2, split='test')
     params = fast_jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
     whole = np.asarray(fast_jit(lambda params, tokens: model.apply({'params': params}, tokens)[0].argmax(-1))(params, batch['tokens']))
-    read, guesses = reader(model), []
+    read, guesses = reader.__wrapped__(config), []
 
     def remember(params, tokens, state):
         guessed, state = read(params, tokens, state)
@@ -83,32 +73,30 @@ def test_reading_in_pieces_is_reading_as_a_whole(name, size, monkeypatch):
     np.testing.assert_array_equal(right, (due & (whole == batch['targets'])).sum(1))
 
 
-def test_runs_train_on_longer_and_longer_texts():
-    """Three phases of five steps, of 1,024 bytes each; no text of one asks what one of another does."""
-    texts, lengths = lambda length: Needles(length=length, brief=length < 512), (64, 256, 512)
-    found = phases(Args(steps=15, batch_size=2, warmup_steps=1, train_examples=30, elsewhere=0.25), texts, lengths, (3, 4))
-    assert [phase.end for phase in found] == [5, 10, 15]
-    used = 0
-    for phase, length, size, count in zip(found, lengths, (16, 4, 2), (30, 20, 10), strict=True):
-        data = phase.data
-        assert data['order'].shape == (2, 5, size) and data['first'].tolist() == [phase.end - 5] * 2
-        assert set(np.unique(data['order'])) == set(range(count)) and not np.array_equal(*data['order'])
-        batch = texts(length).batch(used, count, seed=4)
-        assert all((data[name][1] == batch[name]).all() for name in ('tokens', 'targets'))
-        np.testing.assert_array_equal(data['weights'][1], np.maximum(batch['weights'], 0.25))
-        used += count
+def test_schedule():
+    """Three stages: the shortest texts, then two lengths by turns, then three."""
+    assert schedule(450, (64, 128, 256)) == [
+        *[(50, 64), (100, 64), (150, 64)], *[(200, 64), (250, 128), (300, 64)], *[(350, 256), (400, 128), (450, 64)]
+    ]  # fmt: skip
+    assert schedule(70, (64,)) == [(50, 64), (70, 64)]
 
 
-def test_a_step_reads_the_texts_of_its_phase():
-    texts, lengths = lambda length: Needles(length=length, brief=True), (64, 128)
-    found = phases(Args(steps=4, batch_size=1, warmup_steps=1), texts, lengths, (0,))
-    for step, (phase, place) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
-        data = jax.tree.map(lambda leaf: leaf[0], found[phase].data)
-        batch = haystack_runs._batch(data, TrainState(jnp.asarray(step), None, None, None))
-        rows = data['order'][place]
-        assert batch['tokens'].dtype == jnp.int32 and batch['tokens'].shape == (2 - phase, lengths[phase])
-        np.testing.assert_array_equal(batch['tokens'], data['tokens'][rows])
-        np.testing.assert_array_equal(batch['weights'], data['weights'][rows])
+def test_phases_have_texts_of_their_own_until_there_are_no_more(monkeypatch):
+    monkeypatch.setattr(haystack_runs, 'PHASE', 3)
+    texts = lambda length: Needles(length=length, brief=True)
+    args = Args(steps=9, batch_size=2, warmup_steps=1, train_examples=20, elsewhere=0.25)
+    found = phases(args, texts, (64, 128), (3, 4))
+    expected = [(3, 64, range(12)), (6, 64, [*range(12, 20), *range(4)]), (9, 128, range(20, 26))]
+    for phase, (end, length, indices) in zip(found, expected, strict=True):
+        assert phase.end == end and phase.data['first'].tolist() == [end - 3] * 2
+        rows = [texts(length).example(index, seed=4) for index in indices]
+        for name in ('tokens', 'targets', 'weights'):
+            whole = np.stack([row[name] for row in rows]).reshape(3, 256 // length, length)
+            np.testing.assert_array_equal(phase.data[name][1], np.maximum(whole, 0.25) if name == 'weights' else whole)
+        state = TrainState(jnp.asarray(end - 2), None, None, None)
+        batch = haystack_runs._batch(jax.tree.map(lambda leaf: leaf[0], phase.data), state)
+        assert batch['tokens'].dtype == batch['targets'].dtype == jnp.int32
+        np.testing.assert_array_equal(batch['tokens'], phase.data['tokens'][0, 1])
 
 
 def test_questions_are_the_same_at_all_lengths():
@@ -125,7 +113,7 @@ def test_trivial_rules():
 def test_lengths_too_short_for_a_kind_are_left_out():
     args = Args()
     config = args.row(Cell('transformer', 'multikey_1', 0))['train']
-    assert config['train_lengths'] == (256, 1024) and config['test_lengths'][0] == 1024
+    assert config['train_lengths'] == (128, 256, 512, 1024) and config['test_lengths'] == args.test_lengths
     assert args.row(Cell('transformer', 'single_1', 0))['train']['train_lengths'] == args.train_lengths
 
 
@@ -141,7 +129,7 @@ def test_windows_are_variants():
         ['--models', 'gated-deltanet-window-8'],
         ['--train-lengths', '1024', '512'],
         ['--train-lengths', '30'],
-        ['--test-lengths', '300'],
+        ['--test-lengths', '40'],
         ['--test-examples', '12'],
         ['--elsewhere', '2'],
     ],
