@@ -23,6 +23,13 @@ PyTree = Any
 STEPS_A_CALL = 50  # after which an interrupt is heard
 
 
+class Phase(NamedTuple):
+    """A part of the steps, with data of its own."""
+
+    end: int  # step at which the next phase begins
+    data: PyTree
+
+
 class Fitted(NamedTuple):
     """Runs, stacked: leading axes (S, R) of seeds and learning rates."""
 
@@ -39,9 +46,10 @@ def make_fit(
     score: Callable[[PyTree, PyTree], jax.Array] | None = None,
     score_every: int | None = None,
 ) -> Callable[..., Fitted]:
-    """Builds (seeds, rates, data) -> `Fitted`; compiles once for every number of seeds and of learning rates.
+    """Builds (seeds, rates, data) -> `Fitted`; compiles once for every number of seeds and of learning rates, and shapes of the data.
 
-    `rates` are peak learning rates, by default the configuration's; `data` is a pytree whose leaves have a leading axis of seeds.
+    `rates` are peak learning rates, by default the configuration's; `data` is a pytree whose leaves have a leading axis of seeds, or a
+    list of `Phase`, whose last one's data the score sees.
 
     Args:
         model: to train: a `LanguageModel`, or what has its `hidden` and `head`.
@@ -72,11 +80,13 @@ def make_fit(
     def fit(seeds: Sequence[int], rates: Sequence[float] = (config.learning_rate,), data: PyTree = None) -> Fitted:
         rates, done = jnp.asarray(rates, jnp.float32), 0
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        states = start(jnp.broadcast_to(keys[:, None], (len(seeds), len(rates))), data, rates)
+        phases = data if isinstance(data, list) else [Phase(config.steps, data)]
+        states = start(jnp.broadcast_to(keys[:, None], (len(seeds), len(rates))), phases[0].data, rates)
         nothing = jnp.full((len(seeds), len(rates)), -jnp.inf)
         kept = Fitted(states.params, nothing, nothing, states.step)
         while done < config.steps:
-            steps = min(STEPS_A_CALL, config.steps - done)
+            end, data = next(phase for phase in phases if done < phase.end)
+            steps = min(STEPS_A_CALL, end - done)
             states, last = jax.block_until_ready(advance(states, data, rates, steps))
             done += steps
             if done == config.steps or (score_every and done % score_every == 0):

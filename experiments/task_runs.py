@@ -1,7 +1,8 @@
 """Small models by name, trained on the tasks of `nested_jax/data/tasks`: what the grids of formal languages and of MAD share.
 
 A name is a family of the presets, 'hope-linear', or one of its variants: 'hope-linear-without-dgd' leaves a part out
-(`models.presets.without`), 'hope-linear-chunk-1' refreshes memories and projections at every token.
+(`models.presets.without`), 'hope-linear-zero' decays to zero and not to learned initial states, 'hope-linear-chunk-1' refreshes memories
+and projections at every token, 'transformer-window-256' sees no more tokens than that.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from nested_jax.training.state import TrainState
 Predict = Callable[[np.ndarray], np.ndarray]  # (count, length) tokens -> (count, length) answers
 ROWS_A_CALL = 100  # of a prediction
 VALIDATION_SEED = 2**31  # added to a run's, apart from all of theirs
-_NAME = re.compile(r'(?P<family>.+?)(-without-(?P<part>[a-z]+))?(-chunk-(?P<chunk>\d+))?')
+_NAME = re.compile(r'(?P<family>.+?)(-without-(?P<part>[a-z]+))?(?P<zero>-zero)?(-chunk-(?P<chunk>\d+))?(-window-(?P<window>\d+))?')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class TaskArgs(GridArgs):
     def smaller(self, **others: Any) -> Any:
         """The arguments of a smoke run."""
         sizes = dict(steps=2, warmup_steps=1, batch_size=2, train_examples=4, validation_examples=4, test_examples=4)
-        return dataclasses.replace(self, seeds=self.seeds[:1], learning_rates=self.learning_rates[:1], **sizes, **others)
+        return dataclasses.replace(self, seeds=self.seeds[:1], learning_rates=self.learning_rates[:1], **sizes | others)
 
     def config(self, cell: Cell, model: ModelConfig, task: Task) -> dict:
         """The configuration of a cell's row, all that its numbers depend on."""
@@ -104,7 +105,8 @@ def model_config(name: str, *, width: int, heads: int, vocab_size: int, max_leng
     """
     parts = _NAME.fullmatch(name)
     if parts is None or parts['family'] not in families():
-        raise ValueError(f'model is {name!r}, allowed is one of {", ".join(families())}, or a variant, -without-<part> or -chunk-<tokens>')
+        variants = '-without-<part>, -zero, -chunk-<tokens> or -window-<tokens>'
+        raise ValueError(f'model is {name!r}, allowed is one of {", ".join(families())}, or a variant, {variants}')
     tiny = preset(f'{parts["family"]}-tiny')
     hidden = sum(level.hidden_dim for level in tiny.levels) * width // tiny.width
     config = dataclasses.replace(
@@ -113,11 +115,19 @@ def model_config(name: str, *, width: int, heads: int, vocab_size: int, max_leng
     )  # fmt: skip
     if parts['part']:
         config = without(config, parts['part'])
+    if parts['zero']:
+        if config.memory.decay_to == 'zero':
+            raise ValueError(f'model is {name!r}, allowed is -zero for families whose memories decay to their initial states')
+        config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, decay_to='zero'))
     if parts['chunk']:
         sizes = dict(chunk_size=int(parts['chunk']), projection_chunk_size=int(parts['chunk']))
         memory, config = config.memory, dataclasses.replace(config, memory=dataclasses.replace(config.memory, **sizes))
         if config.memory == memory:
             raise ValueError(f'model is {name!r}, allowed is {parts["family"]!r} for the chunk that it has anyway')
+    if parts['window']:
+        if 'attention' not in config.unit:
+            raise ValueError(f'model is {name!r}, allowed is a window for families with attention')
+        config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, window=int(parts['window'])))
     return config
 
 
@@ -154,24 +164,33 @@ def make_train(
     compiled = jax.jit(answers)
 
     def train(seeds: Sequence[int]) -> list[dict]:
-        data = _stack([_data(args, task, validation, seed) for seed in seeds])
-        if args.side_by_side:
-            fits = [fit(seeds, args.learning_rates, data)]
-        else:
-            fits = [fit(seeds, (rate,), data) for rate in args.learning_rates]
-        fitted = jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *fits)
-        return [measure(lane(fitted, index), seed) for index, seed in enumerate(seeds)]
+        fitted = fit_rates(args, fit, seeds, stack([_data(args, task, validation, seed) for seed in seeds]))
+        return [best(args, lane(fitted, index), functools.partial(measure, seed=seed)) for index, seed in enumerate(seeds)]
 
-    def measure(runs: Fitted, seed: int) -> dict:
-        best = choose(runs.score, runs.loss)
-        params, loss, score, step = lane(runs, best)
-        tried = [[rate, float(score), _finite(loss)] for rate, score, loss in zip(args.learning_rates, runs.score, runs.loss, strict=True)]
-        return dict(
-            learning_rate=args.learning_rates[best], step=int(step), loss=_finite(loss), validation=float(score), tried=tried,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(params)), **evaluate(functools.partial(_predict, compiled, params), seed),
-        )  # fmt: skip
+    def measure(params: Any, seed: int) -> dict:
+        return evaluate(functools.partial(_predict, compiled, params), seed)
 
     return train
+
+
+def fit_rates(args: TaskArgs, fit: Callable[..., Fitted], seeds: Sequence[int], data: Any) -> Fitted:
+    """Runs of all seeds and learning rates, side by side or one rate after another, as (S, R) leaves; see `fitting.make_fit`."""
+    if args.side_by_side:
+        fits = [fit(seeds, args.learning_rates, data)]
+    else:
+        fits = [fit(seeds, (rate,), data) for rate in args.learning_rates]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, 1), *fits)
+
+
+def best(args: TaskArgs, runs: Fitted, measure: Callable[[Any], dict]) -> dict:
+    """The metrics of a seed's runs (R): what was tried, what was chosen, and what is measured of the parameters chosen."""
+    index = choose(runs.score, runs.loss)
+    params, loss, score, step = lane(runs, index)
+    tried = [[rate, float(score), _finite(loss)] for rate, score, loss in zip(args.learning_rates, runs.score, runs.loss, strict=True)]
+    return dict(
+        learning_rate=args.learning_rates[index], step=int(step), loss=_finite(loss), validation=float(score), tried=tried,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)), **measure(params),
+    )  # fmt: skip
 
 
 def choose(scores: Sequence[float], losses: Sequence[float]) -> int:
@@ -191,18 +210,25 @@ def examples(task: Task, split: str, seed: int, count: int) -> Example:
     return task.batch(0, count, split=split, seed=seed)
 
 
+def reading_order(steps: int, batch_size: int, most: int, seed: int) -> np.ndarray:
+    """Which of at most `most` examples each step reads, (steps, batch_size) int32: every one once before any is read again."""
+    rng, reads = np.random.default_rng(seed), steps * batch_size
+    count = min(most, reads)
+    order = np.concatenate([rng.permutation(count) for _ in range(-(-reads // count))])[:reads]
+    return order.reshape(steps, batch_size).astype(np.int32)
+
+
 def _data(args: TaskArgs, task: Task, validation: str, seed: int) -> dict:
-    """A run's training set, the order in which it is read, (steps, batch), and what its choices are made by."""
-    rng, count = np.random.default_rng(seed), min(args.train_examples, args.steps * args.batch_size)
-    rounds = -(-args.steps * args.batch_size // count)
-    order = np.concatenate([rng.permutation(count) for _ in range(rounds)])[: args.steps * args.batch_size]
+    """A run's training set, the order in which it is read, and what its choices are made by."""
+    order = reading_order(args.steps, args.batch_size, args.train_examples, seed)
     return dict(
-        train=examples(task, 'train', seed, count), order=order.reshape(args.steps, args.batch_size).astype(np.int32),
+        train=examples(task, 'train', seed, int(order.max()) + 1), order=order,
         validation=examples(task, validation, VALIDATION_SEED + seed, args.validation_examples),
     )  # fmt: skip
 
 
-def _stack(trees: list) -> Any:
+def stack(trees: list) -> Any:
+    """Trees of equal shapes, stacked leaf by leaf on the device."""
     return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *trees)
 
 

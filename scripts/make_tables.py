@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import optimizer_race
 from experiments.racing import interval
-from experiments.tables import language_table, mad_table
+from experiments.tables import babilong_table, language_table, mad_table, needle_table
 from experiments.text_tables import ablation_table, context_table, language_modeling_table, levels_table, probe_table
 from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
@@ -33,12 +33,14 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     race = race_table(read_rows(results / 'optimizer_race.jsonl'))
     languages = language_table(read_rows(results / 'formal_languages.jsonl'))
     mad = mad_table(read_rows(results / 'mad.jsonl'))
+    needles = needle_table(read_rows(results / 'needle.jsonl'))
+    stories = babilong_table(read_rows(results / 'babilong.jsonl'))
     models = language_modeling_table(read_rows(results / 'language_modeling.jsonl'))
     ablated = read_rows(results / 'ablations.jsonl')
     levels = levels_table(read_rows(results / 'cms_levels.jsonl'))
     context = context_table(read_rows(results / 'context_use.jsonl'))
     made = [pretraining_table(pretraining), models, ablation_table(ablated), probe_table(ablated), levels, context]
-    made += [speeds, parity, languages, mad, race]
+    made += [speeds, parity, languages, mad, needles, stories, race]
     return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import fitting
-from experiments.fitting import fit_one, lane, make_fit
+from experiments.fitting import Phase, fit_one, lane, make_fit
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.state import step_key
 
@@ -67,6 +67,20 @@ def test_the_checkpoint_with_the_best_score_is_kept_of_equals_the_latest():
     assert kept.step[:, 0].tolist() == [6, 6, 2]
     for index in (1, 2):
         np.testing.assert_allclose(kept.score[index, 0], signs[index] * number(lane(kept.params, index, 0)), rtol=1e-5)
+
+
+def test_phases_are_read_one_after_another():
+    """A run on the same data in two phases is the run on it in one, and another second phase makes another run."""
+    whole, same, other = (
+        make_fit(MODEL, TRAIN, draw)([3], data=data)
+        for data in (
+            jnp.array([1]),
+            [Phase(3, jnp.array([1])), Phase(6, jnp.array([1]))],
+            [Phase(3, jnp.array([1])), Phase(6, jnp.array([2]))],
+        )
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), same.params, whole.params)
+    assert abs(other.loss - whole.loss) > 0.01
 
 
 def test_one_run():

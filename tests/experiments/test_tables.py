@@ -2,8 +2,19 @@
 
 import pytest
 
-from experiments import formal_languages, mad
-from experiments.tables import NOT_RUN, PAPER_LANGUAGES, PAPER_MAD, entry, group, language_table, mad_table
+from experiments import formal_languages, haystack_runs, mad
+from experiments.tables import (
+    NOT_RUN,
+    PAPER_LANGUAGES,
+    PAPER_MAD,
+    PAPER_NEEDLES,
+    babilong_table,
+    entry,
+    group,
+    language_table,
+    mad_table,
+    needle_table,
+)
 from nested_jax.data.tasks.formal_languages import LANGUAGES
 
 
@@ -41,10 +52,41 @@ def test_mad_table_has_every_model_and_the_paper_s_numbers():
     assert all(len([line for line in lines if line.startswith(f'| {model} |')]) == 1 for model in mad.MODELS)
 
 
+def haystack_row(model: str, task: str, seed: int, share: float, *, lengths: tuple[int, ...] = (512, 4096), steps: int = 600) -> dict:
+    config = row(model, task, seed, steps=steps)['config']
+    found = {str(length): dict(whole=share / (index + 1), positions=1.0) for index, length in enumerate(lengths)}
+    metrics = dict(lengths=found, trivial={'most frequent answer': 0.125, 'last mention': 0.5})
+    return dict(model=model, seed=seed, config=config, metrics=metrics)
+
+
+def test_haystack_tables_have_a_column_for_each_length_and_the_paper_s_numbers():
+    assert needle_table([]) == babilong_table([]) == []
+    lines = needle_table(
+        [haystack_row('titans', 'single_2', seed, 0.8) for seed in (0, 1)] + [haystack_row('hope', 'multikey_1', 0, 1, lengths=(512,))]
+    )
+    first, second = lines[: lines.index('')], lines[lines.index('') + 1 :]
+    assert first[0] == '| needles found, %, single_2, at bytes | 512 | 4096 |'
+    assert '| titans | 80.0 ± 0.0 (n = 2) | 40.0 ± 0.0 (n = 2) |' in first and '| titans, the paper |  | 99.6 |' in first
+    assert (
+        f'| transformer | {NOT_RUN} | {NOT_RUN} |' in first
+        and first[-1] == '| most frequent answer / last mention | 12.5 / 50.0 | 12.5 / 50.0 |'
+    )
+    assert '| hope | 100.0 (n = 1) |' in second and not any('the paper' in line for line in second)
+    stories = babilong_table([haystack_row('titans', 'qa1', 0, 0.6)])
+    assert '| titans | 60.0 (n = 1) | 30.0 (n = 1) |' in stories and not any('the paper' in line for line in stories)
+    assert all(sum(line.startswith(f'| {model} |') for line in stories) == 1 for model in haystack_runs.MODELS)
+
+
+def test_haystack_tables_mix_no_configurations():
+    with pytest.raises(ValueError, match='the models on single_1: steps is 600 and 9'):
+        needle_table([haystack_row('titans', 'single_1', 0, 1), haystack_row('hope', 'single_1', 0, 1, steps=9)])
+
+
 def test_the_paper_s_models_are_the_default_ones():
     assert set(PAPER_LANGUAGES) <= set(formal_languages.MODELS) and set(PAPER_MAD) <= set(mad.MODELS)
     assert all(len(shares) == len(LANGUAGES) for shares in PAPER_LANGUAGES.values())
     assert all(set(shares) <= set(mad.TASKS) for shares in PAPER_MAD.values())
+    assert all(shares['single_1'].keys() == {'4096', '8192', '16384'} for shares in PAPER_NEEDLES.values())
 
 
 def test_the_latest_run_of_a_seed_counts():

@@ -24,12 +24,24 @@ def test_variants_change_what_they_say():
     whole, plain, chunk = (model_config(f'hope-linear{variant}', **SIZES) for variant in ('', '-without-dgd', '-chunk-1'))
     assert plain == dataclasses.replace(whole, memory=dataclasses.replace(whole.memory, dgd='none'))
     assert chunk == dataclasses.replace(whole, memory=dataclasses.replace(whole.memory, chunk_size=1, projection_chunk_size=1))
+    zero = model_config('hope-linear-zero', **SIZES)
+    assert zero == dataclasses.replace(whole, memory=dataclasses.replace(whole.memory, decay_to='zero'))
     both = model_config('hope-linear-without-dgd-chunk-4', **SIZES)
     assert both.memory.dgd == 'none' and both.memory.chunk_size == 4
 
 
 @pytest.mark.parametrize(
-    'name', ['lstmm', 'hope-linear-tiny', 'transformer-without-dgd', 'hope-linear-without-love', 'hope-linear-chunk-16', 'hope-chunk-0']
+    'name',
+    [
+        'lstmm',
+        'hope-linear-tiny',
+        'transformer-without-dgd',
+        'hope-linear-without-love',
+        'hope-linear-chunk-16',
+        'hope-chunk-0',
+        'gated-deltanet-zero',
+        'hope-window-8',
+    ],
 )
 def test_a_model_that_is_none_is_named(name):
     with pytest.raises(ValueError, match=name.rsplit('-', 1)[-1]):

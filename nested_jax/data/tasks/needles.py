@@ -73,25 +73,33 @@ class Needles(HaystackTask):
 
     kind: str = 'single_1'
     """One of `KINDS`."""
+    brief: bool = False
+    """For short texts, and not the reference's: 'sela-kegu is: 5391295.' is all of a needle, and 'sela-kegu is' of the question."""
 
-    prompt_end = re.compile(r' mentioned in the provided text (is|are)(?= |$)')
+    digits: int = 7
+    """Of a number; the reference has 7."""
+
+    prompt_end = re.compile(r'(?: mentioned in the provided text|\n[a-z0-9, -]+) (?:is|are)(?= |$)')
 
     def __post_init__(self):
         check_choice('kind', self.kind, KINDS)
+        check('digits', self.digits, 1 <= self.digits <= 18, '1 to 18')
         fewest = self.draw(np.random.default_rng(0), 'train').size - 1
-        check('length', self.length, self.length >= fewest, f'at least {fewest} for kind={self.kind!r}')
+        check('length', self.length, self.length >= fewest, f'at least {fewest} for kind={self.kind!r} and brief={self.brief}')
 
     def draw(self, rng: np.random.Generator, split: str) -> NeedlePlan:
         """Keys, values, depths and what is asked for."""
         kind, order = KINDS[self.kind], _draw_key_order(rng)
         keys = [_draw_key(rng, kind.key, order, number) for number in range(kind.num_keys)]
-        needles = [(key, _draw_value(rng, kind.value)) for key in keys for _ in range(kind.num_values)]
+        needles = [(key, _draw_value(rng, kind.value, self.digits)) for key in keys for _ in range(kind.num_values)]
         asked = [keys[number] for number in rng.permutation(kind.num_keys)[: kind.num_queries]]
         depths = np.sort(rng.choice(_DEPTHS, len(needles), replace=False)) / (_DEPTHS - 1)
         needles = [needles[number] for number in rng.permutation(len(needles))]
         answers = [value for query in asked for key, value in needles if key == query]
         head, tail = _template(kind.value, _enumerate(asked), len(answers))
-        inserts = tuple((float(depth), _write_needle(kind, *needle)) for depth, needle in zip(depths, needles, strict=True))
+        if self.brief:
+            head, tail = b'', f'\n{_enumerate(asked)} {"is" if len(answers) == 1 else "are"}'.encode()
+        inserts = tuple((float(depth), self._write(*needle)) for depth, needle in zip(depths, needles, strict=True))
         return NeedlePlan(head, inserts, tail, spell(answers), order)
 
     def sentences(self, rng: np.random.Generator, plan: NeedlePlan) -> Iterator[bytes]:
@@ -102,15 +110,20 @@ class Needles(HaystackTask):
         number = kind.num_keys
         while True:
             key = None if kind.haystack == 'noise' else _draw_key(rng, kind.key, plan.key_order, number)
-            yield _NOISE if key is None else _write_needle(kind, key, _draw_value(rng, kind.value))
+            yield _NOISE if key is None else self._write(key, _draw_value(rng, kind.value, self.digits))
             number += 1
+
+    def _write(self, key: str, value: str) -> bytes:
+        kind = KINDS[self.kind]
+        begin, end = '' if self.brief else f'One of the special magic {kind.value}s for ', ' ' if kind.haystack == 'prose' else '\n'
+        return f'{begin}{key} is: {value}.{end}'.encode()
 
     def read(self, prompt: str) -> list[str]:
         """Collects every needle; see `HaystackTask.read`."""
         values = {}
         for key, value in _find_needles(prompt):
             values.setdefault(key, []).append(value)
-        asked = re.findall(r'special magic \w+ for (.*?) mentioned in the provided text', prompt)[-1]
+        asked = _ASKED.fullmatch(prompt.rsplit('\n', 1)[1])[1]
         return [value for key in re.split(r', and |, ', asked) for value in values.get(key, [])]
 
     def guesses(self) -> dict[str, Guess]:
@@ -126,8 +139,11 @@ class Needles(HaystackTask):
         return {'last mention': last_mention}
 
 
+_ASKED = re.compile(r'(?:.* special magic \w+ for )?(.*?)(?: mentioned in the provided text)? (?:is|are)')
+
+
 def _find_needles(text: str) -> list[tuple[str, str]]:
-    return re.findall(r'One of the special magic \w+ for (\S+) is: (\S+)\.(?=\s)', text)
+    return re.findall(r'(\S+) is: (\S+)\.(?=\s)', text)
 
 
 def _draw_key_order(rng: np.random.Generator) -> tuple[int, int]:
@@ -138,7 +154,7 @@ def _draw_key_order(rng: np.random.Generator) -> tuple[int, int]:
 
 def _draw_key(rng: np.random.Generator, kind: str, order: tuple[int, int], number: int) -> str:
     if kind == 'uuid':
-        return _draw_value(rng, kind)
+        return _draw_value(rng, kind, 0)
     code, syllables = (order[0] * number + order[1]) % _NUM_WORDS, []
     for _ in range(4):
         code, syllable = divmod(code, len(_SYLLABLES))
@@ -146,13 +162,8 @@ def _draw_key(rng: np.random.Generator, kind: str, order: tuple[int, int], numbe
     return '{}{}-{}{}'.format(*syllables)
 
 
-def _draw_value(rng: np.random.Generator, kind: str) -> str:
-    return str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == 'uuid' else str(rng.integers(10**6, 10**7))
-
-
-def _write_needle(kind: Kind, key: str, value: str) -> bytes:
-    end = ' ' if kind.haystack == 'prose' else '\n'
-    return f'One of the special magic {kind.value}s for {key} is: {value}.{end}'.encode()
+def _draw_value(rng: np.random.Generator, kind: str, digits: int) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == 'uuid' else str(rng.integers(10 ** (digits - 1), 10**digits))
 
 
 def _enumerate(keys: list[str]) -> str:

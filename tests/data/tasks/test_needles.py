@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 import tracemalloc
 
 import numpy as np
@@ -38,6 +39,25 @@ def test_needles_and_answers(kind, needles, answers):
         assert body.count('One of the special magic numbers for') == needles
         values = answer.strip(' .').split(', ')
         assert len(values) == answers and all(len(value) == 7 and f'is: {value}.' in body for value in values)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_brief_texts_ask_the_same_in_fewer_words(kind):
+    brief, whole = (Needles(2048, kind, brief).draw(np.random.default_rng(5), 'train') for brief in (True, False))
+    assert brief.answer == whole.answer and brief.head == b'' and b'magic' not in brief.tail
+    for (depth, short), (same_depth, long) in zip(brief.inserts, whole.inserts, strict=True):
+        assert depth == same_depth and long.endswith(b' ' + short)
+    task = Needles(512, kind, brief=True)
+    batch = task.batch(0, 10)
+    for row in range(10):
+        targets, weights = task.solve(batch['tokens'][row])
+        np.testing.assert_array_equal(weights, batch['weights'][row])
+        np.testing.assert_array_equal(targets[weights > 0], batch['targets'][row][weights > 0])
+
+
+def test_shortest_brief_text():
+    [text] = texts(Needles(64, brief=True), 1)
+    assert re.fullmatch(r'(\S{9}) is: (\d{7})\.\n {20}\n\1 is \2\.', text)
 
 
 @pytest.mark.parametrize('kind', ['multikey_2', 'multikey_3'])

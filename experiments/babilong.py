@@ -1,0 +1,62 @@
+"""bAbI's stories in a haystack, at lengths far beyond those trained on: `python -m experiments.babilong`.
+
+Fig. 9, arXiv:2512.24695v1, has no numbers: large models, not trained on the task, fail between 128k and 256k tokens; Titans, ARMT and Hope,
+fine-tuned on it, keep up to 1M, and Hope to 10M.
+
+SETTING
+
+COSTS
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+
+import tyro
+
+from experiments.haystack_runs import HaystackArgs, run
+from nested_jax.data.tasks.babilong import QUESTIONS, BabiHaystack
+from nested_jax.data.tasks.haystack import HaystackTask
+
+EXPERIMENT = 'babilong'
+RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class Args(HaystackArgs):
+    """Train small models to follow stories and test them on longer texts."""
+
+    known_tasks = tuple(QUESTIONS)
+
+    tasks: tuple[str, ...] = tuple(QUESTIONS)
+    """Of qa1, qa2 and qa3."""
+    num_facts: int = 8
+    """Sentences of a story, in training fewer where texts are too short for as many."""
+    train_lengths: tuple[int, ...] = (256, 384, 512, 1024)
+    """Bytes of the texts trained on, the shortest alone at first, then the next one too, and so on; those too short are left out."""
+    elsewhere: float = 0.05
+    """Factor of the loss of bytes outside the answer, whose own is 1; most of them are prose that nobody could know."""
+    results: pathlib.Path = RESULTS
+    """File that a row for each run is added to."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        facts = {self.text(task, length).num_facts for task in self.tasks for length in self.lengths(task, 'test_lengths')}
+        self.check('num_facts', facts == {self.num_facts}, 'a number that fits into the shortest of test_lengths')
+
+    def text(self, task: str, length: int) -> HaystackTask:
+        """A question about stories of as many sentences as fit."""
+        for num_facts in range(self.num_facts, 0, -1):
+            with contextlib.suppress(ValueError):
+                return BabiHaystack(length=length, question=task, num_facts=num_facts)
+        return BabiHaystack(length=length, question=task, num_facts=self.num_facts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the cells that have no row; returns the exit code."""
+    return run(EXPERIMENT, tyro.cli(Args, args=argv, description=__doc__))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
