@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nested_jax.layers.common import Context
-from nested_jax.models.language_model import Block, LanguageModel
+from nested_jax.models.language_model import Block, LanguageModel, Rows
 from tests.models.small_models import fast_jit, random_params, shapes, small
 
 TOKENS = np.random.default_rng(1).integers(0, 32, (2, 14)).astype(np.int32)
@@ -29,7 +29,7 @@ def test_a_hybrid_is_its_layers_one_after_another(x64):
     params, context = random_params(model), Context(None, None, True)
 
     def by_hand(params):
-        x = params['embedding'][TOKENS]
+        rows = Rows(params['embedding'][TOKENS], None)
         for pair in range(2):
             for mixer in ('mamba', 'attention'):
                 layer = jax.tree.map(lambda leaf, pair=pair: leaf[pair], params['blocks'][mixer])
