@@ -5,6 +5,8 @@ import pathlib
 
 # Before the first import of jax, which reads it once.
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
+# The tests compile much and compute little.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
 # Tests run side by side get a core each: XLA's threads would only wait for one another on programs as small as these.
 if os.environ.get('PYTEST_XDIST_WORKER') and hasattr(os, 'sched_setaffinity'):

@@ -15,7 +15,7 @@ from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.memory import self_modifying
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset
-from tests.models.small_models import fast_jit, random_params, small
+from tests.models.small_models import random_params, small
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
 
@@ -106,7 +106,7 @@ def test_a_read_only_model_writes_nothing():
     model = LanguageModel(dataclasses.replace(small('hope-linear')))
     params = random_params(model, dtype='float32')
     reader = ablations._ReadOnly(model)
-    run = fast_jit(lambda params, tokens: reader.apply({'params': params}, tokens)[0])
+    run = jax.jit(lambda params, tokens: reader.apply({'params': params}, tokens)[0])
     changed = TOKENS.copy()
     changed[:, 0] = (changed[:, 0] + 1) % 32
     # Beyond the reach of two layers of convolutions of width four the first token is forgotten.

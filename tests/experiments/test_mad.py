@@ -10,7 +10,6 @@ import pytest
 from experiments import mad
 from experiments.mad import TASKS, Args, AutoEncoder, evaluate, micro_macro, model, right_positions, sinusoids
 from nested_jax.config import LevelConfig
-from tests.models.small_models import fast_jit
 
 
 def test_micro_and_macro_of_known_mistakes():
@@ -44,13 +43,13 @@ def test_the_auto_encoder_sees_its_input_through_the_last_position_only():
     """What it answers anywhere depends on all tokens; the language model's earlier rows are cut off."""
     config = dataclasses.replace(model('transformer', 'compression'), num_layers=1, width=16, head_dim=4, levels=(LevelConfig(8, 1),))
     auto, tokens = AutoEncoder(config), jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
-    params = fast_jit(auto.init)(jax.random.key(0), tokens)['params']
+    params = jax.jit(auto.init)(jax.random.key(0), tokens)['params']
     assert 'head' not in params['encoder'] and params['head'].shape == (16, 16)
-    answer = fast_jit(lambda tokens: auto.apply({'params': params}, tokens)[0])
+    answer = jax.jit(lambda tokens: auto.apply({'params': params}, tokens)[0])
     logits, moved = answer(tokens), answer(tokens.at[0, 2].set(15))
     assert logits.shape == (2, 6, 16) and (jnp.abs(moved - logits)[0].max(-1) > 1e-4).all()
-    last = fast_jit(lambda tokens: auto.apply({'params': params}, tokens, method=lambda module, t: module.encoder.hidden(t)[0][:, -1]))
-    decode = fast_jit(lambda last: auto.apply({'params': params}, last, method=_decode))
+    last = jax.jit(lambda tokens: auto.apply({'params': params}, tokens, method=lambda module, t: module.encoder.hidden(t)[0][:, -1]))
+    decode = jax.jit(lambda last: auto.apply({'params': params}, last, method=_decode))
     np.testing.assert_allclose(decode(last(tokens)), logits, atol=1e-5)
 
 

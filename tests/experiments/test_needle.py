@@ -17,7 +17,6 @@ from nested_jax.data.tasks.haystack import Plan
 from nested_jax.data.tasks.needles import Needles
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.training.state import TrainState
-from tests.models.small_models import fast_jit
 
 SINGLE = lambda length: Needles(length=length)
 
@@ -51,14 +50,13 @@ def test_depth_is_that_of_the_one_sentence_with_the_answer():
 
 
 @pytest.mark.parametrize(('name', 'size'), [('hope-linear', 180), ('transformer-window-8', 150)])
-def test_reading_in_pieces_is_reading_as_a_whole(name, size, monkeypatch):
-    monkeypatch.setattr(jax, 'jit', fast_jit)
+def test_reading_in_pieces_is_reading_as_a_whole(name, size):
     task = SINGLE(360)
     config = Args(models=(name,)).model(name)
     config = dataclasses.replace(config, num_layers=1, width=16, head_dim=8, levels=(LevelConfig(8, 1),), max_length=360)
     model, batch = LanguageModel(config), task.batch(0, 2, split='test')
-    params = fast_jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
-    whole = np.asarray(fast_jit(lambda params, tokens: model.apply({'params': params}, tokens)[0].argmax(-1))(params, batch['tokens']))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+    whole = np.asarray(jax.jit(lambda params, tokens: model.apply({'params': params}, tokens)[0].argmax(-1))(params, batch['tokens']))
     read, guesses = reader.__wrapped__(config), []
 
     def remember(params, tokens, state):

@@ -1,7 +1,6 @@
 """Softmax attention against reference implementations: rotary positions, grouped queries, windows, documents, streams."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ from nested_jax.layers.attention import Attention, rotate
 from nested_jax.layers.common import Context
 
 SOFTMAX = 2e-6  # jax.nn.dot_product_attention takes the softmax in float32 whatever its inputs' dtype
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def test_rotary_positions_match_the_reference(x64, golden):
@@ -50,7 +48,7 @@ def _golden_layer(data, tokens=None, **attention):
     if tokens is not None:  # they are of the model's width, here that of x
         variables['params'] |= {'persistent_tokens': tokens, 'output': {'kernel': jnp.eye(64, 128)}}
         layer = Attention(dataclasses.replace(_config(**attention), width=128))
-    return x, fast_jit(lambda x, state, context: layer.apply(variables, x, state, context))
+    return x, jax.jit(lambda x, state, context: layer.apply(variables, x, state, context))
 
 
 @pytest.mark.parametrize(('window', 'name'), [(None, 'o_full'), (16, 'o_w16')])
@@ -75,7 +73,7 @@ def test_blocks_of_queries_change_nothing(x64, golden, window):
     def run(query_block):
         layer = Attention(_config(window=window, query_block=query_block))
         read = lambda x: layer.apply(variables, x, None, Context(None, None, True))[0]
-        return fast_jit(lambda x: (read(x), jax.grad(lambda x: jnp.sum(read(x) ** 2))(x)))(x)
+        return jax.jit(lambda x: (read(x), jax.grad(lambda x: jnp.sum(read(x) ** 2))(x)))(x)
 
     for blocks, whole in zip(run(10), run(None), strict=True):
         np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-5)
@@ -129,7 +127,7 @@ def test_max_length_bounds_what_is_seen_and_kept(x64, golden):
     short = dataclasses.replace(_config(), max_length=16)
     layer = Attention(short)
     variables = jax.tree.map(lambda p: p.astype(jnp.float64), layer.init(jax.random.key(0), x, None, Context(None, None, True)))
-    run = fast_jit(lambda x: layer.apply(variables, x, None, Context(None, None, True)))
+    run = jax.jit(lambda x: layer.apply(variables, x, None, Context(None, None, True)))
     y, state = run(x)
     assert state.key.shape[1] == 16 and bool(state.filled.all())
     changed, _ = run(x.at[:, 10].add(1.0))

@@ -1,7 +1,5 @@
 """Comba's layer against a token-by-token transcription of its equations."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +8,6 @@ from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.layers.comba import Comba
 from nested_jax.layers.common import Context
 from nested_jax.layers.memory_block import MemoryBlock
-
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def test_layer_equals_its_equations(x64):
@@ -24,10 +20,10 @@ def test_layer_equals_its_equations(x64):
     x = jnp.asarray(rng.normal(size=(2, 9, 12)))
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, None, context), x)['params']
     params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.shape), shapes)
-    y, state = fast_jit(lambda params, x: model.apply({'params': params}, x, None, context))(params, x)
+    y, state = jax.jit(lambda params, x: model.apply({'params': params}, x, None, context))(params, x)
 
     block = MemoryBlock(config, gates=('alpha', 'eta'))
-    inputs = fast_jit(lambda params, x: block.apply({'params': params}, x, None, context, method='inputs'))(params['block'], x)
+    inputs = jax.jit(lambda params, x: block.apply({'params': params}, x, None, context, method='inputs'))(params['block'], x)
     q, k, v, alpha, eta, gate, scale = map(
         np.asarray, (*inputs[:3], inputs.gates['alpha'], inputs.gates['eta'], inputs.output_gate, inputs.retention_scale)
     )

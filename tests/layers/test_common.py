@@ -1,14 +1,10 @@
 """Norm, gate, short convolution and key normalisation against reference implementations; documents never mix."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.layers.common import Projection, RMSNorm, ShortConvolution, l2_normalize, split_heads
-
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def test_norm_and_gate_match_the_reference(x64, golden):
@@ -33,7 +29,7 @@ def test_norm_is_computed_in_float32_and_returns_its_inputs_dtype():
 
 def _convolve(data, x=None, state=None, segment_ids=None):
     run = lambda x, state, ids: ShortConvolution().apply({'params': {'kernel': data['weight'].T}}, x, state, ids)
-    return fast_jit(run)(data['x'] if x is None else x, state, segment_ids)
+    return jax.jit(run)(data['x'] if x is None else x, state, segment_ids)
 
 
 def test_short_convolution_matches_the_reference(x64, golden):

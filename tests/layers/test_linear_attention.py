@@ -6,7 +6,7 @@ import numpy as np
 
 from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.layers.linear_attention import LinearAttention, normalized_linear_attention
-from tests.layers.transcriptions import fast_jit, run_layer
+from tests.layers.transcriptions import run_layer
 
 CONFIG = ModelConfig(
     mixer='linear-attention', num_layers=1, width=16, num_heads=2, head_dim=8, levels=(LevelConfig(1, 1),), dtype='float64',
@@ -18,7 +18,7 @@ def test_normalised_linear_attention_matches_the_reference(x64, golden):
     """Outputs, last state and gradients; its features are positive already, and its scale of 16^-1/2 cancels down to its epsilon."""
     data = golden('linear_attn_normalized')
 
-    @fast_jit
+    @jax.jit
     def values_and_gradients(q, k, v):
         outputs, pull = jax.vjp(lambda *args: normalized_linear_attention(*args, chunk_size=32), q, k, v)
         return outputs, pull((data['do'], jnp.concatenate([data['dht'], jnp.zeros_like(data['dht'][..., :1])], -1)))
@@ -44,5 +44,5 @@ def test_the_layer_is_its_equations(x64):
 def test_reading_an_empty_memory_gives_zero_and_finite_gradients():
     rows = (jnp.ones((1, 3, 1, 2)), jnp.zeros((1, 3, 1, 2)), jnp.ones((1, 3, 1, 4)))
     read = lambda *rows: normalized_linear_attention(*rows)[0].sum()
-    y, gradients = fast_jit(jax.value_and_grad(read, argnums=(0, 1, 2)))(*rows)
+    y, gradients = jax.jit(jax.value_and_grad(read, argnums=(0, 1, 2)))(*rows)
     assert y == 0 and all(np.isfinite(gradient).all() for gradient in gradients)

@@ -1,7 +1,5 @@
 """The Mamba layer against its equations in numpy, and how it starts."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,6 @@ from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.layers.common import Context
 from nested_jax.layers.mamba import Mamba
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 WIDTH, CHANNELS, RANK = 20, 40, 2
 CONTEXT = Context(None, None, True)
 
@@ -46,7 +43,7 @@ def test_the_layer_is_that_of_the_equations(x64):
     x = rng.normal(size=(2, 9, WIDTH))
     shapes = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, None, CONTEXT)['params'], x)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0] if len(leaf.shape) > 1 else 4), shapes)
-    y, state = fast_jit(lambda params, x: layer.apply({'params': params}, x, None, CONTEXT))(params, x)
+    y, state = jax.jit(lambda params, x: layer.apply({'params': params}, x, None, CONTEXT))(params, x)
     for row in range(2):
         expected, memory = _equations(params, x[row])
         np.testing.assert_allclose(y[row], expected, rtol=0, atol=1e-12)
@@ -55,7 +52,7 @@ def test_the_layer_is_that_of_the_equations(x64):
 
 def test_it_starts_as_published():
     layer = _layer('bfloat16')
-    init = fast_jit(lambda key: layer.init_with_output(key, jnp.ones((2, 5, WIDTH), jnp.bfloat16), None, CONTEXT))
+    init = jax.jit(lambda key: layer.init_with_output(key, jnp.ones((2, 5, WIDTH), jnp.bfloat16), None, CONTEXT))
     (y, state), variables = init(jax.random.key(0))
     params = variables['params']
     np.testing.assert_allclose(jnp.exp(params['retention_log_rates']), np.arange(1.0, 17)[:, None] * np.ones((1, CHANNELS)), rtol=1e-6)

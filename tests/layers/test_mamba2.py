@@ -6,7 +6,7 @@ import numpy as np
 
 from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig, StateSpaceConfig
 from nested_jax.layers.mamba2 import Mamba2
-from tests.layers.transcriptions import CONTEXT, fast_jit
+from tests.layers.transcriptions import CONTEXT
 
 CONFIG = ModelConfig(
     mixer='mamba2', num_layers=1, width=32, num_heads=2, head_dim=16, levels=(LevelConfig(1, 1),), dtype='float64', norm_epsilon=1e-5,
@@ -27,7 +27,7 @@ def test_the_layer_matches_the_reference(x64, golden):
         'retention_log_scale': data['param.A_log'], 'skip': data['param.D'], 'norm': {'scale': data['param.norm.weight']},
         'output': {'kernel': data['param.out_proj.weight'].T},
     }  # fmt: skip
-    y, _ = fast_jit(lambda x: Mamba2(CONFIG).apply({'params': params}, x, None, CONTEXT))(data['x'])
+    y, _ = jax.jit(lambda x: Mamba2(CONFIG).apply({'params': params}, x, None, CONTEXT))(data['x'])
     largest = np.abs(data['y_float32']).max()
     assert float(largest) > 0.01
     np.testing.assert_allclose(y, data['y_float32'], rtol=0, atol=2e-5 * largest)
@@ -37,7 +37,7 @@ def test_initial_values_are_the_published_ones():
     """A in (1, 16), steps in (1e-3, 1e-1), a skip of one (Sec. 9 and the code of arXiv:2405.21060)."""
     wide = StateSpaceConfig(state_dim=4, head_dim=1)
     config = ModelConfig(mixer='mamba2', num_layers=1, width=64, num_heads=1, head_dim=1, levels=(LevelConfig(1, 1),), state_space=wide)
-    params = fast_jit(lambda x: Mamba2(config).init(jax.random.key(0), x, None, CONTEXT))(jnp.zeros((1, 2, 64)))['params']
+    params = jax.jit(lambda x: Mamba2(config).init(jax.random.key(0), x, None, CONTEXT))(jnp.zeros((1, 2, 64)))['params']
     scale, step = np.exp(params['retention_log_scale']), np.log1p(np.exp(params['gate_bias'][0]))
     assert scale.shape == step.shape == (128,)
     assert 1 <= scale.min() < 2 and 14 < scale.max() <= 16

@@ -14,8 +14,6 @@ from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.layers.titans import Titans
 from tests.layers.transcriptions import CONTEXT, convolve, rms_norm, run_layer
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
 
 def _config(**overrides) -> ModelConfig:
     options = dict(mixer='gated-delta-rule', num_layers=1, width=32, num_heads=4, head_dim=16, levels=(LevelConfig(1, 1),), dtype='float64')
@@ -45,7 +43,7 @@ def test_gated_delta_rule_layer_matches_the_reference(x64, golden):
     block |= {f'{name}_convolution': {'kernel': jnp.asarray(rows.T)} for name, rows in conv.items()}
     # y / D^1/2 normed with epsilon 1e-6 is y normed with D times it.
     layer = GatedDeltaRule(_config(norm_epsilon=16e-6))
-    y, _ = fast_jit(lambda x: layer.apply({'params': {'block': block}}, x, None, Context(None, None, True)))(jnp.asarray(data['x']))
+    y, _ = jax.jit(lambda x: layer.apply({'params': {'block': block}}, x, None, Context(None, None, True)))(jnp.asarray(data['x']))
     assert float(np.abs(data['y_float32']).max()) > 0.01
     np.testing.assert_allclose(y, data['y_float32'], rtol=0, atol=2e-5 * np.abs(data['y_float32']).max())
 
@@ -77,7 +75,7 @@ def test_negative_eigenvalues_match_the_reference(x64, golden):
     for negative in (True, False):
         memory = MemoryConfig(negative_eigenvalues=negative, chunk_size=32, projection_chunk_size=32)
         layer = GatedDeltaRule(_config(num_heads=2, head_dim=24, norm_epsilon=12e-5, memory=memory))
-        y, _ = fast_jit(lambda x, layer=layer: layer.apply({'params': {'block': block}}, x, None, CONTEXT))(jnp.asarray(data['x']))
+        y, _ = jax.jit(lambda x, layer=layer: layer.apply({'params': {'block': block}}, x, None, CONTEXT))(jnp.asarray(data['x']))
         error = np.abs(y - data['y_float32']).max() / largest
         assert error < 2e-5 if negative else error > 0.05
 
@@ -119,7 +117,7 @@ def test_keys_and_queries_have_unit_norm_whatever_the_rows_scale(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 32)))
     run = lambda variables, x: block.apply(variables, x, None, Context(None, None, True), method='inputs')
     variables = jax.jit(lambda x: block.init(jax.random.key(0), x, None, Context(None, None, True), method='inputs'))(x)
-    inputs = fast_jit(run)(variables, x)
+    inputs = jax.jit(run)(variables, x)
     assert inputs.query.dtype == inputs.key.dtype == jnp.float64
     np.testing.assert_allclose(jnp.linalg.norm(inputs.key, axis=-1), 1, atol=1e-3)
     assert (inputs.retention_scale >= 1).all() and (inputs.retention_scale <= 16).all()
@@ -135,10 +133,10 @@ def test_gates_are_computed_in_float32_and_in_float64_for_float64(x64):
     )
     kernel, bias = variables['params']['gate_logits']['kernel'], variables['params']['gate_bias']
     expected = (x @ kernel[None]).reshape(2, 5, 2, 4) + bias[None, None]
-    gates = fast_jit(functools.partial(run, config=_config()))(variables, x).gates
+    gates = jax.jit(functools.partial(run, config=_config()))(variables, x).gates
     np.testing.assert_allclose(jnp.stack([gates['alpha'], gates['eta']], 2), expected, rtol=0, atol=1e-12)
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (variables, x))
-    gates = fast_jit(functools.partial(run, config=_config(dtype='bfloat16')))(*small).gates
+    gates = jax.jit(functools.partial(run, config=_config(dtype='bfloat16')))(*small).gates
     np.testing.assert_allclose(jnp.stack([gates['alpha'], gates['eta']], 2), expected, rtol=0, atol=1e-4)
 
 
@@ -152,7 +150,7 @@ def test_titans_without_a_step_reads_its_initial_memory(x64):
     block = variables['params']['block']
     still = jnp.array([[-1e4], [-1e4], [0.0]]) * jnp.ones((3, 4))  # alpha, eta, momentum
     still = {'params': {**variables['params'], 'block': {**block, 'gate_bias': still}}}
-    run = fast_jit(lambda variables, x: layer.apply(variables, x, None, context)[0])
+    run = jax.jit(lambda variables, x: layer.apply(variables, x, None, context)[0])
     swapped = jnp.concatenate([x[:, 8:16], x[:, :8], x[:, 16:]], 1)
     np.testing.assert_allclose(run(still, x)[:, 19], run(still, swapped)[:, 19], rtol=0, atol=1e-12)
     assert float(jnp.abs(run(variables, x)[:, 19] - run(variables, swapped)[:, 19]).max()) > 1e-9

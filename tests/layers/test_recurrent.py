@@ -1,7 +1,5 @@
 """How the mixers that read token by token start, and which parts of them are float32."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +9,11 @@ from nested_jax.layers.common import Context
 from nested_jax.layers.lstm import LSTM
 from nested_jax.layers.srwm import SelfReferentialMatrix
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
 
 def _start(layer, mixer: str):
     config = ModelConfig(mixer=mixer, num_layers=1, width=64, num_heads=2, head_dim=32, levels=(LevelConfig(1, 1),), dtype='bfloat16')
     rows = jnp.ones((2, 3, 64), jnp.bfloat16)
-    (y, state), variables = fast_jit(lambda key: layer(config).init_with_output(key, rows, None, Context(None, None, True)))(
+    (y, state), variables = jax.jit(lambda key: layer(config).init_with_output(key, rows, None, Context(None, None, True)))(
         jax.random.key(0)
     )
     assert y.dtype == jnp.bfloat16 and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))

@@ -1,7 +1,5 @@
 """RWKV-7's time mix: against a token-by-token transcription of the published layer, its ranks and its initial values."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.layers.common import Context
 from nested_jax.layers.rwkv7 import RWKV7, FirstValues, _rank
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 CONFIG = ModelConfig(
     mixer='rwkv7', num_layers=3, width=16, num_heads=2, head_dim=8, levels=(LevelConfig(1, 1),), dtype='float64'
 )  # fmt: skip
@@ -57,7 +54,7 @@ def test_layer_equals_its_transcription(x64, layer):
     x, first = rng.normal(size=(2, 11, 16)), first_values(layer)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, None, HERE, first), x)['params']
     params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.shape), shapes)
-    y, state, handed_on = fast_jit(lambda p, x, first: model.apply({'params': p}, x, None, HERE, first))(params, jnp.asarray(x), first)
+    y, state, handed_on = jax.jit(lambda p, x, first: model.apply({'params': p}, x, None, HERE, first))(params, jnp.asarray(x), first)
     expected, memory, value = transcription(params, x, first)
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
     np.testing.assert_allclose(state.memory, memory, rtol=0, atol=1e-10 * np.abs(memory).max())

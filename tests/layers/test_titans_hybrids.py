@@ -3,8 +3,6 @@
 No reference implementation follows the paper here, so the transcription is ours; the memory's rates are those of `layers/titans.py`.
 """
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -18,8 +16,6 @@ from nested_jax.models.presets import preset
 HEADS, KV_HEADS, DIM, CHUNK, SEGMENT, WINDOW, LENGTH = 2, 1, 4, 2, 4, 3, 11
 WIDTH, EPSILON, THETA = HEADS * DIM, 1e-6, 100.0
 LAYERS = {'titans-mac': MemoryAsContext, 'titans-mag': MemoryAsGate, 'titans-mal': MemoryAsLayer}
-
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def _config(mixer: str) -> ModelConfig:
@@ -184,7 +180,7 @@ def test_a_layer_is_its_equations(x64, mixer, equations):
     x = rng.normal(size=(2, LENGTH, WIDTH))
     shapes = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, None, context), x)['params']
     params = jax.tree.map(lambda leaf: 0.7 * rng.normal(size=leaf.shape), shapes)
-    y, _ = fast_jit(lambda params, x: layer.apply({'params': params}, x, None, context))(params, x)
+    y, _ = jax.jit(lambda params, x: layer.apply({'params': params}, x, None, context))(params, x)
     expected = np.stack([equations(params, row) for row in x])
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-10)

@@ -1,7 +1,5 @@
 """TTT layers: the official implementation's layer rebuilt from its parameters, and the initial values."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,6 @@ import pytest
 from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.layers.common import Context, ShortConvolution
 from nested_jax.layers.ttt import TTT
-
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def _config(model: str, **overrides) -> ModelConfig:
@@ -62,7 +58,7 @@ def test_layer_matches_the_official_implementation(x64, golden, model):
         with nn.intercept_methods(project):
             return TTT(_config(model, dtype='float64')).apply({'params': params}, x, None, Context(None, None, True))[0]
 
-    y = fast_jit(run)(jnp.asarray(data['x']))
+    y = jax.jit(run)(jnp.asarray(data['x']))
     assert float(data['base_lr']) == (1.0 if model == 'linear' else 0.1)
     assert np.sqrt(np.mean((y - data['y']) ** 2) / np.mean(data['y'] ** 2)) < 1e-9
 
@@ -72,7 +68,7 @@ def test_initial_values_and_precision():
     """Those of the official implementation; memories and rates are float32 whatever the activations are."""
     layer, context = TTT(_config('mlp', dtype='bfloat16', width=64, head_dim=32)), Context(None, None, True)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 64)), jnp.bfloat16)
-    (y, state), variables = fast_jit(lambda x: layer.init_with_output(jax.random.key(0), x, None, context))(x)
+    (y, state), variables = jax.jit(lambda x: layer.init_with_output(jax.random.key(0), x, None, context))(x)
     params = variables['params']
     assert y.dtype == state.convolution[0].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(state.memory)} == {jnp.dtype('float32'), jnp.dtype('int32')}

@@ -1,7 +1,5 @@
 """What tests need to write a layer's equations out in numpy, in float64."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import numpy as np
 from nested_jax.layers.common import Context
 
 CONTEXT = Context(None, None, True)
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def run_layer(layer: nn.Module, *, width: int, time: int = 13):
@@ -23,7 +20,7 @@ def run_layer(layer: nn.Module, *, width: int, time: int = 13):
         return rng.normal(size=leaf.shape) * (leaf.shape[0] ** -0.5 if len(leaf.shape) > 1 else 0.5)
 
     params = jax.tree.map(draw, shapes)
-    y, state = fast_jit(lambda params, x: layer.apply({'params': params}, x, None, CONTEXT))(jax.tree.map(jnp.asarray, params), x)
+    y, state = jax.jit(lambda params, x: layer.apply({'params': params}, x, None, CONTEXT))(jax.tree.map(jnp.asarray, params), x)
     return params, x, np.asarray(y), state
 
 

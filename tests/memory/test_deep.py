@@ -13,7 +13,7 @@ import pytest
 
 from nested_jax.memory.deep import DeepTokens, deep_memory, deep_memory_reference, output_error, weights_of
 from nested_jax.memory.mlp import MLPWeights
-from tests.memory.test_mlp import assert_trees_close, quick
+from tests.memory.test_mlp import assert_trees_close
 
 WIDTH, HIDDEN, HEADS = 4, 5, 2
 RULES = {'yaad': ('huber', 'l2'), 'moneta': ('lp', 'lq'), 'memora': ('l2', 'kl')}
@@ -33,7 +33,7 @@ def random_call(time: int, objective: str = 'l2', *, batch: int = 2, damped: boo
     return jax.tree.map(jnp.asarray, (tokens, rng.uniform(0.5, 1.5, (HEADS, WIDTH)), initial))
 
 
-@functools.partial(quick, static_argnames=('function', 'objective', 'retention', 'decay_to', 'chunk_size'))
+@functools.partial(jax.jit, static_argnames=('function', 'objective', 'retention', 'decay_to', 'chunk_size'))
 def run(call, segment_ids=None, state=None, position=None, function=deep_memory, **options):
     extra = {} if function is deep_memory_reference else {'state': state, 'position': position}
     return function(*call, segment_ids=segment_ids, **options, **extra)
@@ -130,7 +130,7 @@ def scalar(call, ids, function, **options):
     return jnp.sum(jnp.sin(y) * jnp.arange(y.size).reshape(y.shape) / y.size), y
 
 
-@functools.partial(quick, static_argnames=('function', 'objective', 'retention', 'decay_to', 'chunk_size'))
+@functools.partial(jax.jit, static_argnames=('function', 'objective', 'retention', 'decay_to', 'chunk_size'))
 def gradient(call, ids, function, **options):
     return jax.grad(scalar, has_aux=True)(call, ids, function, **options)
 

@@ -13,8 +13,6 @@ from nested_jax.memory import matrix, matrix_chunks
 
 BATCH, TIME, HEADS, DIM_K, DIM_V = 2, 13, 2, 4, 3
 NAMES = ('q', 'k', 'v', 'a', 'b', 'g')
-# The tests compile much and compute little.
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 SEGMENTS = np.array([[5, 5, 5, 2, 2, 2, 2, 2, 5, 5, 6, 6, 6], [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
 
 
@@ -37,7 +35,7 @@ def inputs(seed: int = 0, time: int = TIME, batch: int = BATCH) -> dict[str, jax
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
-@functools.partial(fast_jit, static_argnames=('reference', 'chunk_size'))
+@functools.partial(jax.jit, static_argnames=('reference', 'chunk_size'))
 def run(x: dict, *, reference: bool = False, **options):
     """(y, state) on the arguments in `x`."""
     return (rules.dplr_reference if reference else rules.dplr)(*(x[name] for name in NAMES), **options)
@@ -76,7 +74,7 @@ def test_gradients_equal_the_tokens(x64, monkeypatch, group):
         y, state = run.__wrapped__(x, reference=reference, **options)
         return jnp.sum(weights * y) + jnp.sum(jnp.sin(state))
 
-    grad = fast_jit(jax.value_and_grad(total), static_argnums=1)
+    grad = jax.jit(jax.value_and_grad(total), static_argnums=1)
     got, expected = grad(inputs(), False), grad(inputs(), True)
     close(got, expected)
     assert all(np.any(leaf) for leaf in got[1].values())
@@ -119,7 +117,7 @@ def narrow_against_wide(x: dict, tolerance: float) -> None:
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), narrow)
     close(run(narrow, chunk_size=32), run(wide, reference=True), tolerance)
-    grad = fast_jit(jax.grad(lambda x: sum(jnp.sum(part) for part in run.__wrapped__(x, chunk_size=32))))
+    grad = jax.jit(jax.grad(lambda x: sum(jnp.sum(part) for part in run.__wrapped__(x, chunk_size=32))))
     got, expected = grad(narrow), grad(wide)
     close(got, expected, 10 * tolerance)
 
@@ -203,7 +201,7 @@ def check_golden(folder, name: str, function, dtype, tolerance: float) -> None:
     with np.load(folder / 'golden' / f'{name}.npz') as arrays:
         x, expected = ({key: jnp.asarray(array, kind) for key, array in arrays.items()} for kind in (dtype, float))
 
-    @fast_jit
+    @jax.jit
     def values_and_gradients(x):
         call = functools.partial(function, chunk_size=32)
         outputs, pull = jax.vjp(lambda part: model(x | part, call), {key: x[key] for key in names.split()})

@@ -1,7 +1,5 @@
 """The LSTM against flax's cell."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,6 @@ import pytest
 
 from nested_jax.memory.lstm import GATES, LSTMState, lstm
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 WIDTH, LENGTH = 6, 15
 
 
@@ -36,15 +33,15 @@ def _flax(x, kernel, recurrent, bias):
 
 def test_it_is_the_cell_of_flax(x64):
     x, kernel, recurrent, bias = _parts()
-    ours = fast_jit(lstm)(x @ kernel + bias, recurrent)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(fast_jit(_flax)(x, kernel, recurrent, bias)), strict=True):
+    ours = jax.jit(lstm)(x @ kernel + bias, recurrent)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(jax.jit(_flax)(x, kernel, recurrent, bias)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_documents_start_from_zeros_and_a_stream_may_be_cut_anywhere(x64):
     x, kernel, recurrent, bias = _parts()
     rows, ids = jnp.asarray(x @ kernel + bias), np.array([[1] * 4 + [2] * 11, [1] * 9 + [2, 1] + [3] * 4], np.int32)
-    run = fast_jit(lambda rows, state, ids: lstm(rows, recurrent, state=state, segment_ids=ids))
+    run = jax.jit(lambda rows, state, ids: lstm(rows, recurrent, state=state, segment_ids=ids))
     expected, last = run(rows, None, ids)
     alone, _ = run(rows[:, 9:10], None, ids[:, 9:10])
     np.testing.assert_allclose(expected[1, 9], alone[1, 0], rtol=0, atol=1e-12)
@@ -61,7 +58,7 @@ def test_documents_start_from_zeros_and_a_stream_may_be_cut_anywhere(x64):
 def test_a_cell_counts_at_most_its_tokens():
     """No other bound holds: gates near one make a counter."""
     rows = jnp.full((1, 300, GATES), 20.0)
-    hidden, state = fast_jit(lstm)(rows, jnp.zeros((1, GATES)))
+    hidden, state = jax.jit(lstm)(rows, jnp.zeros((1, GATES)))
     assert 299 < float(state.memory[0, 0]) <= 300 and float(jnp.abs(hidden).max()) <= 1
 
 

@@ -44,9 +44,7 @@ def part(call: dict, begin: int, end: int) -> dict:
 
 
 OPTIONS = ('function', 'chunk_size', 'activation', 'dgd', 'read', 'decay_to', 'residual', 'objective', 'aligned')
-# Compiling is nearly all the time these tests take.
-quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-compiled = functools.partial(quick, static_argnames=OPTIONS)
+compiled = functools.partial(jax.jit, static_argnames=OPTIONS)
 
 
 @compiled
@@ -90,7 +88,7 @@ def test_golden_titans_mlp(x64, shared_data):
         return jnp.sum(y[:, :, 0] * g['dy']), (y[:, :, 0], state)
 
     names = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'W1', 'W2')
-    grads, (y, state) = quick(jax.grad(total, range(8), has_aux=True))(*(g[name] for name in names))
+    grads, (y, state) = jax.jit(jax.grad(total, range(8), has_aux=True))(*(g[name] for name in names))
     np.testing.assert_allclose(y, g['y'], atol=1e-9)
     for name, last, momentum in zip(('W1', 'W2'), state.running, state.momentum, strict=True):
         np.testing.assert_allclose(last[:, 0], g[f'{name}_last'], atol=1e-9)
@@ -127,7 +125,7 @@ def test_golden_titans_linear(x64, shared_data, name):
         return jnp.sum(y * g['dy']), (y, last)
 
     names = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'W1')
-    grads, (y, last) = quick(jax.grad(total, range(7), has_aux=True))(*(g[name] for name in names))
+    grads, (y, last) = jax.jit(jax.grad(total, range(7), has_aux=True))(*(g[name] for name in names))
     for got, want in zip((y, *last), ('y', 'W1_last', 'W1_mom_last'), strict=True):
         np.testing.assert_allclose(got, g[want], atol=1e-9)
     for key, grad in zip(names, grads, strict=True):
@@ -181,7 +179,7 @@ def test_golden_peer_layer(x64, shared_data, name, memory):
         y, last = titans_layer(params, x, functools.partial(memory, params))
         return jnp.sum(y * g['dy']), (y, last)
 
-    (grads, dx), (y, last) = quick(jax.grad(total, (0, 1), has_aux=True))(params, g['x'])
+    (grads, dx), (y, last) = jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, g['x'])
     np.testing.assert_allclose(y, g['y'], atol=1e-9)
     for kind, layers in zip(('weights', 'momentum'), last, strict=True):
         for i, got in enumerate(layers):
@@ -490,7 +488,7 @@ def test_finite_differences(x64):
     call = jax.tree.map(np.asarray, random_call(11))
     leaves, structure = jax.tree.flatten(call)
     grads = jax.tree.leaves(gradient(call, chunk_size=3)[0])
-    value = quick(lambda call: scalar(call, chunk_size=3)[0])
+    value = jax.jit(lambda call: scalar(call, chunk_size=3)[0])
     rng, step = np.random.default_rng(1), 1e-5
     for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
         direction = rng.normal(size=leaf.shape)

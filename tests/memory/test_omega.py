@@ -16,7 +16,7 @@ from nested_jax.memory.mlp import MLPWeights
 from nested_jax.memory.omega import OmegaGates, OmegaTokens, omega_memory, omega_memory_reference, polynomial_features
 from nested_jax.models.presets import preset
 from nested_jax.optim.orthogonalize import orthogonalize
-from tests.memory.test_mlp import assert_trees_close, quick
+from tests.memory.test_mlp import assert_trees_close
 
 WIDTH, HIDDEN, HEADS = 3, 5, 2
 
@@ -33,7 +33,7 @@ def random_call(time: int, *, batch: int = 2):
     return jax.tree.map(jnp.asarray, (features(), tokens, gates, initial))
 
 
-@functools.partial(quick, static_argnames=('function', 'window', 'decay_to', 'chunk_size'))
+@functools.partial(jax.jit, static_argnames=('function', 'window', 'decay_to', 'chunk_size'))
 def run(call, segment_ids=None, state=None, position=None, function=omega_memory, **options):
     extra = {} if function is omega_memory_reference else {'state': state, 'position': position}
     return function(*call, segment_ids=segment_ids, orthogonalize=orthogonalize, **options, **extra)
@@ -101,7 +101,7 @@ def scalar(call, ids, function, **options):
     return jnp.sum(jnp.sin(y) * jnp.arange(y.size).reshape(y.shape) / y.size), y
 
 
-@functools.partial(quick, static_argnames=('function', 'window', 'decay_to', 'chunk_size'))
+@functools.partial(jax.jit, static_argnames=('function', 'window', 'decay_to', 'chunk_size'))
 def gradient(call, ids, function, **options):
     return jax.grad(scalar, has_aux=True)(call, ids, function, **options)
 

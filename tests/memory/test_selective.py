@@ -10,7 +10,6 @@ import pytest
 
 from nested_jax.memory.selective import selective_scan, selective_scan_reference
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 BATCH, LENGTH, CHANNELS, SIZE = 2, 37, 5, 3
 ONE = np.zeros((BATCH, LENGTH), np.int32)
 IDS = np.array([[1] * 9 + [2] * 1 + [1] * 27, [4] * 8 + [5] * 16 + [6] * 13], np.int32)
@@ -37,7 +36,7 @@ def _equations(x, dt, rate, b, c, state, segment_ids):
     return y, h
 
 
-_chunked = fast_jit(functools.partial(selective_scan, chunk_size=8))
+_chunked = jax.jit(functools.partial(selective_scan, chunk_size=8))
 
 
 @functools.cache
@@ -48,7 +47,7 @@ def _graded(scan):
         y, state = scan(**inputs, segment_ids=segment_ids, chunk_size=8)
         return jnp.sin(y).sum() + jnp.cos(state).sum(), (y, state)
 
-    return fast_jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def test_chunks_equal_the_reference_and_the_equations(x64):

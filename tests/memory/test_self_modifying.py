@@ -15,8 +15,6 @@ BATCH, LENGTH, HEADS, WIDTH, HIDDEN = 2, 26, 2, 4, 3
 # Documents on the coarser grid of eight tokens, and padding (0) that begins inside a chunk.
 IDS = np.array([[1] * 5 + [0] * 3 + [2] * 18, [3] * 16 + [4] * 10])
 
-# The tests compile much and compute little.
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 CASES = {
     'matrix-token': (dict(kind='matrix', gradient='token', chunk_size=8, projection_chunk_size=4, decay_to='init'), False),
@@ -86,7 +84,7 @@ def _with_gradients(function, rule: Rule):
         y = y[0] if isinstance(y, tuple) else y
         return (y * _weights(y)).sum(), y
 
-    return fast_jit(jax.value_and_grad(objective, (0, 1, 2), has_aux=True))
+    return jax.jit(jax.value_and_grad(objective, (0, 1, 2), has_aux=True))
 
 
 @functools.cache
@@ -155,7 +153,7 @@ def _piece(name: str):
     """Jitted call on a piece of a stream: (inputs, scale, initial, state, position) -> (y, state)."""
     rule = Rule(**CASES[name][0])
     run = lambda inputs, scale, initial, state, position: self_modifying(inputs, scale, initial, rule=rule, state=state, position=position)
-    return fast_jit(run)
+    return jax.jit(run)
 
 
 def _empty_state(name: str, initial: Memories) -> SelfModifyingState:
@@ -276,7 +274,7 @@ def test_memories_stay_bounded_over_two_thousand_tokens(name):
         return state, jnp.stack(largest).max(0)
 
     first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, jax.tree.map(lambda x: x[0], pieces))[1])
-    largest = fast_jit(lambda pieces: jax.lax.scan(read, first, (pieces, 500 * jnp.arange(4)))[1])(pieces)
+    largest = jax.jit(lambda pieces: jax.lax.scan(read, first, (pieces, 500 * jnp.arange(4)))[1])(pieces)
     found = np.log10(np.maximum(np.asarray(largest), 1e-3))  # of the largest weight after every 500 tokens, (4, rows)
     limit = 2 if rule.kind == 'matrix' else 4  # two layers may share a product unevenly
     assert np.isfinite(found).all() and found.max() < limit, dict(zip(_HARD, found.T.round(2).tolist(), strict=True))
@@ -325,10 +323,10 @@ def test_static_matrix_memory_is_delta_gradient_descent(x64, options, oracle, la
     eta, log_alpha, _ = _gates(inputs, scale, largest)
     memory = initial.first[..., :WIDTH]
     value = _self_generated(inputs.value, lambda x: jnp.einsum('bthd,hde->bthe', x, memory))
-    expected, _ = fast_jit(functools.partial(matrix.delta_gradient_descent_reference, chunk_size=4, **oracle))(
+    expected, _ = jax.jit(functools.partial(matrix.delta_gradient_descent_reference, chunk_size=4, **oracle))(
         inputs.query, inputs.key, value, eta, log_alpha, initial=memory
     )
-    y, _ = fast_jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
+    y, _ = jax.jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
     np.testing.assert_allclose(y, expected, rtol=0, atol=5e-5)  # norms are those of 1e-6 + |x|^2
 
 
@@ -340,11 +338,11 @@ def test_static_mlp_memory_is_the_deep_memory_and_without_dgd_titans(x64, dgd):
     weights = mlp.MLPWeights(initial.first[..., :HIDDEN], initial.wide[:, 0])
     hidden = lambda x: jax.nn.silu(jnp.einsum('bthd,hdf->bthf', x, weights.w_in))
     value = _self_generated(inputs.value, lambda x: jnp.einsum('bthf,hfd->bthd', hidden(x), weights.w_out))
-    expected, _ = fast_jit(functools.partial(mlp.mlp_memory_reference, chunk_size=4, dgd=dgd, residual=False))(
+    expected, _ = jax.jit(functools.partial(mlp.mlp_memory_reference, chunk_size=4, dgd=dgd, residual=False))(
         inputs.query, inputs.key, value, eta * -jnp.expm1(log_momentum), log_alpha, log_momentum,
         erase=None if dgd == 'none' else eta, damping=16 * eta if dgd == 'none' else eta, initial=weights,
     )  # fmt: skip
-    y, _ = fast_jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
+    y, _ = jax.jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
     np.testing.assert_allclose(y, expected, rtol=0, atol=5e-5)
 
 
@@ -352,7 +350,7 @@ def test_static_mlp_memory_is_the_deep_memory_and_without_dgd_titans(x64, dgd):
 def test_without_writes_the_memories_are_static_layers(x64, name):
     inputs, scale, initial = _chunked(name)[1:]
     never = jnp.full_like(inputs.eta, -jnp.inf)
-    y, state = fast_jit(functools.partial(self_modifying, rule=Rule(**CASES[name][0])))(
+    y, state = jax.jit(functools.partial(self_modifying, rule=Rule(**CASES[name][0])))(
         inputs._replace(eta=never, alpha=never), scale, initial
     )
     for a, b in zip(jax.tree.leaves(state.running), jax.tree.leaves(initial), strict=True):
@@ -368,7 +366,7 @@ def test_zero_retention_forgets_everything_and_decay_to_init_returns_there(x64):
         inputs, scale, initial = _make(rule, False)
         alpha = jnp.where((jnp.arange(LENGTH) == LENGTH - 1)[None, :, None], 1e5, inputs.alpha)
         eta = jnp.where((jnp.arange(LENGTH) == LENGTH - 1)[None, :, None], -jnp.inf, inputs.eta)
-        _, state = fast_jit(functools.partial(self_modifying, rule=rule))(
+        _, state = jax.jit(functools.partial(self_modifying, rule=rule))(
             *(jax.tree.map(lambda x: x[:, :24], inputs._replace(alpha=jnp.roll(alpha, -2, 1), eta=jnp.roll(eta, -2, 1))), scale, initial)
         )
         for a, b in zip(jax.tree.leaves(state.running), jax.tree.leaves(initial), strict=True):
@@ -383,7 +381,7 @@ def test_what_is_not_self_modified_comes_from_the_static_projections(x64, kind, 
 
     def difference(rule: Rule) -> float:
         """What another initial state of the part's memory changes."""
-        model = fast_jit(functools.partial(self_modifying, rule=rule))
+        model = jax.jit(functools.partial(self_modifying, rule=rule))
         return float(jnp.abs(model(inputs, scale, initial)[0] - model(inputs, scale, _disturbed(initial, position))[0]).max())
 
     assert difference(full) > 1e-3
@@ -404,9 +402,9 @@ def _disturbed(initial: Memories, position: int) -> Memories:
 def test_without_retention_nothing_decays(x64):
     rule = Rule(kind='matrix', chunk_size=4, projection_chunk_size=4, gradient='token', retention=False)
     inputs, scale, initial = _make(rule, False)
-    state = fast_jit(functools.partial(self_modifying, rule=rule))(
-        inputs._replace(eta=jnp.full_like(inputs.eta, -jnp.inf)), scale, initial
-    )[1]
+    state = jax.jit(functools.partial(self_modifying, rule=rule))(inputs._replace(eta=jnp.full_like(inputs.eta, -jnp.inf)), scale, initial)[
+        1
+    ]
     np.testing.assert_array_equal(state.running.first, jnp.broadcast_to(initial.first[None], state.running.first.shape))
 
 
@@ -417,7 +415,7 @@ def test_positive_eigenvalues_never_flip_the_memory_and_others_do(x64):
             key = jnp.broadcast_to(inputs.key[:, :1], inputs.key.shape)
             full = jnp.full_like(inputs.eta, 20.0)
             inputs = Inputs(key, key, 0 * inputs.value, full, full - 22.0, None)
-            y, _ = fast_jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
+            y, _ = jax.jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
             start = jnp.einsum('bhd,hde->bhe', key[:, 0], initial.first[..., :WIDTH])
             ratio = y / start[:, None]
             assert float(ratio.min()) > -1e-6 if positive else float(ratio.min()) < -0.5

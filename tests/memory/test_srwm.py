@@ -10,7 +10,6 @@ import pytest
 
 from nested_jax.memory.srwm import RATES, srwm
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 BATCH, LENGTH, HEADS, WIDTH, OUT = 2, 21, 3, 4, 5
 IDS = np.array([[1] * 9 + [2] * 1 + [1] * 11, [4] * 8 + [5] * 13], np.int32)
 
@@ -46,7 +45,7 @@ def _equations(x, initial, segment_ids):
 
 def test_the_recurrence_is_that_of_the_equations(x64):
     x, initial = _inputs()
-    run = fast_jit(functools.partial(srwm, chunk_size=4))
+    run = jax.jit(functools.partial(srwm, chunk_size=4))
     for segment_ids in (np.zeros_like(IDS), IDS):
         y, state = run(x, initial, segment_ids=segment_ids)
         for row in range(BATCH):
@@ -66,7 +65,7 @@ def test_gradients_are_those_of_finite_differences_and_do_not_depend_on_chunks(x
         y, state = srwm(x, initial, segment_ids=IDS, chunk_size=chunk_size)
         return jnp.sin(y).sum() + jnp.cos(state).sum()
 
-    run = {size: fast_jit(jax.value_and_grad(functools.partial(loss, chunk_size=size), argnums=(0, 1))) for size in (4, 64)}
+    run = {size: jax.jit(jax.value_and_grad(functools.partial(loss, chunk_size=size), argnums=(0, 1))) for size in (4, 64)}
     gradients = {size: evaluate(x, initial)[1] for size, evaluate in run.items()}
     for a, b in zip(gradients[4], gradients[64], strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
@@ -77,7 +76,7 @@ def test_gradients_are_those_of_finite_differences_and_do_not_depend_on_chunks(x
 
 def test_tokens_that_are_not_valid_read_and_write_nothing(x64):
     x, initial = _inputs()
-    y, state = fast_jit(srwm)(x, initial, valid=np.zeros((BATCH, LENGTH), bool))
+    y, state = jax.jit(srwm)(x, initial, valid=np.zeros((BATCH, LENGTH), bool))
     np.testing.assert_array_equal(state, np.broadcast_to(initial[None], state.shape))
     np.testing.assert_allclose(y, np.einsum('bthi,hio->btho', x, initial[..., :OUT]), rtol=0, atol=1e-12)
 

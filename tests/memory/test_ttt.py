@@ -12,8 +12,7 @@ from nested_jax.memory.ttt import Layer, Norm, TTTState, inner_model, ttt, ttt_i
 
 WIDTH, HEADS, SIZE = 4, 2, 4
 MODELS = ('linear', 'mlp')
-quick = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-compiled = functools.partial(quick, static_argnames='function')
+compiled = functools.partial(jax.jit, static_argnames='function')
 
 
 def random_call(model: str, time: int, *, batch: int = 2) -> dict:

@@ -1,7 +1,6 @@
 """Models of every family small enough to compile in seconds, with random parameters at which nothing vanishes."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +74,6 @@ _SHRUNK: dict[str, dict] = {
     'titans-mag': dict(attention=AttentionConfig(num_persistent=2, window=6)),
     'titans-mal': dict(attention=AttentionConfig(num_persistent=2, window=6)),
 }
-
-# The tests compile much and compute little.
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def small(family: str, **overrides) -> ModelConfig:

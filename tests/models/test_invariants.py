@@ -18,7 +18,6 @@ from tests.models.small_models import (
     FAMILIES,
     INITIAL_STATES,
     UNNORMALIZED,
-    fast_jit,
     initial_leaves,
     random_params,
     shapes,
@@ -63,7 +62,7 @@ def _evaluation(model: LanguageModel):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, TARGETS)
         return (losses * weights).sum(), (logits, state)
 
-    return fast_jit(jax.value_and_grad(objective, has_aux=True))
+    return jax.jit(jax.value_and_grad(objective, has_aux=True))
 
 
 @functools.cache
@@ -79,7 +78,7 @@ def _logits(family: str, tokens=TOKENS, segment_ids=ONE):
 def _piece(family: str, update: bool = True):
     """Jitted (params, tokens, state, segment_ids) -> (logits, state)."""
     model = _model(family)[0]
-    return fast_jit(lambda params, tokens, state, ids: model.apply({'params': params}, tokens, state, segment_ids=ids, update=update))
+    return jax.jit(lambda params, tokens, state, ids: model.apply({'params': params}, tokens, state, segment_ids=ids, update=update))
 
 
 def _stream(family: str, pieces, segment_ids=ONE):
@@ -236,7 +235,7 @@ def test_reading_without_update_returns_the_state_as_it_was(x64, family):
 def test_gradients_through_reading_without_update_are_finite(x64, family):
     model, params = _model(family)
     run = lambda params: (model.apply({'params': params}, TOKENS[:, :5], update=False)[0] ** 2).sum()
-    gradients = fast_jit(jax.grad(run))(params)
+    gradients = jax.jit(jax.grad(run))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
 
@@ -249,9 +248,9 @@ def test_gated_deltanet_does_not_depend_on_chunks(x64, monkeypatch):
     tokens = np.random.default_rng(3).integers(0, 32, (1, 150)).astype(np.int32)
     ids = np.repeat(np.array([[1, 2, 3]], np.int32), [70, 3, 77], axis=1)
     run = lambda params: model.apply({'params': params}, tokens, segment_ids=ids)[0]
-    chunked = fast_jit(lambda params: run(params))(params)
+    chunked = jax.jit(lambda params: run(params))(params)
     monkeypatch.setattr(nested_jax.layers.gated_delta_rule, 'delta_rule', delta_rule_reference)
-    np.testing.assert_allclose(chunked, fast_jit(lambda params: run(params))(params), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(chunked, jax.jit(lambda params: run(params))(params), rtol=0, atol=1e-10)
 
 
 _FORMS = [dict(scan_layers=False), dict(remat='block'), dict(remat='dots'), dict(remat='block', scan_layers=False)]
@@ -285,7 +284,7 @@ def test_dtypes_agree(x64, family):
     expected = _logits(family)
     for dtype, tolerance in (('float32', 2e-4), ('bfloat16', 0.15)):
         model, params = _model(family, dtype)
-        logits, state = fast_jit(lambda params, model=model: model.apply({'params': params}, TOKENS))(params)
+        logits, state = jax.jit(lambda params, model=model: model.apply({'params': params}, TOKENS))(params)
         assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
         error = np.abs(logits - expected)
         assert error.max() < tolerance * np.abs(expected).max(), error.max()
@@ -297,8 +296,8 @@ def test_attention_options_keep_the_invariants(x64):
     attention = AttentionConfig(num_kv_heads=1, window=6, short_convolution=True)
     model = LanguageModel(small('transformer', dtype='float64', attention=attention))
     params = random_params(model)
-    run = fast_jit(lambda params, tokens, state, ids: model.apply({'params': params}, tokens, state, segment_ids=ids))
-    whole, _ = fast_jit(lambda params: model.apply({'params': params}, TOKENS))(params)
+    run = jax.jit(lambda params, tokens, state, ids: model.apply({'params': params}, tokens, state, segment_ids=ids))
+    whole, _ = jax.jit(lambda params: model.apply({'params': params}, TOKENS))(params)
     masked, _ = run(params, TOKENS, None, ONE)
     np.testing.assert_allclose(whole, masked, rtol=0, atol=1e-5)
     packed, _ = run(params, TOKENS, None, ANYWHERE)
@@ -326,7 +325,7 @@ def test_one_level_is_a_transformers_mlp(x64):
     )
     one = LanguageModel(small('hope-attention', dtype='float64', levels=model.config.levels[:1]))
     channel = {'level_0': params['blocks']['channel']['level_0']}
-    expected = fast_jit(lambda p: one.apply({'params': p}, TOKENS)[0])({**params, 'blocks': {**params['blocks'], 'channel': channel}})
+    expected = jax.jit(lambda p: one.apply({'params': p}, TOKENS)[0])({**params, 'blocks': {**params['blocks'], 'channel': channel}})
     np.testing.assert_allclose(_whole('hope-attention')(silent, TOKENS, ONE, ALL)[0][1][0], expected, rtol=0, atol=1e-5)
     assert np.abs(_logits('hope-attention') - expected).max() > 1e-3
 
@@ -392,7 +391,7 @@ def test_states_stay_bounded_over_two_thousand_tokens(family):
     tokens = rng.integers(0, 32, (3, 2000)).astype(np.int32)
     tokens[1], tokens[2] = 7, np.arange(2000) % 2  # one token again and again, and two in turn
 
-    @fast_jit
+    @jax.jit
     def read(params, state, tokens):
         """After each 500 tokens: every float of the state, the memories' largest entry (one row each), the largest logit."""
 

@@ -1,7 +1,5 @@
 """Cross-entropy in chunks of the vocabulary against optax on full logits."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss, next_token_loss
 from tests.models.small_models import random_params, small
 
-fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 TOKENS, WIDTH, VOCAB = 7, 6, 23
 
 
@@ -35,8 +32,8 @@ def test_equals_optax_with_gradients(x64, vocab_chunk):
     for factors in (None, weights):
         loss = lambda hidden, head, factors=factors: next_token_loss(hidden, head, targets, factors, vocab_chunk=vocab_chunk)
         full = lambda hidden, head, factors=factors: _full(hidden, head, targets, factors)
-        value, gradients = fast_jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
-        expected, expected_gradients = fast_jit(jax.value_and_grad(full, (0, 1)))(hidden, head)
+        value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
+        expected, expected_gradients = jax.jit(jax.value_and_grad(full, (0, 1)))(hidden, head)
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         for a, b in zip(gradients, expected_gradients, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
@@ -44,10 +41,10 @@ def test_equals_optax_with_gradients(x64, vocab_chunk):
 
 def test_weights_are_differentiable_and_zero_ones_leave_tokens_out(x64):
     hidden, head, targets, weights = _data()
-    gradient = fast_jit(jax.grad(lambda w: next_token_loss(hidden, head, targets, w, vocab_chunk=8)))(weights)
+    gradient = jax.jit(jax.grad(lambda w: next_token_loss(hidden, head, targets, w, vocab_chunk=8)))(weights)
     np.testing.assert_allclose(gradient, optax.softmax_cross_entropy_with_integer_labels(hidden @ head, targets), rtol=1e-12)
     mask = jnp.asarray([1.0, 1, 1, 0, 0, 0, 0])
-    part = fast_jit(jax.grad(lambda h: next_token_loss(h, head, targets.at[3:].set(-1), mask, vocab_chunk=8)))(hidden)
+    part = jax.jit(jax.grad(lambda h: next_token_loss(h, head, targets.at[3:].set(-1), mask, vocab_chunk=8)))(hidden)
     np.testing.assert_array_equal(part[3:], 0)
     assert np.abs(part[:3]).min(1).max() > 0
 
@@ -55,7 +52,7 @@ def test_weights_are_differentiable_and_zero_ones_leave_tokens_out(x64):
 @pytest.mark.parametrize('scale', [1e4, 1e20])
 def test_very_large_logits_stay_finite(scale):
     hidden, head, targets, weights = _data('float32', scale)
-    value, gradients = fast_jit(jax.value_and_grad(lambda h, w: next_token_loss(h, w, targets, weights, vocab_chunk=8), (0, 1)))(
+    value, gradients = jax.jit(jax.value_and_grad(lambda h, w: next_token_loss(h, w, targets, weights, vocab_chunk=8), (0, 1)))(
         hidden, head
     )
     np.testing.assert_allclose(value, _full(hidden, head, targets, weights), rtol=1e-5)
@@ -64,7 +61,7 @@ def test_very_large_logits_stay_finite(scale):
 
 def test_bfloat16_rows_give_a_float32_loss():
     hidden, head, targets, weights = _data('float32')
-    value, gradient = fast_jit(jax.value_and_grad(lambda h: next_token_loss(h, head, targets, weights, vocab_chunk=8)))(
+    value, gradient = jax.jit(jax.value_and_grad(lambda h: next_token_loss(h, head, targets, weights, vocab_chunk=8)))(
         hidden.astype(jnp.bfloat16)
     )
     assert value.dtype == jnp.float32 and gradient.dtype == jnp.bfloat16
@@ -77,7 +74,7 @@ def test_memory_grows_with_the_chunk_and_not_with_the_vocabulary():
 
     def temporary(vocab: int, vocab_chunk: int) -> int:
         grad = jax.grad(lambda h, w, t: next_token_loss(h, w, t, vocab_chunk=vocab_chunk), (0, 1))
-        compiled = fast_jit(grad).lower(shape(2048, 8), shape(8, vocab), shape(2048, dtype=jnp.int32)).compile()
+        compiled = jax.jit(grad).lower(shape(2048, 8), shape(8, vocab), shape(2048, dtype=jnp.int32)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 2048 * 16_384 * 4
@@ -99,10 +96,10 @@ def test_a_models_loss_is_the_cross_entropy_of_its_logits(x64, tie_embeddings):
         logits, _ = model.apply({'params': params}, tokens, segment_ids=ids)
         return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
 
-    (value, count), gradients = fast_jit(jax.value_and_grad(lambda p: model_loss(model, p, tokens, targets, ids, weights), has_aux=True))(
+    (value, count), gradients = jax.jit(jax.value_and_grad(lambda p: model_loss(model, p, tokens, targets, ids, weights), has_aux=True))(
         params
     )
-    expected, expected_gradients = fast_jit(jax.value_and_grad(full))(params)
+    expected, expected_gradients = jax.jit(jax.value_and_grad(full))(params)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_allclose(count, weights.sum(), rtol=1e-12)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):

@@ -10,7 +10,7 @@ from nested_jax.layers.common import Context
 from nested_jax.models import streaming
 from nested_jax.models.language_model import Block, LanguageModel, open_rows
 from nested_jax.training.optimizer import decay_mask
-from tests.models.small_models import fast_jit, random_params, shapes, small
+from tests.models.small_models import random_params, shapes, small
 
 TOKENS = np.random.default_rng(1).integers(0, 32, (2, 8)).astype(np.int32)
 OPTIONS = dict(num_layers=3, dtype='float64', levels=(LevelConfig(24, 8),))
@@ -25,7 +25,7 @@ def logits_and_gradients(model, params):
         logits = model.apply({'params': params}, TOKENS)[0]
         return jnp.sin(logits).sum(), logits
 
-    (_, logits), gradients = fast_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return logits, gradients
 
 
@@ -44,8 +44,8 @@ def test_every_way_to_run_the_layers_gives_the_same(x64):
             rows = rows._replace(first=rows.first._replace(value=rows.first.value + change))
         return model.apply({'params': params}, rows.x, method=lambda model, x: model.norm(x)) @ params['head'][None]
 
-    np.testing.assert_allclose(fast_jit(by_hand)(params), expected, rtol=0, atol=1e-10)
-    assert np.abs(fast_jit(lambda params: by_hand(params, change=0.1))(params) - expected).max() > 1e-3
+    np.testing.assert_allclose(jax.jit(by_hand)(params), expected, rtol=0, atol=1e-10)
+    assert np.abs(jax.jit(lambda params: by_hand(params, change=0.1))(params) - expected).max() > 1e-3
 
     other, other_gradients = logits_and_gradients(model_of(remat='block', scan_layers=False), params)
     np.testing.assert_allclose(other, expected, rtol=0, atol=1e-10)
