@@ -21,12 +21,10 @@ PAPER_ABLATIONS = {
 
 def language_modeling_table(rows: list[dict]) -> list[str]:
     """Lines of the comparison of models, best first, then those of Table 2 that have not run; none without rows."""
-    full = [row for row in rows if row['config']['task']['name'] == language_modeling.TRAINED]
+    full = full_runs(rows)
     if not full:
         return []
-    # Each model has the learning rate of its own search.
-    cells = group(row | dict(config=row['config'] | dict(train=_without_rate(row['config']['train']))) for row in full)
-    runs = {model: runs for (model, _), runs in cells.items()}
+    runs = {model: runs for (model, _), runs in group(full).items()}
     order = sorted(runs, key=lambda model: statistics.mean(_bits(run)[0] for run in runs[model]))
     tokens = full[0]['metrics']['tokens'] / 1e6
     lines = [
@@ -40,6 +38,12 @@ def language_modeling_table(rows: list[dict]) -> list[str]:
         paper = ' / '.join(f'{value:.2f}' for value in PAPER_PERPLEXITIES.get(model, ()))
         lines.append(f'| {model} | {size} | {entry(map(_bits, found), 3)} | {speed} | {paper} |')
     return lines
+
+
+def full_runs(rows: list[dict]) -> list[dict]:
+    """The runs of all tokens, without their learning rates, of which each model has that of its own search."""
+    full = [row for row in rows if row['config']['task']['name'] == language_modeling.TRAINED]
+    return [row | dict(config=row['config'] | dict(train=_without_rate(row['config']['train']))) for row in full]
 
 
 def ablation_table(rows: list[dict]) -> list[str]:

@@ -1,8 +1,9 @@
-"""Writes the README's tables from the rows in experiments/results: `python scripts/make_tables.py`.
+"""Writes the README's tables and the figures from the rows in experiments/results: `python scripts/make_tables.py`.
 
 Runs of one model, number of tokens, learning rate and text are one line: the mean over seeds, and the sample standard deviation.
 Only runs evaluated on the whole held-out text count, and of each model and number of tokens the learning rate with the best mean. The
-tables of the grids are those of experiments/tables.py and experiments/text_tables.py.
+tables of the grids are those of experiments/tables.py and experiments/text_tables.py, and the figures, PNG beside the rows, those of
+experiments/figures.py.
 """
 
 import argparse
@@ -15,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import optimizer_race
+from experiments.figures import FIGURES
 from experiments.racing import interval
 from experiments.tables import babilong_table, language_table, mad_table, needle_table
 from experiments.text_tables import ablation_table, context_table, language_modeling_table, levels_table, probe_table
@@ -118,7 +120,7 @@ def insert(text: str, made: str) -> str:
 
 
 def main() -> int:
-    """Rewrites the README, or with --check says whether it is up to date by the exit code."""
+    """Rewrites the README and draws the figures, or with --check says whether it is up to date by the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='change nothing; exit code 1 when the README is out of date')
     arguments = parser.parse_args()
@@ -127,6 +129,9 @@ def main() -> int:
     if arguments.check:
         return int(made != text)
     README.write_text(made)
+    for name, draw in FIGURES.items():
+        if rows := read_rows(RESULTS / f'{name}.jsonl'):
+            draw(rows, RESULTS / f'{name}.png')
     return 0
 
 
