@@ -18,6 +18,7 @@ def test_trivial_rules_get_less_than_most_answers():
 def test_short_texts_have_as_many_sentences_as_fit():
     assert [Args().text('qa1', length).num_facts for length in (256, 384, 512, 1024)] == [1, 5, 8, 8]
     assert Args().lengths('qa3', 'train_lengths') == (384, 512, 1024)
+    assert Args().text('qa4', 1024).num_facts == 5 and Args(num_facts=3, tasks=('qa4',)).text('qa4', 1024).num_facts == 3
 
 
 def test_a_row_says_what_stories_there_were():
@@ -25,14 +26,14 @@ def test_a_row_says_what_stories_there_were():
     assert config['task']['name'] == config['task']['question'] == 'qa3' and config['task']['num_facts'] == 4 and config['seed'] == 2
 
 
-@pytest.mark.parametrize('arguments', [['--tasks', 'qa4'], ['--num-facts', '20'], ['--models', 'hopee'], ['--models']])
+@pytest.mark.parametrize('arguments', [['--tasks', 'qa6'], ['--num-facts', '20'], ['--models', 'hopee'], ['--models']])
 def test_wrong_input_exits_with_2_and_names_it(arguments, capsys, monkeypatch):
     monkeypatch.setattr(haystack_runs, 'run_grid', lambda *_, **__: pytest.fail('no device work before'))
     with pytest.raises(SystemExit) as stop:
         babilong.main(arguments)
     assert stop.value.code == 2
     said = capsys.readouterr().err
-    assert {'--num-facts': 'num_facts', '--tasks': 'qa1, qa2, qa3'}.get(arguments[0], arguments[-1].strip('-')) in said
+    assert {'--num-facts': 'num_facts', '--tasks': 'qa1, qa2, qa3,'}.get(arguments[0], arguments[-1].strip('-')) in said
 
 
 def test_smoke_run_trains_tests_and_stores_nothing(tmp_path, capsys):
