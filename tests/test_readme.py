@@ -33,8 +33,8 @@ def commands(text: str, language: str) -> list[list[str]]:
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess:
-    """Runs a command from the checkout, on one device as a user would."""
-    environment = {name: value for name, value in os.environ.items() if name != 'JAX_NUM_CPU_DEVICES'}
+    """Runs a command from the checkout, on one device and optimised as a user would."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('JAX_NUM_CPU_DEVICES', 'XLA_FLAGS')}
     return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -31,7 +31,7 @@ def compilations_on_disk(tmp_path_factory):
 
 
 def start(*arguments, **settings):
-    environment = os.environ | dict(JAX_NUM_CPU_DEVICES='1', JAX_PLATFORMS='cpu') | settings
+    environment = os.environ | dict(JAX_NUM_CPU_DEVICES='1', JAX_PLATFORMS='cpu', XLA_FLAGS='') | settings
     command = [sys.executable, '-m', 'experiments.hope_pretrain', *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
