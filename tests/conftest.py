@@ -5,6 +5,8 @@ import pathlib
 
 # Before the first import of jax, which reads it once.
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
+# Simulated devices wait for one another in XLA's threads: with as many as cores, a few collectives at a time can take all of them.
+os.environ.setdefault('NPROC', '16')
 # The tests compile much and compute little.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 

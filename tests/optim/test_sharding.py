@@ -35,6 +35,7 @@ SPECS = {
 ORTHOGONAL = {'muon': muon, 'm3': functools.partial(m3, periods=(2,))}
 OTHERS = {
     'delta_momentum': functools.partial(delta_momentum, erase_rate=optax.linear_schedule(0.1, 0.0, 10)),
+    'delta_momentum_proximal': functools.partial(delta_momentum, form='proximal'),
     'preconditioned_momentum': preconditioned_momentum,
     'feature_momentum': feature_momentum,
     'deep_momentum': deep_momentum,
