@@ -101,6 +101,8 @@ def _draw(panels: Panels, path: pathlib.Path, kind: Callable[..., None], ylabel:
     for axes, (title, series) in zip(grid, panels.items(), strict=False):
         kind(axes, series, names, *options)
         axes.set(title=title, ylabel=ylabel)
+        if ylabel.endswith('%'):
+            axes.set_ylim(-3, 105)
         axes.grid(alpha=0.3, axis='y')
     for axes in grid[len(panels) :]:
         axes.set_axis_off()

@@ -4,7 +4,8 @@ Table 5, arXiv:2512.24695v1: the share of strings with every position right, at 
 (bin 1), and, of this project alone, at 102 to 150 (bin 2). The paper has Hope, SRWM and the LSTM at 100 / 100 in all six languages; the
 Transformer, Linear and DeltaNet at 46.4 / 0, 78.1 / 0 and 98.2 / 10.1 in parity, 0 / 0 in (aa)* and (abab)*, and 100 / 100 in the rest.
 It does not say whether Hope ran with chunks: here Hope with matrix memories runs with its chunk of 16 tokens (hope-linear) and refreshed
-at every token (hope-linear-chunk-1), and without delta gradient descent, whose negative eigenvalues parity needs (`experiments/parity.py`).
+at every token (hope-linear-chunk-1), and without delta gradient descent, its steps large enough for the negative eigenvalues that parity
+needs (`experiments/parity.py`).
 
 Two blocks of width 64, four heads of 16 and one MLP, parameters about equal. Languages, splits and answers are those of
 `nested_jax/data/tasks/formal_languages.py`; a test has the distinct strings among 500 drawn, and their number is in the row. Beside a
@@ -14,10 +15,10 @@ them, of another seed, choose the learning rate and, every 50 steps, the checkpo
 bin 0 is the training set: there the last step is kept, and the learning rate does best on bin 0, of equals on the training loss. Bins 1
 and 2 decide nothing; the reference chooses by bins 0 and 1.
 
-A run (one seed, both learning rates) takes of one CPU core, measured over ten steps on a busy machine and multiplied: hope 480 s,
-hope-linear-chunk-1 200, hope-linear, without delta gradient descent and srwm 155 each, deltanet 75, linear-attention and transformer 43,
-lstm 34; beside it 10 to 50 s of compiling for each model and language, and the tests' forward passes. All 162 runs come to 7 hours of one
-core, 2.4 of them hope's. Small models leave a second core idle, so two processes share the grid and go on where they stopped:
+Parity and (aa)* have rows, of all but hope with MLP memories. A run (one seed, both learning rates) takes a core of two, the other in use,
+142 to 165 s for hope-linear-chunk-1, 119 to 136 for srwm, 91 to 118 for hope-linear with and without delta gradient descent, 55 to 76 for
+deltanet, and 22 to 41 for the Transformer, linear attention and the LSTM; hope was estimated at 480 s by ten steps. Small models leave a
+second core idle, so two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.formal_languages --minutes 40 --languages parity abab-star counter-3
     taskset -c 1 python -m experiments.formal_languages --minutes 40 --languages aa-star counter-2 shuffle-2
