@@ -1,6 +1,7 @@
 """The three products of small matrices, a b, a^T b and a b^T, whose derivatives are each other.
 
-XLA's CPU backend takes up to twice as long for a^T b as for laying a^T out and multiplying; left to itself it merges the two.
+XLA's CPU backend takes 1.2 to 1.4 times as long for a^T b, of 32 pairs of 16 rows, as for laying a^T out and multiplying; left to itself
+it merges the two.
 Elsewhere these are plain products. They can be differentiated backwards only.
 """
 

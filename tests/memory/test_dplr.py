@@ -71,7 +71,7 @@ def test_gradients_equal_the_tokens(x64, monkeypatch, group):
 
     def total(x, reference):
         options = dict(state=x['state'], initial=x['initial'], segment_ids=SEGMENTS, chunk_size=4)
-        y, state = run.__wrapped__(x, reference=reference, **options)
+        y, state = run(x, reference=reference, **options)
         return jnp.sum(weights * y) + jnp.sum(jnp.sin(state))
 
     grad = jax.jit(jax.value_and_grad(total), static_argnums=1)
@@ -83,7 +83,7 @@ def test_gradients_equal_the_tokens(x64, monkeypatch, group):
 @pytest.mark.slow
 def test_gradients_equal_finite_differences(x64):
     x = inputs(time=5, batch=1)
-    function = jax.jit(lambda *arrays: run.__wrapped__(dict(zip(NAMES, arrays, strict=True)), initial=x['initial'], chunk_size=2))
+    function = jax.jit(lambda *arrays: run(dict(zip(NAMES, arrays, strict=True)), initial=x['initial'], chunk_size=2))
     check_grads(function, tuple(x[name] for name in NAMES), order=1, modes=['rev'], atol=1e-6, rtol=1e-6)
 
 
@@ -117,7 +117,7 @@ def narrow_against_wide(x: dict, tolerance: float) -> None:
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), x)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), narrow)
     close(run(narrow, chunk_size=32), run(wide, reference=True), tolerance)
-    grad = jax.jit(jax.grad(lambda x: sum(jnp.sum(part) for part in run.__wrapped__(x, chunk_size=32))))
+    grad = jax.jit(jax.grad(lambda x: sum(jnp.sum(part) for part in run(x, chunk_size=32))))
     got, expected = grad(narrow), grad(wide)
     close(got, expected, 10 * tolerance)
 

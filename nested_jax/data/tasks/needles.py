@@ -154,7 +154,7 @@ def _draw_key_order(rng: np.random.Generator) -> tuple[int, int]:
 
 def _draw_key(rng: np.random.Generator, kind: str, order: tuple[int, int], number: int) -> str:
     if kind == 'uuid':
-        return _draw_value(rng, kind, 0)
+        return _draw_uuid(rng)
     code, syllables = (order[0] * number + order[1]) % _NUM_WORDS, []
     for _ in range(4):
         code, syllable = divmod(code, len(_SYLLABLES))
@@ -163,7 +163,11 @@ def _draw_key(rng: np.random.Generator, kind: str, order: tuple[int, int], numbe
 
 
 def _draw_value(rng: np.random.Generator, kind: str, digits: int) -> str:
-    return str(uuid.UUID(bytes=rng.bytes(16), version=4)) if kind == 'uuid' else str(rng.integers(10 ** (digits - 1), 10**digits))
+    return _draw_uuid(rng) if kind == 'uuid' else str(rng.integers(10 ** (digits - 1), 10**digits))
+
+
+def _draw_uuid(rng: np.random.Generator) -> str:
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
 def _enumerate(keys: list[str]) -> str:

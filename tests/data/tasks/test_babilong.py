@@ -154,4 +154,4 @@ def test_stored_stories(shared_data, question, expected):
         assert read == [answer] or pair and any(re.fullmatch(rf'{pair[1]} \w+ the {answer} to {pair[2]}\.', fact) for fact in facts)
         others += read != [answer]
         answered += 1
-    assert answered == expected and others <= 5
+    assert answered == expected and others == (question == 'qa5')
