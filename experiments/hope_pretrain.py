@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nested_jax.config import InSequenceConfig, ModelConfig
+from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.models.presets import preset, without
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
 
@@ -172,7 +172,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
 
     check_devices(args.train, len(jax.devices()))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
-    settings = {'model': dataclasses.asdict(model_config), 'data': text, 'train': dataclasses.asdict(args.train)}
+    settings = {'model': as_dict(model_config), 'data': text, 'train': as_dict(args.train)}
     claim_folder(args.train.output, settings)
     return model_config, data, settings
 

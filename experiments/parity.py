@@ -44,7 +44,7 @@ import numpy as np
 import tyro
 
 from experiments.fitting import fit_one, make_fit
-from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
+from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig, as_dict
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.training.config import TrainConfig
@@ -208,9 +208,7 @@ def _summary(bins: dict[str, dict[str, float]]) -> str:
 
 def _row(args: Args, model: ModelConfig, arm: str, seed: int, metrics: dict, wall_s: float) -> dict:
     train = {name: getattr(args, name) for name in ('steps', 'batch_size', 'learning_rate', 'warmup_steps')}
-    config = dict(
-        model=dataclasses.asdict(model), train=train | dict(weight_decay=0.0, seed=seed), bins=BINS, eval_strings=args.eval_strings
-    )
+    config = dict(model=as_dict(model), train=train | dict(weight_decay=0.0, seed=seed), bins=BINS, eval_strings=args.eval_strings)
     return make_row(
         experiment=EXPERIMENT, model=arm, seed=seed, config=config, metrics=metrics, hardware=hardware_name(jax.devices()), wall_s=wall_s
     )

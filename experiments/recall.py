@@ -42,7 +42,7 @@ import numpy as np
 import tyro
 
 from experiments.fitting import fit_one, make_fit
-from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, as_dict
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.training.config import TrainConfig
@@ -196,8 +196,8 @@ def evaluate(predict: Callable[[np.ndarray], jax.Array], seed: int, count: int) 
 
 
 def _row(args: Args, model: ModelConfig, arm: str, seed: int, metrics: dict, wall_s: float) -> dict:
-    train = dataclasses.asdict(dataclasses.replace(args.train, seed=seed, output='none'))
-    config = dict(model=dataclasses.asdict(model), train=train, trained=TRAINED, tests=TESTS, eval_sequences=args.eval_sequences)
+    train = as_dict(dataclasses.replace(args.train, seed=seed, output='none'))
+    config = dict(model=as_dict(model), train=train, trained=TRAINED, tests=TESTS, eval_sequences=args.eval_sequences)
     return make_row(
         experiment=EXPERIMENT, model=arm, seed=seed, config=config, metrics=metrics, hardware=hardware_name(jax.devices()), wall_s=wall_s
     )

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.fitting import Fitted, lane, make_fit
 from experiments.grid import Cell, GridArgs, Train
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import LevelConfig, ModelConfig, as_dict
 from nested_jax.data.tasks.task import Example, Task
 from nested_jax.models.presets import preset, preset_names, without
 from nested_jax.training.config import TrainConfig
@@ -75,7 +75,7 @@ class TaskArgs(GridArgs):
         """The configuration of a cell's row, all that its numbers depend on."""
         names = ('steps', 'warmup_steps', 'batch_size', 'weight_decay', 'train_examples', 'validation_examples', 'test_examples')
         return dict(
-            model=dataclasses.asdict(model), task=dict(name=cell.task, **dataclasses.asdict(task)),
+            model=as_dict(model), task=dict(name=cell.task, **as_dict(task)),
             train={name: getattr(self, name) for name in names} | dict(learning_rates=self.learning_rates), seed=cell.seed,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.grid import Cell, Grid, GridArgs, Train, run_grid
-from nested_jax.config import ModelConfig
+from nested_jax.config import ModelConfig, as_dict
 from nested_jax.data import Dataset
 from nested_jax.evaluation.rows import config_digest
 from nested_jax.models.language_model import LanguageModel
@@ -101,8 +101,8 @@ def run_text_grid(grid: TextGrid, data: Dataset, args: GridArgs, describe: Calla
 def cell_config(model: ModelConfig, settings: TrainConfig, data: Dataset) -> dict:
     """The configuration of a row: all that its numbers depend on, and no path of a machine."""
     free = {name.removeprefix('train.') for name in FREE_FIELDS}
-    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
-    return dict(model=dataclasses.asdict(model), data=dict(digest=data.digest, tokenizer_digest=data.tokenizer.digest), train=kept)
+    kept = {name: value for name, value in as_dict(settings).items() if name not in free}
+    return dict(model=as_dict(model), data=dict(digest=data.digest, tokenizer_digest=data.tokenizer.digest), train=kept)
 
 
 def run_cell(model: ModelConfig, settings: TrainConfig, data: Dataset, runs: pathlib.Path, measure: Measure | None = None) -> dict:

@@ -16,6 +16,23 @@ Mixer = Literal[
 HYBRIDS: dict[str, tuple[Mixer, ...]] = {'mamba-attention': ('mamba', 'attention')}
 
 
+def added(default: Any) -> Any:
+    """A dataclass field that came after results were stored: `as_dict` leaves it out while it holds its default.
+
+    Runs that say nothing of it keep the configuration, and so the digest and the folder, that they had before.
+    """
+    return dataclasses.field(default=default, metadata={'added': True})
+
+
+def as_dict(value: Any) -> Any:
+    """What `dataclasses.asdict` makes of a configuration, without `added` fields at their default."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
+        told = {name: part for name, (field, part) in fields.items() if not field.metadata.get('added') or part != field.default}
+        return {name: as_dict(part) for name, part in told.items()}
+    return tuple(map(as_dict, value)) if isinstance(value, tuple) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Softmax attention with rotary positions and grouped queries."""
@@ -181,7 +198,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
-        """The configuration that `dataclasses.asdict` took apart, also when it went through JSON; fields it lacks take their defaults."""
+        """The configuration that `as_dict` took apart, also when it went through JSON; fields it lacks take their defaults."""
         return _rebuild(cls, fields)
 
     @property
@@ -219,7 +236,7 @@ class ModelConfig:
 
 
 def _rebuild(hint: Any, value: Any) -> Any:
-    """A value of type `hint`, of what `dataclasses.asdict` and JSON make of it."""
+    """A value of type `hint`, of what `as_dict` and JSON make of it."""
     if dataclasses.is_dataclass(hint):
         hints = get_type_hints(hint)
         return hint(**{name: _rebuild(hints[name], part) for name, part in value.items()})

@@ -1,12 +1,11 @@
 """Evaluation of a trained run at other lengths: the figures of the run itself at its own length, and a clear error."""
 
-import dataclasses
 import json
 
 import pytest
 
 from experiments import context_length
-from nested_jax.config import InSequenceConfig, ModelConfig
+from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.evaluation.rows import read_rows
 from nested_jax.models.presets import preset, without
 
@@ -17,7 +16,7 @@ def test_a_configuration_survives_json():
         without(preset('hope-tiny'), 'key'),
         preset('hope-linear-tiny', in_sequence=InSequenceConfig(blocks=(1, 3))),
     ):
-        assert ModelConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+        assert ModelConfig.from_dict(json.loads(json.dumps(as_dict(config)))) == config
 
 
 def test_a_folder_without_a_run_exits_with_2(tmp_path, capsys):

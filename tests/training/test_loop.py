@@ -15,7 +15,7 @@ import pytest
 import rich.console
 from jax.experimental.compilation_cache import compilation_cache
 
-from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig
+from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.checkpoints import DamagedCheckpointsError
@@ -66,7 +66,7 @@ def data(tmp_path_factory):
 
 
 def run_config(train, model=MODEL):
-    return {'model': dataclasses.asdict(model), 'train': dataclasses.asdict(train)}
+    return {'model': as_dict(model), 'train': as_dict(train)}
 
 
 def train(folder, data, config=TRAIN, model=MODEL, devices=1):
@@ -318,7 +318,7 @@ def test_model_that_cannot_read_the_run():
 
 
 def test_config_survives_json():
-    config = dataclasses.asdict(TRAIN)
+    config = as_dict(TRAIN)
     assert TrainConfig(**json.loads(json.dumps(config))) == TRAIN
 
 
