@@ -116,7 +116,7 @@ class LanguageModel(nn.Module):
         self.embedding = self.param('embedding', nn.initializers.normal(1.0), (config.vocab_size, config.width))
         self.blocks = nn.scan(
             block,
-            variable_axes={'params': 0},
+            variable_axes={'params': 0, 'lora': 0},
             split_rngs={'params': True},
             in_axes=(0, nn.broadcast),
             out_axes=0,
