@@ -27,6 +27,7 @@ from nested_jax.training.config import TrainConfig
 PyTree = Any
 Edit = list[int]
 LENGTH = 64  # tokens of a row of pre-training, and of a passage with its self-edit
+SHAPE = (2, 32)  # of a bucket: a passage and as many notes as there are attributes
 INNER = InnerConfig(lora=LoraConfig(rank=8, alpha=16.0, targets=('query', 'value', 'up', 'down')))
 
 
@@ -150,7 +151,7 @@ class Reader:
         candidates = [Candidate(part, budget.learning_rate, budget.steps, seed) for part in sequences for seed in repetitions]
         people = [text.person for text in texts for _ in repetitions]
         found = np.zeros((2, len(candidates)))
-        for places, batch in buckets(candidates):
+        for places, batch in buckets(candidates, shape=SHAPE):
             self.shares.append(real_share(batch))
             filled = [*places, *places[:1] * (batch.tokens.shape[0] - len(places))]
             marks = self._ask(params, self._learn(params, batch).adapters, *self._questions([people[place] for place in filled]))

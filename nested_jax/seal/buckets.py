@@ -4,7 +4,7 @@ A candidate is a few short sequences. When each step reads all of them they shar
 independent in every model, and the loss is a mean over tokens, so this changes nothing but the work. When a step reads only some rows
 (`rows_per_step`), each sequence has a row of its own, and the order in which they come is settled here, by the candidate's own seed.
 
-Letters in shapes: K candidates, R rows, T tokens, S steps, N rows a step.
+Letters in shapes: K candidates, R rows, T tokens, N rows a step, S steps until the rows come again.
 """
 
 import dataclasses
@@ -47,25 +47,31 @@ class Batch(NamedTuple):
     targets: jax.Array  # (K, R, T) int32
     weights: jax.Array  # (K, R, T) float32: 1 where the target is learned
     segment_ids: jax.Array  # (K, R, T) int32: sequences of a row, from 1, what follows each being its own; 0 in a row of none
-    rows: jax.Array  # (K, S, N) int32: what each step reads; -1 is no row
+    rows: jax.Array  # (K, S, N) int32: what steps read, from the first one again after S; -1 is no row
     learning_rate: jax.Array  # (K,) float32
     steps: jax.Array  # (K,) int32
     seed: jax.Array  # (K,) uint32
 
 
 def buckets(
-    candidates: Sequence[Candidate], *, rows_per_step: int | None = None, grid: int = 1, at_most: int = 64
+    candidates: Sequence[Candidate],
+    *,
+    rows_per_step: int | None = None,
+    grid: int = 1,
+    at_most: int = 64,
+    shape: tuple[int, int] | None = None,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Lays candidates out in batches of equal shape.
 
-    Rows, tokens, steps and candidates are rounded up to a power of two or one and a half of it, so that few programs are compiled;
-    places without a candidate hold one that takes no step.
+    Rows and tokens are rounded up to a power of two or one and a half of it, candidates to a power of four, so that few programs are
+    compiled; places without a candidate hold one that takes no step. Candidates of a batch take about equally many steps.
 
     Args:
         candidates: in any order; those of a bucket keep it.
         rows_per_step: sequences that each step reads, epoch by epoch without repetition; None: all.
         grid: the model's, `config.grid`; sequences that share a row begin on its multiples.
         at_most: candidates in one batch.
+        shape: rows and tokens of a bucket for all candidates that fit into it, which saves programs; None: each has the smallest.
 
     Yields:
         The candidates' places in `candidates`, and their batch, in which they come first.
@@ -75,7 +81,7 @@ def buckets(
     """
     check('at_most', at_most, at_most >= 1, 'an integer of at least 1')
     check('rows_per_step', rows_per_step, rows_per_step is None or rows_per_step >= 1, 'an integer of at least 1 or None')
-    layouts = [_layout(candidate, grid, packed=rows_per_step is None) for candidate in candidates]
+    layouts = [_layout(candidate, grid, packed=rows_per_step is None, shape=shape) for candidate in candidates]
     shapes: dict[tuple, list[int]] = {}
     for place, (candidate, layout) in enumerate(zip(candidates, layouts, strict=True)):
         shapes.setdefault((layout.num_rows, layout.length, round_up(candidate.steps)), []).append(place)
@@ -84,22 +90,27 @@ def buckets(
             part = places[start : start + at_most]
             filled = [_fill(candidates[place], layouts[place], rows, length) for place in part]
             plans = [_plan(candidates[place], layouts[place], rows, steps, rows_per_step) for place in part]
-            yield part, _stack([candidates[place] for place in part], filled, plans, min(round_up(len(part)), at_most))
+            yield part, _stack([candidates[place] for place in part], filled, plans, min(_power_of_four(len(part)), at_most))
 
 
 def real_share(batch: Batch) -> float:
     """Share of the places a bucket's steps compute that hold a token to learn from."""
     rows, steps = np.asarray(batch.rows), np.asarray(batch.steps)
     real = (np.asarray(batch.weights) > 0).sum(-1)  # (K, R)
-    read = np.take_along_axis(real[:, None], np.maximum(rows, 0), -1) * (rows >= 0)
-    taken = np.arange(rows.shape[1])[None, :, None] < steps[:, None, None]
-    return float((read * taken).sum() / (rows.size * batch.tokens.shape[-1]))
+    read = (np.take_along_axis(real[:, None], np.maximum(rows, 0), -1) * (rows >= 0)).sum(-1)  # (K, S)
+    index = np.arange(max(steps.max(), 1))
+    taken = read[:, index % rows.shape[1]] * (index[None] < steps[:, None])
+    return float(taken.sum() / (taken.size * rows.shape[2] * batch.tokens.shape[-1]))
 
 
 def round_up(count: int) -> int:
     """The next power of two, or one and a half of one: 1, 2, 3, 4, 6, 8, 12, ..."""
     power = 1 << max(count - 1, 0).bit_length()
     return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power
+
+
+def _power_of_four(count: int) -> int:
+    return 4 ** (((count - 1).bit_length() + 1) // 2)
 
 
 def check(name: str, value: object, holds: bool, allowed: str) -> None:
@@ -117,18 +128,24 @@ class _Layout(NamedTuple):
     length: int  # rounded up
 
 
-def _layout(candidate: Candidate, grid: int, *, packed: bool) -> _Layout:
+def _layout(candidate: Candidate, grid: int, *, packed: bool, shape: tuple[int, int] | None) -> _Layout:
     """First fit, longest sequence first, in rows as long as the longest or up to four times that, whichever takes fewest places."""
     counts = [len(sequence) - 1 for sequence in candidate.sequences]
     longest = round_up(max(counts))
-    if not packed:
-        return _Layout([(row, 0, 1) for row in range(len(counts))], len(counts), round_up(len(counts)), longest)
-    layouts = [_packed(counts, longest * factor // 2, grid) for factor in (2, 3, 4, 6, 8) if longest * factor % 2 == 0]
-    return min(layouts, key=lambda layout: (layout.num_rows * layout.length, layout.length))
+
+    def of_length(length: int) -> _Layout:
+        if packed:
+            return _packed(counts, length, grid)
+        return _Layout([(row, 0, 1) for row in range(len(counts))], len(counts), round_up(len(counts)), length)
+
+    if shape is not None and max(counts) <= shape[1] and (given := of_length(shape[1])).real_rows <= shape[0]:
+        return given._replace(num_rows=shape[0])
+    lengths = {round_up(longest * halves // 2) for halves in (2, 3, 4, 6, 8)} if packed else {longest}
+    return min(map(of_length, sorted(lengths)), key=lambda layout: layout.num_rows * layout.length)
 
 
 def _packed(counts: list[int], length: int, grid: int) -> _Layout:
-    length, ends, numbers, places = round_up(length), [], [], [(0, 0, 0)] * len(counts)
+    ends, numbers, places = [], [], [(0, 0, 0)] * len(counts)
     for index in sorted(range(len(counts)), key=lambda index: -counts[index]):
         starts = [-(-end // grid) * grid for end in ends]
         row = next((row for row, start in enumerate(starts) if start + counts[index] <= length), len(ends))
@@ -154,9 +171,9 @@ def _fill(candidate: Candidate, layout: _Layout, rows: int, length: int) -> tupl
 
 
 def _plan(candidate: Candidate, layout: _Layout, rows: int, steps: int, rows_per_step: int | None) -> np.ndarray:
-    """(S, N) rows of each step: all of them, or epochs in an order of the candidate's seed, one after another."""
+    """(S, N) rows: all of them in every step, or epochs in an order of the candidate's seed, one after another."""
     if rows_per_step is None:
-        return np.broadcast_to(np.where(np.arange(rows) < layout.real_rows, np.arange(rows), -1), (steps, rows)).astype(np.int32)
+        return np.where(np.arange(rows) < layout.real_rows, np.arange(rows), -1).astype(np.int32)[None]
     rng, order = np.random.default_rng(candidate.seed), np.zeros(0, np.int32)
     while order.size < steps * rows_per_step:
         order = np.concatenate([order, rng.permutation(layout.real_rows).astype(np.int32)])

@@ -4,7 +4,7 @@ The update is the reference's (Appendix B, arXiv:2506.10943v2): AdamW on adapter
 to zero over the candidate's own steps. Losses are means over the real tokens of a step's rows; padding costs nothing and teaches nothing.
 What a candidate learns depends on nothing but itself: it comes out the same alone and in any company (`buckets.py` lays them out).
 
-Letters in shapes: K candidates, S steps.
+Letters in shapes: K candidates.
 """
 
 import dataclasses
@@ -48,11 +48,11 @@ class Learned(NamedTuple):
     """What the inner loop returns, by candidate."""
 
     adapters: PyTree  # leaves lead with K
-    losses: jax.Array  # (K, S) float32 nats a token before each step, 0 after the candidate's last
+    loss: jax.Array  # (K,) float32 nats a token before the candidate's last step, 0 without a step
 
 
 def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[[PyTree, Batch], Learned]:
-    """Builds (parameters, batch) -> `Learned`, compiled once for each shape of a bucket.
+    """Builds (parameters, batch) -> `Learned`, compiled once for each shape of a bucket, whatever the numbers of steps.
 
     The weights are held once whatever K is: only adapters, their moments and the activations are by candidate.
 
@@ -65,25 +65,28 @@ def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[[PyTr
     )  # fmt: skip
     loss = functools.partial(_loss, model, config)
 
-    def learn(params: PyTree, candidate: Batch) -> Learned:
-        adapters = init_lora(params, jax.random.key(candidate.seed), config.lora)
+    def start(params: PyTree, seed: jax.Array) -> tuple:
+        adapters = init_lora(params, jax.random.key(seed), config.lora)
+        return adapters, optimizer.init(adapters), jnp.zeros(())
 
-        def step(carry: tuple, inputs: tuple) -> tuple:
-            adapters, state = carry
-            index, rows = inputs
-            value, gradient = jax.value_and_grad(loss)(adapters, params, candidate, rows)
-            updates, new_state = optimizer.update(gradient, state, adapters)
-            rate = candidate.learning_rate * (1 - index / jnp.maximum(candidate.steps, 1))
-            new = jax.tree.map(lambda leaf, update: leaf - rate * update, adapters, updates)
-            active = index < candidate.steps
-            keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, active), new, old)
-            return (keep(new, adapters), keep(new_state, state)), jnp.where(active, value, 0.0)
+    def step(index: jax.Array, params: PyTree, candidate: Batch, carry: tuple) -> tuple:
+        adapters, state, last = carry
+        rows = candidate.rows[index % candidate.rows.shape[0]]
+        value, gradient = jax.value_and_grad(loss)(adapters, params, candidate, rows)
+        updates, new_state = optimizer.update(gradient, state, adapters)
+        rate = candidate.learning_rate * (1 - index / jnp.maximum(candidate.steps, 1))
+        new = jax.tree.map(lambda leaf, update: leaf - rate * update, adapters, updates)
+        keep = functools.partial(jnp.where, index < candidate.steps)
+        return jax.tree.map(keep, (new, new_state, value), (adapters, state, last))
 
-        steps = jnp.arange(candidate.rows.shape[0])
-        (adapters, _), losses = jax.lax.scan(step, (adapters, optimizer.init(adapters)), (steps, candidate.rows))
-        return Learned(adapters, losses)
+    @jax.jit
+    def run(params: PyTree, batch: Batch) -> Learned:
+        carry = jax.vmap(start, (None, 0))(params, batch.seed)
+        advance = lambda index, carry: jax.vmap(step, (None, None, 0, 0))(index, params, batch, carry)
+        adapters, _, last = jax.lax.fori_loop(0, batch.steps.max(), advance, carry)
+        return Learned(adapters, last)
 
-    return jax.jit(jax.vmap(learn, in_axes=(None, 0)))
+    return run
 
 
 def learn_all(

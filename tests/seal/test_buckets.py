@@ -54,12 +54,19 @@ def test_short_sequences_share_rows():
 
 def test_shapes_are_rounded_up_and_batches_filled():
     assert [round_up(count) for count in (0, 1, 2, 3, 4, 5, 7, 9, 13, 17, 33)] == [1, 1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
-    sizes = [
-        (len(places), batch.tokens.shape[0], batch.steps.tolist()) for places, batch in buckets([candidate(s) for s in range(5)], at_most=4)
+    laid_out = lambda count, **options: [
+        (len(places), batch.steps.tolist()) for places, batch in buckets([candidate(seed) for seed in range(count)], **options)
     ]
-    assert sizes == [(4, 4, [3] * 4), (1, 1, [3])]
-    ((places, batch),) = buckets([candidate(seed) for seed in range(5)])
-    assert len(places) == 5 and batch.steps.tolist() == [3] * 5 + [0]
+    assert laid_out(5, at_most=4) == [(4, [3] * 4), (1, [3])]
+    assert laid_out(5) == [(5, [3] * 5 + [0] * 11)] and laid_out(17, at_most=48) == [(17, [3] * 17 + [0] * 31)]
+
+
+def test_a_given_shape_holds_what_fits():
+    mixed = [candidate(0, rows=1), candidate(1, rows=3), candidate(2, rows=9)]
+    found = {batch.tokens.shape[1:]: places for places, batch in buckets(mixed, shape=(2, 12))}
+    assert found.pop((2, 12)) == [0, 1] and [*found.values()] == [[2]]
+    for places, batch in buckets(mixed, shape=(2, 12)):
+        assert all(sorted(learned(batch, index)) == sorted(mixed[place].sequences) for index, place in enumerate(places))
 
 
 def test_rows_of_a_step_come_epoch_by_epoch():
@@ -69,17 +76,18 @@ def test_rows_of_a_step_come_epoch_by_epoch():
     ((_, again),) = buckets([candidate(0, rows=4, steps=4)], rows_per_step=2)
     np.testing.assert_array_equal(batch.rows, again.rows)
     ((_, whole),) = buckets([candidate(0, rows=1, steps=4)])
-    np.testing.assert_array_equal(whole.rows, np.zeros((1, 4, 1)))
+    np.testing.assert_array_equal(whole.rows, np.zeros((1, 1, 1)))
 
 
 def test_the_share_of_real_tokens():
-    ((_, full),) = buckets([Candidate(((1,) * 9,) * 4, 0.1, 4)])
-    ((_, half),) = buckets(
-        [Candidate(((1,) * 9,) * 4, 0.1, 4), Candidate(((1,) * 9,) * 4, 0.1, 4)] * 2 + [Candidate(((1,) * 9,) * 4, 0.1, 4)]
-    )
-    assert real_share(full) == 1.0 and real_share(half) == pytest.approx(5 / 6)
-    ((_, fewer),) = buckets([Candidate(((1,) * 9,) * 4, 0.1, 5)])
-    assert real_share(fewer) == pytest.approx(5 / 6)
+    share = lambda *steps, **layout: [
+        real_share(b) for _, b in buckets([Candidate(((1,) * 9,) * 4, 0.1, count) for count in steps], **layout)
+    ]
+    assert share(4) == share(5) == [1.0]
+    assert share(4, 4, 4) == [0.75] and share(5, 6) == pytest.approx([11 / 24])
+    assert share(6, rows_per_step=3) == [1.0]
+    ((_, fewer),) = buckets([Candidate(((1,) * 9,) * 2 + ((1, 1),), 0.1, 4)])
+    assert real_share(fewer) == pytest.approx(17 / 24)
 
 
 @pytest.mark.parametrize(

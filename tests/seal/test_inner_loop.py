@@ -73,27 +73,29 @@ def test_many_are_each_alone_in_any_order():
     assert_close(together, alone)
 
 
-def test_no_steps_is_the_start_and_losses_end_with_the_steps():
+def learned(steps: int, **layout) -> tuple:
+    """Adapters and last loss of one candidate after so many steps."""
+    ((_, batch),) = buckets([candidate(5, rows=4, steps=steps, learning_rate=0.05)], **layout)
+    found = make_inner_loop(MODEL, CONFIG)(PARAMS, batch)
+    return jax.tree.map(lambda leaf: leaf[0], found.adapters), float(found.loss[0])
+
+
+def test_no_step_is_the_start():
+    adapters, loss = learned(0)
+    assert_close(adapters, init_lora(PARAMS, jax.random.key(5), CONFIG.lora), 1e-7)
+    assert loss == 0.0
+
+
+@pytest.mark.parametrize('rows_per_step', [None, 2])
+def test_it_learns(rows_per_step):
+    assert learned(64, rows_per_step=rows_per_step)[1] < 0.7 * learned(1, rows_per_step=rows_per_step)[1]
+
+
+def test_one_program_serves_all_numbers_of_steps():
     loop = make_inner_loop(MODEL, CONFIG)
-    ((places, batch),) = buckets([candidate(0, steps=5), candidate(1, steps=6)])
-    learned = loop(PARAMS, batch)
-    assert places == [0, 1] and np.count_nonzero(learned.losses, axis=1).tolist() == [5, 6]
-    ((_, still),) = buckets([candidate(2, steps=0)])
-    assert_close(jax.tree.map(lambda leaf: leaf[0], loop(PARAMS, still).adapters), init_lora(PARAMS, jax.random.key(2), CONFIG.lora), 1e-7)
-
-
-def test_steps_of_some_rows_learn_too():
-    each = candidate(0, rows=4, steps=48, learning_rate=0.05)
-    ((_, batch),) = buckets([each], rows_per_step=2)
-    losses = make_inner_loop(MODEL, CONFIG)(PARAMS, batch).losses[0]
-    assert losses[-8:].mean() < 0.8 * losses[:2].mean()
-
-
-def test_it_learns():
-    each = candidate(5, steps=64, learning_rate=0.05)
-    ((_, batch),) = buckets([each])
-    losses = make_inner_loop(MODEL, CONFIG)(PARAMS, batch).losses[0]
-    assert losses[-1] < 0.7 * losses[0]
+    for steps in (1, 2, 7):
+        learn_all(loop, PARAMS, [candidate(0, steps=steps)])
+    assert loop._cache_size() == 1
 
 
 def test_the_weights_are_held_once():
