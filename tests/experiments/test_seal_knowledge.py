@@ -1,0 +1,81 @@
+"""The experiment from its command line: a smoke run, going on after an interrupt or a kill, and bad input."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from experiments import seal_knowledge
+from nested_jax.seal.stages import Stages
+
+STAGES = ('edits', 'rewards-0', 'writer', 'test')
+
+
+def stored(folder: pathlib.Path) -> dict[str, bytes]:
+    """Every stage below a folder, byte for byte."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*.stage')}
+
+
+def test_smoke_run_goes_on_where_it_was_stopped_and_stores_no_row(tmp_path, capsys, monkeypatch):
+    smoke = lambda name: seal_knowledge.main(['--smoke', '--runs', str(tmp_path / name), '--results', str(tmp_path / 'rows.jsonl')])
+    assert smoke('whole') == 0
+    said = capsys.readouterr().out
+    assert all(arm in said for arm in ('base', 'passage only', 'shuffled', 'best of 2', 'oracle', 'rest-em, round 1', 'random, round 1'))
+    assert "the paper's order" in said and not (tmp_path / 'rows.jsonl').exists() and list(tmp_path.rglob('arms.png'))
+    whole, make = stored(tmp_path / 'whole'), Stages.__call__
+
+    def stopping(self, name, compute):
+        if name.endswith('rest-em-1/writer'):
+            raise KeyboardInterrupt
+        return make(self, name, compute)
+
+    monkeypatch.setattr(Stages, '__call__', stopping)
+    assert smoke('stopped') == 130 and 'the same command goes on' in capsys.readouterr().out
+    before = stored(tmp_path / 'stopped')
+    assert before and before.items() < whole.items()
+    monkeypatch.setattr(Stages, '__call__', make)
+    assert smoke('stopped') == 0 and stored(tmp_path / 'stopped') == whole
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_bit_equal(tmp_path):
+    environment = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, '-m', 'experiments.seal_knowledge', '--smoke', '--runs', str(tmp_path / name)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert start('whole').wait(300) == 0
+    for stage in STAGES:
+        process = start('killed')
+        while process.poll() is None and not list(tmp_path.glob(f'killed/**/rest-em-1/{stage}.stage')):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, stage
+    assert start('killed').wait(300) == 0
+    assert stored(tmp_path / 'killed') == stored(tmp_path / 'whole')
+
+
+@pytest.mark.parametrize(('name', 'value'), [('rounds', 0), ('contexts', 1), ('each', 1), ('repetitions', 1), ('tests', 1), ('seeds', ())])
+def test_bad_arguments_are_named(name, value):
+    with pytest.raises(ValueError, match=f'{name} is .*allowed is'):
+        seal_knowledge.Args(**{name: value})
+
+
+def test_what_the_report_says_of_the_order():
+    arms = {name: dict(right=[mean]) for name, mean in {'base': 0.1, 'passage only': 0.2, 'untrained self-edit': 0.3}.items()}
+    assert 'reproduced' in seal_knowledge.order(arms | {'rest-em, round 1': dict(right=[0.2]), 'rest-em, round 2': dict(right=[0.4])})
+    assert 'not reproduced' in seal_knowledge.order(arms | {'rest-em, round 1': dict(right=[0.3])})
+
+
+def test_differences_are_paired():
+    untrained = np.random.default_rng(0).uniform(size=50)
+    found = seal_knowledge.summary({'untrained self-edit': untrained, 'base': untrained - 0.25})
+    np.testing.assert_allclose(found['base']['above_untrained'], [-0.25] * 3)
+    low, high = found['base']['right'][1:]
+    assert high - low > 0.05
