@@ -24,12 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import seal_world
 from nested_jax import optim
 from nested_jax.config import AttentionConfig, ModelConfig
+from nested_jax.data.tasks.biographies import END, World
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.memory import matrix, mlp, self_modifying
 from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
+from nested_jax.seal.buckets import Candidate, buckets, real_share
+from nested_jax.seal.inner_loop import make_inner_loop
 
 TOKENS = 8192  # of a training step, at every length
 MODELS = ('transformer-tiny', 'gated-deltanet-tiny', 'titans-tiny', 'hope-linear-tiny', 'hope-tiny')
@@ -239,7 +243,43 @@ def optimizer_steps(repeats: int):
             yield dict(what='optimizer', model=name, tree=tree, step_s=seconds, compile_s=compile_seconds, temporary_mib=temporary / 2**20)
 
 
-SUITES = {'cpu': (chunked_against_reference, titans_peer, training_lengths), 'optim': (optimizer_steps,)}
+def seal_candidates(repeats: int):
+    """Inner updates of SEAL's candidates side by side against one after another: the same program at K = 1, in the same buckets."""
+    world = World()
+    model = LanguageModel(seal_world.model_config(world))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+    loop, rng = make_inner_loop(model, seal_world.INNER), np.random.default_rng(0)
+    texts = seal_world.write_texts(world, 64, 'train', 0)
+    edits = [world.lines(world.edit(rng, text.person)) for text in texts]
+    sequences = [tuple((END, *line) for line in [*edit, text.passage]) for edit, text in zip(edits, texts, strict=True)]
+    candidates = [Candidate(rows, 3e-3, 16, seed) for seed, rows in enumerate(sequences)]
+    layout = lambda count, at_most: list(buckets(candidates[:count], at_most=at_most, shape=seal_world.SHAPE))
+    run_all = lambda batches: [jax.block_until_ready(loop(params, batch).adapters) for _, batch in batches]
+    used = lambda batch: loop.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+    one = layout(64, 1)
+    alone, single = run_all(one), measure(lambda: run_all(one[:8]), repeats).median / 8
+    for count in (1, 4, 16, 32, 64):
+        batches = layout(count, count)
+        timing = measure(lambda batches=batches: run_all(batches), repeats)
+        together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *run_all(batches))
+        sequential = jax.tree.map(lambda *leaves: np.concatenate(leaves), *alone[:count])
+        gaps = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), together, sequential)
+        error = max(jax.tree.leaves(gaps))
+        if not error < 1e-5:
+            raise RuntimeError(f'{count} candidates together and alone differ by {error:.1e}')
+        slope = (used(batches[0][1]) - used(one[0][1])) / (count - 1) if count > 1 else 0.0
+        yield dict(
+            what='inner updates', model='seal world, 0.1M parameters', candidates=count, steps=16, error=error,
+            candidates_per_second=count / timing.median, slowest=count / timing.slowest, fastest=count / timing.fastest,
+            ratio=count * single / timing.median, real_share=real_share(batches[0][1]), kib_per_candidate=slope / 2**10,
+        )  # fmt: skip
+
+
+SUITES = {
+    'cpu': (chunked_against_reference, titans_peer, training_lengths),
+    'optim': (optimizer_steps,),
+    'seal': (seal_candidates,),
+}
 
 
 def use_large_pages() -> None:
@@ -263,7 +303,7 @@ def main() -> None:
     for part in SUITES[arguments.suite]:
         begun = time.perf_counter()
         for metrics in part(arguments.repeats):
-            config = {key: metrics[key] for key in ('what', 'model', 'tree', 'batch', 'length') if key in metrics} | {
+            config = {key: metrics[key] for key in ('what', 'model', 'tree', 'batch', 'length', 'candidates') if key in metrics} | {
                 'repeats': arguments.repeats
             }
             wall, begun = time.perf_counter() - begun, time.perf_counter()
