@@ -32,6 +32,7 @@ from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.memory import matrix, mlp, self_modifying
 from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
+from nested_jax.models.sampling import Reading, decode, prefill
 from nested_jax.seal.buckets import Candidate, buckets, real_share
 from nested_jax.seal.inner_loop import make_inner_loop
 
@@ -243,6 +244,43 @@ def optimizer_steps(repeats: int):
             yield dict(what='optimizer', model=name, tree=tree, step_s=seconds, compile_s=compile_seconds, temporary_mib=temporary / 2**20)
 
 
+def decoding(repeats: int, new_tokens: int = 32, piece: int = 4096):
+    """Time of a token after short and long contexts, alone and 64 side by side; recurrent models have read the context."""
+    for name in ('gated-deltanet-tiny', 'titans-tiny', 'hope-linear-tiny', 'hope-tiny'):
+        model = LanguageModel(preset(name))
+        variables = {'params': jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16), jnp.int32))['params']}
+        tokens, reading = jax.random.randint(jax.random.key(1), (1, 65_536), 0, 256), None
+        seconds = {}
+        for context in (1024, 65_536):
+            start = 0 if reading is None else 1024
+            for begin in range(start, context, piece):
+                reading = prefill(model, variables, tokens[:, begin : min(begin + piece, context)], reading and reading.state)
+            if not np.isfinite(reading.logits).all():
+                raise RuntimeError(f'{name} has logits that are not finite after {context} tokens')
+            for batch in (1, 64):
+                rows = jax.tree.map(lambda leaf, batch=batch: jnp.repeat(leaf, batch, 0), reading)
+                run = Decoding(model, variables, rows, new_tokens)
+                timing = measure(run, repeats)
+                seconds[context, batch] = timing.median
+                yield dict(
+                    what='decoding', model=name, context=context, batch=batch, tokens_per_second=batch * new_tokens / timing.median,
+                    slowest=batch * new_tokens / timing.slowest, fastest=batch * new_tokens / timing.fastest,
+                    ms_per_token=1e3 * timing.median / new_tokens, ratio_to_1k=timing.median / seconds[1024, batch],
+                )  # fmt: skip
+
+
+class Decoding:
+    """Decodes on and on from a reading, whose memory each call takes and gives back."""
+
+    def __init__(self, model: LanguageModel, variables: dict, reading: Reading, count: int):
+        self.reading = reading
+        self._decode = lambda reading: decode(model, variables, reading, key=jax.random.key(0), max_new_tokens=count)
+
+    def __call__(self) -> object:
+        tokens, self.reading = self._decode(self.reading)
+        return jax.block_until_ready(tokens)
+
+
 def seal_candidates(repeats: int):
     """Inner updates of SEAL's candidates side by side against one after another: the same program at K = 1, in the same buckets."""
     world = World()
@@ -278,6 +316,7 @@ def seal_candidates(repeats: int):
 SUITES = {
     'cpu': (chunked_against_reference, titans_peer, training_lengths),
     'optim': (optimizer_steps,),
+    'decode': (decoding,),
     'seal': (seal_candidates,),
 }
 
@@ -303,9 +342,9 @@ def main() -> None:
     for part in SUITES[arguments.suite]:
         begun = time.perf_counter()
         for metrics in part(arguments.repeats):
-            config = {key: metrics[key] for key in ('what', 'model', 'tree', 'batch', 'length', 'candidates') if key in metrics} | {
-                'repeats': arguments.repeats
-            }
+            config = {
+                key: metrics[key] for key in ('what', 'model', 'tree', 'batch', 'length', 'context', 'candidates') if key in metrics
+            } | {'repeats': arguments.repeats}
             wall, begun = time.perf_counter() - begun, time.perf_counter()
             name = f'bench_{arguments.suite}'
             row = make_row(experiment=name, model=metrics['model'], seed=0, config=config, metrics=metrics, hardware=hardware, wall_s=wall)

@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Reading(NamedTuple):
+    """Where a model stands after the tokens it has read."""
+
+    logits: jax.Array  # (B, V) float32 of the token after the last
+    state: Any  # as `LanguageModel` returns it
 
 
 def generate(
@@ -38,6 +46,43 @@ def generate(
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f'prompt has shape {prompt.shape}, allowed is (batch, time) with at least one token')
+    options = dict(key=key, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop)
+    return decode(model, variables, prefill(model, variables, prompt), **options)[0].astype(prompt.dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(model, variables, tokens: jax.Array, state: Any = None) -> Reading:
+    """Read tokens (B, T), at their start or after what `state` has read."""
+    logits, state = model.apply(variables, tokens, state)
+    return Reading(logits[:, -1], state)
+
+
+def decode(
+    model,
+    variables,
+    reading: Reading,
+    *,
+    key: jax.Array,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop: int | Sequence[int] = (),
+) -> tuple[jax.Array, Reading]:
+    """Continue from where a model stands, one fused step for each token.
+
+    The reading is donated: its memory becomes that of the one returned, and it cannot be used again.
+
+    Args:
+        model, variables: as in `generate`.
+        reading: of `prefill` or an earlier call.
+        key, max_new_tokens, temperature, top_p, stop: as in `generate`.
+
+    Returns:
+        (B, max_new_tokens) int32, and where the model stands after them.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
     if max_new_tokens < 1:
         raise ValueError(f'max_new_tokens is {max_new_tokens}, allowed is an integer of at least 1')
     if temperature < 0:
@@ -45,24 +90,26 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f'top_p is {top_p}, allowed is a number above 0 and at most 1')
     stop = (stop,) if isinstance(stop, int) else tuple(stop)
-    return _generate(model, variables, prompt, key, max_new_tokens, float(temperature), float(top_p), stop)
+    return _decode(model, variables, reading, key, max_new_tokens, float(temperature), float(top_p), stop)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
-def _generate(model, variables, prompt, key, max_new_tokens: int, temperature: float, top_p: float, stop: tuple[int, ...]):
-    logits, state = model.apply(variables, prompt)
-    stops = jnp.asarray(stop, prompt.dtype)
+@partial(jax.jit, static_argnums=(0, 4, 5, 6, 7), donate_argnums=2)
+def _decode(
+    model, variables, reading: Reading, key, max_new_tokens: int, temperature: float, top_p: float, stop: tuple[int, ...]
+) -> tuple[jax.Array, Reading]:
+    stops = jnp.asarray(stop, jnp.int32)
 
     def step(carry, key):
-        logits, state, last, done = carry
-        token = jnp.where(done, last, sample(logits, key, temperature=temperature, top_p=top_p).astype(prompt.dtype))
+        reading, last, done = carry
+        drawn = sample(reading.logits, key, temperature=temperature, top_p=top_p).astype(jnp.int32)
+        token = jnp.where(done, last, drawn)
         done |= (token[:, None] == stops[None]).any(1)
-        logits, state = model.apply(variables, token[:, None], state)
-        return (logits[:, -1], state, token, done), token
+        return (prefill(model, variables, token[:, None], reading.state), token, done), token
 
-    start = logits[:, -1], state, prompt[:, -1], jnp.zeros(prompt.shape[0], bool)
-    _, tokens = jax.lax.scan(step, start, jax.random.split(key, max_new_tokens))
-    return tokens.T
+    rows = reading.logits.shape[0]
+    start = reading, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
+    (reading, _, _), tokens = jax.lax.scan(step, start, jax.random.split(key, max_new_tokens))
+    return tokens.T, reading
 
 
 def sample(logits: jax.Array, key: jax.Array, *, temperature: float, top_p: float) -> jax.Array:

@@ -7,7 +7,8 @@ import pytest
 
 from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.models import LanguageModel, generate
-from nested_jax.models.sampling import sample
+from nested_jax.models.sampling import decode, prefill, sample
+from tests.models.small_models import random_params, small
 
 CONFIG = ModelConfig(
     mixer='attention', num_layers=1, width=8, num_heads=2, head_dim=4, levels=(LevelConfig(8, 16),), vocab_size=11, max_length=32
@@ -42,6 +43,20 @@ def test_rows_stop_on_their_own(model_and_variables):
         end = ends[0] if ends.size else len(other)
         np.testing.assert_array_equal(row[: end + 1], other[: end + 1])
         assert (row[end:] == stop).all()
+
+
+@pytest.mark.parametrize('family', ['transformer', 'hope-linear'])
+def test_decoding_goes_on_where_it_stood_in_the_same_memory(family):
+    model = LanguageModel(small(family))
+    variables, prompt = {'params': random_params(model, dtype=np.float32)}, jnp.asarray([[1, 2, 3], [4, 5, 6]])
+    options = dict(key=jax.random.key(0), temperature=0.0)
+    whole = generate(model, variables, prompt, max_new_tokens=7, **options)
+    begun = prefill(model, variables, prompt[:, :2])
+    begun = prefill(model, variables, prompt[:, 2:], begun.state)
+    first, middle = decode(model, variables, begun, max_new_tokens=4, **options)
+    second, _ = decode(model, variables, middle, max_new_tokens=3, **options)
+    np.testing.assert_array_equal(np.concatenate([first, second], 1), whole)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(middle)) and not prompt.is_deleted()
 
 
 def test_nucleus_holds_the_fewest_tokens():
