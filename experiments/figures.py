@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import context_use, formal_languages, haystack_runs, language_modeling, mad
 from experiments.racing import interval
+from experiments.seal_tables import draw_seal
 from experiments.tables import group
 from experiments.text_tables import full_runs
 
@@ -76,6 +77,7 @@ FIGURES: dict[str, Callable[[list[dict], pathlib.Path], None]] = {
     'ablations': draw_ablations,
     'cms_levels': draw_levels,
     'context_use': draw_context,
+    'seal_knowledge': draw_seal,
 }
 
 

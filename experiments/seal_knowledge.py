@@ -30,10 +30,11 @@ from typing import Any
 import jax
 import numpy as np
 import tyro
-from matplotlib.figure import Figure
 
 from experiments.grid import INTERRUPTED
+from experiments.seal_tables import draw_seal
 from experiments.seal_world import (
+    PROTOTYPE,
     Budget,
     Edit,
     Marks,
@@ -60,7 +61,7 @@ from nested_jax.seal.stages import Stages
 EXPERIMENT = 'seal_knowledge'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
 BUDGETS = tuple(Budget(rate, steps) for rate in (3e-3, 1e-2, 3e-2) for steps in (8, 16, 32))
-PROTOTYPE = Budget(3e-3, 16)
+
 TEST_START, CHOICE_START = 1000, 2000  # seeds of adapters: those of the test, and of the best of six untrained
 
 
@@ -131,15 +132,13 @@ def run_seed(args: Args, seed: int) -> None:
     run = Run(args, seed, Stages(args.runs / config_digest(config)))
     metrics = run.metrics()
     print('\n'.join(report(metrics)), flush=True)
-    picture = args.runs / config_digest(config) / 'arms.png'
-    draw(metrics, picture)
-    print(f'{picture}, {time.monotonic() - began:.0f} s', flush=True)
+    hardware, wall = hardware_name(jax.devices()), time.monotonic() - began
+    row = make_row(experiment=EXPERIMENT, model='transformer', seed=seed, config=config, metrics=metrics, hardware=hardware, wall_s=wall)
     if not args.smoke:
-        hardware, wall = hardware_name(jax.devices()), time.monotonic() - began
-        row = make_row(
-            experiment=EXPERIMENT, model='transformer', seed=seed, config=config, metrics=metrics, hardware=hardware, wall_s=wall
-        )
         append_row(args.results, row)
+    picture = args.runs / config_digest(config) / 'arms.png'
+    draw_seal([row], picture)
+    print(f'{picture}, {wall:.0f} s', flush=True)
 
 
 def run_config(args: Args, seed: int) -> dict:
@@ -323,25 +322,6 @@ def order(arms: dict[str, dict]) -> str:
     values = [arms[name]['right'][0] for name in names]
     held = all(low < high for low, high in zip(values, values[1:], strict=False))
     return f"the paper's order, {' < '.join(names)}: " + ('reproduced' if held else 'not reproduced')
-
-
-def draw(metrics: dict[str, Any], path: pathlib.Path) -> None:
-    """A panel of the sweep, and one of the arms for each reported budget."""
-    figure = Figure(figsize=(5 * (1 + len(metrics['reported'])), 5), layout='constrained')
-    sweep, *others = figure.subplots(1, 1 + len(metrics['reported']))
-    for arm in next(iter(metrics['sweep'].values())):
-        sweep.plot(list(metrics['sweep']), [100 * arms[arm] for arms in metrics['sweep'].values()], 'o-', label=arm)
-    sweep.set(title='inner budgets, development split', ylabel='answers right, %', ylim=(0, 102))
-    sweep.tick_params(axis='x', rotation=60)
-    sweep.legend()
-    for axes, (budget, found) in zip(others, metrics['reported'].items(), strict=True):
-        means, lows, highs = 100 * np.array([value['right'] for value in found['arms'].values()]).T
-        places = np.arange(len(means))[::-1]
-        axes.barh(places, means, xerr=[means - lows, highs - means], color='C0', alpha=0.7)
-        axes.set_yticks(places, list(found['arms']))
-        axes.set(title=f'{budget}, test', xlabel='answers right, %', xlim=(0, 102))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
 
 
 def _stage_name(budget: Budget) -> str:

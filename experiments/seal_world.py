@@ -41,6 +41,9 @@ class Budget(NamedTuple):
         return f'{self.learning_rate:g} x {self.steps}'
 
 
+PROTOTYPE = Budget(3e-3, 16)  # of the first prototype of this world
+
+
 class Text(NamedTuple):
     """A person and the passage about them that everyone reads."""
 

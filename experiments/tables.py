@@ -157,17 +157,18 @@ def group(rows: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
     cells, first, trained = {}, {}, {}
     for row in rows:
         config, task = row['config'], row['config']['task']['name']
-        _check_same(first.setdefault((row['model'], task), config), config, f'{row["model"]} on {task}')
-        _check_same(trained.setdefault(task, config), config | dict(model=trained[task]['model']), f'the models on {task}')
+        check_same(first.setdefault((row['model'], task), config), config, f'{row["model"]} on {task}')
+        check_same(trained.setdefault(task, config), config | dict(model=trained[task]['model']), f'the models on {task}')
         cells.setdefault((row['model'], task), {})[row['seed']] = row
     return {key: list(by_seed.values()) for key, by_seed in cells.items()}
 
 
-def _check_same(one: dict, other: dict, where: str) -> None:
+def check_same(one: dict, other: dict, where: str) -> None:
+    """Raises ValueError naming the first setting in which two configurations differ, the seed excepted."""
     for name in dict.fromkeys([*one, *other]):
         first, second = one.get(name), other.get(name)
         if isinstance(first, dict) and isinstance(second, dict):
-            _check_same(first, second, where)
+            check_same(first, second, where)
         elif name != 'seed' and first != second:
             raise ValueError(f'{where}: {name} is {json.dumps(first)} and {json.dumps(second)}, allowed is one value: tables mix none')
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import optimizer_race
 from experiments.figures import FIGURES
 from experiments.racing import interval
+from experiments.seal_tables import seal_table
 from experiments.tables import babilong_table, language_table, mad_table, needle_table
 from experiments.text_tables import ablation_table, context_table, language_modeling_table, levels_table, probe_table
 from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
@@ -42,7 +43,8 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     levels = levels_table(read_rows(results / 'cms_levels.jsonl'))
     context = context_table(read_rows(results / 'context_use.jsonl'))
     made = [pretraining_table(pretraining), models, ablation_table(ablated), probe_table(ablated), levels, context]
-    made += [speeds, parity, languages, mad, needles, stories, race]
+    seal = seal_table(read_rows(results / 'seal_knowledge.jsonl'))
+    made += [speeds, parity, languages, mad, needles, stories, race, seal]
     return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 

@@ -1,0 +1,91 @@
+"""The table and the figure of SEAL on the world of people, from the rows of `experiments/seal_knowledge.py`."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.racing import interval
+from experiments.seal_world import PROTOTYPE
+from experiments.tables import NOT_RUN, check_same
+
+# Table 2, arXiv:2506.10943v2, single passage: of Qwen2.5-7B on SQuAD, by the arm that is its like.
+PAPER = {'base': '32.7', 'passage only': '33.5', 'untrained self-edit': '39.7', 'rest-em, round 2': '47.0'}
+SETTINGS = ('the chosen budget', str(PROTOTYPE))
+
+
+def seal_table(rows: list[dict]) -> list[str]:
+    """Lines of the table of arms; none without rows.
+
+    Raises:
+        ValueError: naming a setting in which two seeds differ.
+    """
+    runs = _by_seed(rows)
+    if not runs:
+        return []
+    chosen = ', '.join(dict.fromkeys(row['metrics']['chosen'] for row in runs))
+    lines = [
+        f'| SEAL on made-up people, answers right, % | at {SETTINGS[0]} ({chosen}) | at {SETTINGS[1]} | the paper |',
+        '| --- ' * 4 + '|',
+    ]
+    for arm in _arms(runs):
+        cells = [_cell([found for row in runs if (found := _found(row, setting, arm))]) for setting in SETTINGS]
+        lines.append(f'| {arm} | {cells[0]} | {cells[1]} | {PAPER.get(arm, "")} |')
+    return lines
+
+
+def draw_seal(rows: list[dict], path: pathlib.Path) -> None:
+    """Budgets tried, and a panel of the arms for each reported one; means over seeds, with intervals over them or over passages."""
+    runs = _by_seed(rows)
+    figure = Figure(figsize=(15, 5), layout='constrained')
+    sweep, *others = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    budgets = list(runs[0]['metrics']['sweep'])
+    for arm in runs[0]['metrics']['sweep'][budgets[0]]:
+        means = [np.mean([100 * row['metrics']['sweep'][budget][arm] for row in runs]) for budget in budgets]
+        sweep.plot(budgets, means, 'o-', label=arm)
+    sweep.set(title='learning rate x steps of an update, development split', ylabel='answers right, %', ylim=(0, 102))
+    sweep.tick_params(axis='x', rotation=60)
+    sweep.legend()
+    for axes, setting in zip(others, SETTINGS, strict=True):
+        arms = [arm for arm in _arms(runs) if any(_found(row, setting, arm) for row in runs)]
+        bounds = np.array([_bounds([found for row in runs if (found := _found(row, setting, arm))]) for arm in arms])
+        places, (means, lows, highs) = np.arange(len(arms))[::-1], bounds.T
+        axes.barh(places, means, xerr=np.maximum([means - lows, highs - means], 0), color='C0', alpha=0.7)
+        axes.set_yticks(places, arms)
+        axes.set(title=f'at {setting}, test', xlabel='answers right, %', xlim=(0, 102))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _by_seed(rows: list[dict]) -> list[dict]:
+    """The latest row of each seed, of one configuration."""
+    for row in rows:
+        check_same(rows[0]['config'], row['config'], 'seeds of SEAL')
+    return [row for _, row in sorted({row['seed']: row for row in rows}.items())]
+
+
+def _arms(runs: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(arm for row in runs for found in row['metrics']['reported'].values() for arm in found['arms']))
+
+
+def _found(row: dict, setting: str, arm: str) -> list[float] | None:
+    """Mean over passages in % and its interval, of one seed."""
+    budget = row['metrics']['chosen'] if setting == SETTINGS[0] else setting
+    arms = row['metrics']['reported'].get(budget, {}).get('arms', {})
+    return [100 * value for value in arms[arm]['right']] if arm in arms else None
+
+
+def _bounds(found: Sequence[list[float]]) -> list[float]:
+    """Mean, lower and upper bound: over seeds, or of one seed over passages."""
+    if len(found) == 1:
+        return found[0]
+    mean, half = interval([each[0] for each in found])
+    return [mean, mean - half, mean + half]
+
+
+def _cell(found: Sequence[list[float]]) -> str:
+    if not found:
+        return NOT_RUN
+    mean, low, high = _bounds(found)
+    return f'{mean:.1f} [{low:.1f}, {high:.1f}] (n = 1)' if len(found) == 1 else f'{mean:.1f} ± {high - mean:.1f} (n = {len(found)})'
