@@ -37,7 +37,7 @@ class Context:
 
 
 class Projection(nn.Module):
-    """Linear map without bias over the last axis, (..., D_in) -> (..., features).
+    """Linear map over the last axis, (..., D_in) -> (..., features), without bias unless `use_bias`.
 
     Leading axes are flattened into one: XLA's CPU backward pass of a 2-D product is a quarter faster.
     """
@@ -46,13 +46,18 @@ class Projection(nn.Module):
     dtype: jnp.dtype
     scale: float = 1.0  # of the initial standard deviation 1 / sqrt(D_in)
     initializer: Callable | None = None  # in its place
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         initializer = self.initializer or nn.initializers.variance_scaling(self.scale**2, 'fan_in', 'normal')
         kernel = self.param('kernel', initializer, (x.shape[-1], self.features))
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        return (flat @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        y = flat @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param('bias', nn.initializers.zeros, (self.features,))
+            y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):
