@@ -11,6 +11,7 @@ _HOMES = {
     'preset': 'nested_jax.models.presets',
     'preset_names': 'nested_jax.models.presets',
     'save_pretrained': 'nested_jax.models.pretrained',
+    'stack_levels': 'nested_jax.models.level_stacking',
 }
 __all__ = list(_HOMES)
 

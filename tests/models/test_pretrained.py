@@ -92,7 +92,7 @@ def with_attention(**fields):
         ('llama', 64, with_attention(rope_theta=1e6)),
         ('llama', 64, with_attention(rope_scaling=None)),
         ('llama', 3000, with_attention(rope_scaling=None)),
-        ('llama', 3000, with_attention(rope_scaling=dataclasses.replace(LLAMA3, factor=8.0))),
+        ('llama', 64, with_attention(rope_scaling=dataclasses.replace(LLAMA3, factor=8.0))),
         ('llama', 64, lambda config, params: (dataclasses.replace(config, norm_epsilon=1e-3), params)),
         ('qwen2', 64, with_attention(rope_theta=1e4)),
         ('qwen2', 64, without_biases),
