@@ -34,6 +34,16 @@ def as_dict(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary wavelengths beyond those that pre-training saw whole (`layers.attention.rotary_frequencies`)."""
+
+    factor: float  # that long wavelengths grow by
+    low_frequency_factor: float  # wavelengths above original_max_length / this are stretched in full
+    high_frequency_factor: float  # wavelengths below original_max_length / this are left alone
+    original_max_length: int  # tokens of pre-training's sequences
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Softmax attention with rotary positions and grouped queries."""
 
@@ -44,6 +54,9 @@ class AttentionConfig:
     num_persistent: int | None = None  # learned tokens that every query sees beside its window (Sec. 3.3, arXiv:2501.00663v1)
     segment: int | None = None  # titans-mac: tokens that see one another, a multiple of memory.chunk_size
     short_convolution: bool = False  # the width-4 convolutions of the memories on q, k and v, as a control
+    qkv_bias: bool = added(False)  # biases of q, k and v, as in Qwen2
+    qk_norm: bool = added(False)  # RMSNorm of each head's q and k before they are rotated, as in Qwen3
+    rope_scaling: RopeScaling | None = added(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +175,7 @@ class ModelConfig:
         if attends:
             kv_heads = self.num_kv_heads
             _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
+        self._check_variants()
         if self.mixer == 'titans-mac':
             segment, size = self.attention.segment, self.memory.chunk_size
             multiple = segment is not None and segment % size == 0
@@ -177,6 +191,18 @@ class ModelConfig:
         if self.mixer == 'mamba2':
             channels, size = self.state_space.expand * self.width, self.state_space.head_dim
             _check(channels % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={channels}')
+
+    def _check_variants(self) -> None:
+        """Of softmax attention, as pre-trained models have them."""
+        for field in dataclasses.fields(self.attention):
+            value = getattr(self.attention, field.name)
+            if field.metadata.get('added') and value != field.default:
+                _check(self.mixer == 'attention', f'attention.{field.name}', value, f'{field.default!r} with the mixer {self.mixer!r}')
+        scaling = self.attention.rope_scaling
+        if scaling is not None:
+            factors = scaling.high_frequency_factor > scaling.low_frequency_factor > 0 and scaling.factor > 0
+            _check(factors, 'attention.rope_scaling', scaling, 'factors above 0, that of high frequencies above that of low ones')
+            _check_counts(scaling, 'attention.rope_scaling.', 'original_max_length')
 
     def _check_memory(self) -> None:
         memory = self.memory

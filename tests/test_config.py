@@ -1,8 +1,11 @@
 """Configurations as stored: what a field added later does to those of earlier runs."""
 
 import dataclasses
+import json
 
-from nested_jax.config import LevelConfig, ModelConfig, added, as_dict
+import pytest
+
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, RopeScaling, added, as_dict
 from nested_jax.models.presets import preset
 from nested_jax.training.config import TrainConfig
 
@@ -23,10 +26,39 @@ def test_a_field_added_later_shows_only_where_it_is_set():
     assert as_dict(_Outer()) == dict(name='x', parts=(dict(size=1), dict(size=2, later=3)))
 
 
+def drop(tree, names: set[str]):
+    """Without the entries of these names, at any depth."""
+    if isinstance(tree, dict):
+        return {name: drop(part, names) for name, part in tree.items() if name not in names}
+    return tuple(drop(part, names) for part in tree) if isinstance(tree, tuple) else tree
+
+
 def test_other_fields_are_those_of_the_dataclass():
     config = dataclasses.replace(preset('hope-tiny'), levels=(LevelConfig(8, 2), LevelConfig(8, 4)))
     for value in (config, TrainConfig()):
         told, whole = as_dict(value), dataclasses.asdict(value)
-        later = {field.name for field in dataclasses.fields(value) if field.metadata.get('added')}
-        assert told == {name: part for name, part in whole.items() if name not in later}
+        later = {field.name for part in (value, AttentionConfig()) for field in dataclasses.fields(part) if field.metadata.get('added')}
+        assert told == drop(whole, later)
     assert ModelConfig.from_dict(as_dict(config)) == config
+
+
+def test_a_pretrained_models_attention_is_stored_and_read_back():
+    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
+    config = dataclasses.replace(preset('transformer-tiny'), attention=AttentionConfig(qkv_bias=True, rope_scaling=scaling))
+    stored = json.loads(json.dumps(as_dict(config)))
+    assert 'qk_norm' not in stored['attention'] and stored['attention']['rope_scaling']['factor'] == 32.0
+    assert ModelConfig.from_dict(stored) == config
+
+
+@pytest.mark.parametrize(
+    ('preset_name', 'attention', 'message'),
+    [
+        ('hope-tiny', dict(qk_norm=True), 'attention.qk_norm is True, allowed is False'),
+        ('titans-mac-tiny', dict(qkv_bias=True, segment=64), 'attention.qkv_bias is True'),
+        ('transformer-tiny', dict(rope_scaling=RopeScaling(8.0, 4.0, 4.0, 8192)), 'that of high frequencies above that of low ones'),
+        ('transformer-tiny', dict(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 0)), 'rope_scaling.original_max_length is 0'),
+    ],
+)
+def test_variants_of_attention_are_checked(preset_name, attention, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(preset(preset_name), attention=AttentionConfig(**attention))

@@ -87,19 +87,24 @@ class BPETokenizer(Tokenizer):
         ValueError: for any other tokenizer.
     """
 
+    _normalizers: tuple[str | None, ...] = (None,)
+
     def __init__(self, content: str):
         import tokenizers  # not needed for bytes
 
-        _check_byte_level(content)
+        _check_byte_level(content, self._normalizers)
         self._content = content
         self._tokenizer = tokenizers.Tokenizer.from_str(content)
         self._tokenizer.encode_special_tokens = True
-        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         spellings = [b''] * (max(self._tokenizer.get_vocab().values()) + 1)
+        added = self._tokenizer.get_added_tokens_decoder()
         for token, i in self._tokenizer.get_vocab().items():
-            spellings[i] = b'' if token in special else bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            if i in added:  # one that is not special is found in ordinary text, whatever the merges
+                spellings[i] = b'' if added[i].special else token.encode()
+            else:
+                spellings[i] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
         super().__init__(spellings)
-        self._byte_ids = {spelling[0]: i for i, spelling in enumerate(spellings) if len(spelling) == 1}
+        self._byte_ids = {spelling[0]: i for i, spelling in enumerate(spellings) if len(spelling) == 1 and i not in added}
         if len(self._byte_ids) < 256:
             raise ValueError(f'tokenizer has tokens for {len(self._byte_ids)} single bytes; all 256 are needed')
         self.end = self._tokenizer.token_to_id(END_OF_DOCUMENT)
@@ -179,7 +184,7 @@ def load_tokenizer(name: str | os.PathLike, texts: Iterable[bytes] = ()) -> Toke
         raise ValueError(f'tokenizer={name!r}: {error}') from None
 
 
-def _check_byte_level(content: str) -> None:
+def _check_byte_level(content: str, normalizers: tuple[str | None, ...]) -> None:
     try:
         parts = json.loads(content)
         kind, normalizer, splitting = parts['model']['type'], parts['normalizer'], parts['pre_tokenizer'] or {}
@@ -187,8 +192,10 @@ def _check_byte_level(content: str) -> None:
         raise ValueError('not a tokenizer.json') from None
     steps = splitting.get('pretokenizers', [splitting])
     byte_level = [step for step in steps if step.get('type') == 'ByteLevel']
-    if kind != 'BPE' or not byte_level or normalizer is not None or any(step.get('add_prefix_space') for step in byte_level):
-        raise ValueError('only byte-level BPE without a normalizer or an added prefix space gives every text back')
+    prefixed = any(step.get('add_prefix_space') for step in byte_level)
+    if kind != 'BPE' or not byte_level or (normalizer or {}).get('type') not in normalizers or prefixed:
+        known = ' or '.join('no normalizer' if name is None else name for name in normalizers)
+        raise ValueError(f'only byte-level BPE with {known} and without an added prefix space gives every text back')
 
 
 def _byte_characters() -> dict[str, int]:

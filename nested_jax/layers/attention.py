@@ -12,9 +12,10 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from nested_jax.config import ModelConfig
-from nested_jax.layers.common import Context, Projection, ShortConvolution, split_heads
+from nested_jax.config import ModelConfig, RopeScaling
+from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, split_heads
 
 
 class AttentionState(NamedTuple):
@@ -80,20 +81,47 @@ def _group(query: jax.Array, kv_heads: int) -> jax.Array:
     return query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
 
 
-def rotate(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None, dtype: np.dtype | str = 'float32') -> np.ndarray:
+    """Radians a token by which each pair of channels is turned.
+
+    With Llama 3's scaling, wavelengths that a sequence of pre-training did not hold in full are stretched by `factor`, and those between
+    the two limits in part (the published 3.1 and 3.2 models; Sec. 3.2, arXiv:2407.21783v3, has their theta alone).
+
+    Computed on the host, with the roundings of the published implementations: at token 3,000 the last bit of a float32 frequency is worth
+    1e-4 of the angle.
+
+    Args:
+        head_dim: D, even.
+        theta: base of the wavelengths.
+        scaling: None for none.
+        dtype: 'float32' or 'float64'.
+
+    Returns:
+        (D / 2,) in `dtype`.
+    """
+    frequency = 1 / (theta ** (np.arange(0, head_dim, 2) / head_dim)).astype(dtype)
+    if scaling is None:
+        return frequency
+    turns = scaling.original_max_length / (2 * np.pi / frequency)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * frequency / scaling.factor + kept * frequency
+
+
+def rotate(x: jax.Array, position: jax.Array, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
     """Rotary position embedding, half-split pairing (Sec. 3.4, arXiv:2104.09864v5).
 
     Args:
         x: (B, T, H, D), D even.
         position: (B, T) int32.
         theta: base of the wavelengths.
+        scaling: of the wavelengths, see `rotary_frequencies`.
 
     Returns:
         (B, T, H, D) in x's dtype.
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.promote_types(x.dtype, jnp.float32)) / half)
-    angle = position[:, :, None, None] * frequency[None, None, None]
+    frequency = rotary_frequencies(x.shape[-1], theta, scaling, jnp.promote_types(x.dtype, jnp.float32))
+    angle = position[:, :, None, None] * jnp.asarray(frequency)[None, None, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(angle.dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
@@ -118,23 +146,27 @@ class Attention(nn.Module):
         """(B, T, width) -> (B, T, width), and the state after the call's last token."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         heads = {'query': config.num_heads, 'key': config.num_kv_heads, 'value': config.num_kv_heads}
-        projections = {name: Projection(n * config.head_dim, dtype, name=name) for name, n in heads.items()}
+        bias = config.attention.qkv_bias
+        projections = {name: Projection(n * config.head_dim, dtype, use_bias=bias, name=name) for name, n in heads.items()}
+        norms = {}
+        if config.attention.qk_norm:
+            norms = {name: RMSNorm(config.norm_epsilon, name=f'{name}_norm') for name in ('query', 'key')}
+        split = lambda name, rows: norms.get(name, lambda x: x)(split_heads(rows, heads[name]))
         rows = {name: project(x) for name, project in projections.items()}
         convolution = None
         if config.attention.short_convolution:
             before = (None,) * 3 if state is None else state.convolution
             rows, convolution = _convolve(rows, before, context.segment_ids)
-        query, key, value = (split_heads(rows[name], n) for name, n in heads.items())
+        query, key, value = (split(name, rows[name]) for name in heads)
         persistent = None
         if config.attention.num_persistent is not None:
             tokens = persistent_tokens(self, config)
-            persistent = persistent_memory(
-                query, *(split_heads(projections[name](tokens), config.num_kv_heads) for name in ('key', 'value'))
-            )
+            persistent = persistent_memory(query, *(split(name, projections[name](tokens)) for name in ('key', 'value')))
         position = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         if context.position is not None:
             position += context.position[:, None]
-        query, key = (rotate(rows, position, config.attention.rope_theta) for rows in (query, key))
+        theta, scaling = config.attention.rope_theta, config.attention.rope_scaling
+        query, key = (rotate(rows, position, theta, scaling) for rows in (query, key))
         segment_id = jnp.zeros(x.shape[:2], jnp.int32) if context.segment_ids is None else context.segment_ids
         new = AttentionState(key, value, position, segment_id, jnp.ones(x.shape[:2], bool), convolution)
         known = new if state is None else _append(state, new)

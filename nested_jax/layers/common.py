@@ -37,7 +37,7 @@ class Context:
 
 
 class Projection(nn.Module):
-    """Linear map without bias over the last axis, (..., D_in) -> (..., features).
+    """Linear map over the last axis, (..., D_in) -> (..., features), without bias unless `use_bias`.
 
     Leading axes are flattened into one: XLA's CPU backward pass of a 2-D product is a quarter faster. Where the call has a collection
     'lora' with an adapter for this layer, `a` (D_in, R) and `b` (R, features), their product is added to the kernel (`seal/lora.py`).
@@ -47,6 +47,7 @@ class Projection(nn.Module):
     dtype: jnp.dtype
     scale: float = 1.0  # of the initial standard deviation 1 / sqrt(D_in)
     initializer: Callable | None = None  # in its place
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,6 +58,9 @@ class Projection(nn.Module):
         if self.has_variable('lora', 'a'):
             a, b = (self.get_variable('lora', name).astype(self.dtype) for name in ('a', 'b'))
             y += (flat @ a) @ b
+        if self.use_bias:
+            bias = self.param('bias', nn.initializers.zeros, (self.features,))
+            y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
         return y.reshape(*x.shape[:-1], self.features)
 
 

@@ -21,6 +21,8 @@ _RULES: tuple[tuple[str, Axes], ...] = (
     (r'\w+_convolution/bias$', ('heads',)),
     (r'(query|key|value|block/gate)/kernel$', ('embed', 'heads')),
     (r'(output|output_projection)/kernel$', ('heads', 'embed')),
+    (r'(query|key|value)/bias$', ('heads',)),
+    (r'mixer/(query|key)_norm/scale$', (None,)),
     (r'mixer/gate/kernel$', ('embed', 'heads')),
     (r'shared_(query|key)/kernel$', ('embed', None)),
     (r'selection/kernel$', ('heads', None)),

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig
-from nested_jax.layers.attention import Attention, rotate
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, RopeScaling
+from nested_jax.layers.attention import Attention, rotary_frequencies, rotate
 from nested_jax.layers.common import Context
 
 SOFTMAX = 2e-6  # jax.nn.dot_product_attention takes the softmax in float32 whatever its inputs' dtype
@@ -133,3 +133,49 @@ def test_max_length_bounds_what_is_seen_and_kept(x64, golden):
     changed, _ = run(x.at[:, 10].add(1.0))
     moved = np.abs(np.asarray(changed - y)).max((0, 2)) > 1e-12
     np.testing.assert_array_equal(moved, (np.arange(48) >= 10) & (np.arange(48) < 26))
+
+
+def test_llama3_scaling_gives_the_published_frequencies():
+    """Llama 3.2: heads of 64, theta 5e5, factor 32 (8 for heads of 128 below: only where the limits fall is known)."""
+    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
+    raw, scaled = (rotary_frequencies(64, 5e5, s, 'float64') for s in (None, scaling))
+    np.testing.assert_allclose(rotary_frequencies(64, 5e5, scaling), scaled, rtol=5e-7)
+    known = {0: 1.0, 1: 0.663601238, 14: 3.21144599e-3, 15: 1.29054793e-3, 16: 4.29556797e-4, 17: 9.7082878e-5, 18: 1.94616382e-5}
+    for i, value in {**known, 31: 9.41830673e-8}.items():
+        np.testing.assert_allclose(scaled[i], value, rtol=2e-7, err_msg=str(i))
+    np.testing.assert_allclose(raw[15:18], [2.13111954e-3, 1.41421356e-3, 9.3847387e-4], rtol=2e-7)
+    for dim, kept, blended in ((64, 15, 18), (128, 29, 35)):
+        raw, scaled = (rotary_frequencies(dim, 5e5, s) for s in (None, scaling))
+        np.testing.assert_array_equal(scaled[:kept], raw[:kept])
+        assert (raw[kept:blended] / 32 < scaled[kept:blended]).all() and (scaled[kept:blended] < raw[kept:blended]).all()
+        np.testing.assert_array_equal(scaled[blended:], raw[blended:] / 32)
+
+
+def test_scaling_reaches_the_rotation(x64, golden):
+    q, position = golden('rotary')['q'], jnp.full((2, 40), 3000)
+    scaling = RopeScaling(8.0, 1.0, 4.0, 128)
+    half = q.shape[-1] // 2
+    angle = 3000 * rotary_frequencies(2 * half, 1e4, scaling, 'float64')
+    turned = (np.asarray(q[..., :half]) + 1j * np.asarray(q[..., half:])) * np.exp(1j * angle)
+    y = np.asarray(rotate(q, position, 1e4, scaling))
+    np.testing.assert_allclose(y, np.concatenate([turned.real, turned.imag], -1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('persistent', [None, 3])
+def test_norms_and_biases_of_pretrained_models(x64, persistent):
+    """Normed heads do not change when their projection is scaled; a bias of q, k and v acts as a constant input does."""
+    config = _config(qk_norm=True, qkv_bias=True, num_persistent=persistent)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 12, 64)))
+    params = Attention(config).init(jax.random.key(0), x, None, Context(None, None, True))['params']
+    assert params['query_norm']['scale'].shape == params['key_norm']['scale'].shape == (16,)
+    assert {name: params[name]['bias'].shape for name in ('query', 'key', 'value')} == dict(query=(64,), key=(32,), value=(32,))
+    assert 'bias' not in params['output']
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    run = jax.jit(lambda params, config=config: Attention(config).apply({'params': params}, x, None, Context(None, None, True))[0])
+    scaled = {name: jax.tree.map(lambda leaf: 3 * leaf, params[name]) if name in ('query', 'key') else params[name] for name in params}
+    np.testing.assert_allclose(run(scaled), run(params), rtol=0, atol=1e-5)  # but for the norm's epsilon
+    without = {name: jax.tree.map(jnp.zeros_like, part) if name.endswith('_norm') else part for name, part in params.items()}
+    assert np.abs(run(without) - run(params)).max() > 1e-2
+    for name in ('query', 'key', 'value'):
+        shifted = {**params, name: {**params[name], 'bias': jnp.zeros_like(params[name]['bias'])}}
+        assert np.abs(run(shifted) - run(params)).max() > 1e-3, name
