@@ -34,7 +34,7 @@ from jax.experimental import topologies
 from nested_jax.config import ModelConfig
 from nested_jax.evaluation.rows import append_row, make_row
 from nested_jax.models import LanguageModel, preset
-from nested_jax.training.compiled import REMATERIALISED, report
+from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
 from nested_jax.training.config import TrainConfig, check_devices, check_model
 from nested_jax.training.loop import level_periods, make_loss
 from nested_jax.training.optimizer import make_optimizer
@@ -85,10 +85,11 @@ def main() -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     with logged() as log:
-        compiled = compile_step(config, train, Placement.on(make_mesh(sizes, list(devices))))
+        compiled, flops = compile_step(config, train, Placement.on(make_mesh(sizes, list(devices))))
     seconds = time.monotonic() - began
     metrics = report(compiled) | dict(
         chips=len(devices),
+        matrix_flops_per_chip=flops / len(devices),
         full_rematerialisations=sum(REMATERIALISED in line for line in log),
         host_peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
@@ -104,8 +105,8 @@ def main() -> int:
     return 0
 
 
-def compile_step(config: ModelConfig, train: TrainConfig, placement: Placement) -> jax.stages.Compiled:
-    """The trainer's step for shapes alone: no array is made."""
+def compile_step(config: ModelConfig, train: TrainConfig, placement: Placement) -> tuple[jax.stages.Compiled, int]:
+    """The trainer's step for shapes alone, no array is made; and the operations of its matrix products on all chips."""
     model = LanguageModel(config)
     optimizer = make_optimizer(train, level_periods(config, train.sequence_length))
     tokens = jnp.zeros((1, train.sequence_length), jnp.int32)
@@ -116,7 +117,8 @@ def compile_step(config: ModelConfig, train: TrainConfig, placement: Placement) 
     batch = {name: rows(jnp.float32 if name == 'weights' else jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'weights')}
     step = make_train_step(make_loss(model), optimizer, train.accumulation)
     with jax.set_mesh(placement.mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.replicated)).lower(state, batch).compile()
+        traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.replicated)).trace(state, batch)
+        return traced.lower().compile(), matrix_flops(traced.jaxpr)
 
 
 @contextlib.contextmanager
@@ -145,7 +147,7 @@ def show(metrics: dict, seconds: float) -> None:
     print(f'a chip: {gib(memory["total"])} = arguments {gib(memory["arguments"])} + temporaries {gib(memory["temporaries"])} + results')
     for kind, sums in metrics['collectives'].items():
         print(f'  {kind:<20}{sums["count"]:>8} a step   {gib(sums["bytes"])}')
-    print(f'  operations a step {metrics["flops"]}')
+    print(f'  matrix products     {metrics["matrix_flops_per_chip"]:.4g} operations a step')
     print(f'full rematerialisations: {metrics["full_rematerialisations"]}')
     print(f'compiled in {seconds:.0f} s, host memory {gib(metrics["host_peak_bytes"])}', flush=True)
 

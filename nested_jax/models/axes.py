@@ -85,6 +85,19 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P(names))
 
 
+def gather_width(table: jax.Array) -> jax.Array:
+    """A table (V, width) whose rows are to be looked up, with whole rows on every device of the mesh of `jax.set_mesh`.
+
+    Rows that are split by column over the axis that splits the tokens make XLA move the (B, T, width) result by way of whole copies.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if not any(kinds.get(name) == AxisType.Auto for name in BATCH_AXES):
+        return table
+    split = kinds.get('tensor') == AxisType.Auto and table.shape[0] % mesh.shape['tensor'] == 0
+    return jax.lax.with_sharding_constraint(table, jax.P('tensor' if split else None))
+
+
 def _axes(path, leaf) -> Axes:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     inner = name.removeprefix('blocks/')

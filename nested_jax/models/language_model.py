@@ -30,7 +30,7 @@ from nested_jax.layers.titans import Titans
 from nested_jax.layers.titans_context import MemoryAsContext
 from nested_jax.layers.titans_hybrids import MemoryAsGate, MemoryAsLayer
 from nested_jax.layers.ttt import TTT
-from nested_jax.models.axes import split_rows
+from nested_jax.models.axes import gather_width, split_rows
 
 TOKEN_MIXERS = {
     'attention': Attention,
@@ -191,7 +191,7 @@ def _check_state(tokens: jax.Array, state) -> None:
 
 def open_rows(config: ModelConfig, embedding: jax.Array, tokens: jax.Array) -> Rows:
     """What the first block gets."""
-    x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
+    x = split_rows(jnp.take(gather_width(embedding), tokens, axis=0)).astype(config.dtype)
     if config.mixer != 'rwkv7':
         return Rows(x, None)
     return Rows(x, FirstValues(jnp.zeros((*tokens.shape, config.num_heads * config.head_dim), x.dtype), jnp.zeros((), jnp.int32)))

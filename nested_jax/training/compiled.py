@@ -1,9 +1,10 @@
-"""What a compiled program needs of each device: memory, collectives and operations, read off before it has ever run."""
+"""What a compiled program needs of each device: memory, collectives and matrix products, read off before it has ever run."""
 
 import collections
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 
@@ -15,6 +16,9 @@ _BYTES = dict(pred=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32
 _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \(.*\{$')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\(')
 _CALLS = re.compile(r'(?:body|condition|to_apply|calls|true_computation|false_computation|branch_computations)=\{?([^},]+(?:, %[\w.-]+)*)')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
+_CONDITION = re.compile(r'condition=%?([\w.-]+)')
+_CONSTANT = re.compile(r' = s32\[\]\S* constant\((\d+)\)')
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _ARRAY = re.compile(r'\b(\w+)\[([\d,]*)\]')
 
@@ -36,20 +40,42 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """The collectives of an optimized HLO module, `compiled.as_text()`, with the loops they stand in multiplied out.
 
-    On a TPU XLA splits some into a start and a done, of which the start counts, with the last of its arrays; and runs some as a kernel
-    that is called by the name of the computation that holds the collective.
+    A TPU's compiler splits a collective into a start and a done, of which the start counts, or into kernels that do a part of it each:
+    all that are of one channel count as one. A sum of which each device keeps a part only stands as an all-reduce in a kernel named
+    all-reduce-scatter; it is a reduce-scatter here, with the arrays that go in.
     """
     bodies, entry = _computations(text)
     runs = _runs(bodies, entry)
-    found = []
+    found = {}
     for name, lines in bodies.items():
-        for match in filter(None, map(_COLLECTIVE.search, lines)):
-            result, kind, started = match.groups()
-            shapes = tuple((dtype, tuple(map(int, filter(None, sizes.split(','))))) for dtype, sizes in _ARRAY.findall(result))
-            if started and kind in ('all-gather', 'collective-permute'):
-                shapes = shapes[len(shapes) // 2 :] if kind == 'all-gather' else shapes[1:2]
-            found.append(Collective(kind, shapes, runs[name]))
-    return [each for each in found if each.runs]
+        for line in lines if runs[name] else ():
+            match = _COLLECTIVE.search(line)
+            if match:
+                channel = _CHANNEL.search(line)
+                key, each = channel[1] if channel else line, _collective(match, name, runs[name])
+                found[key] = max(found.get(key, each), each, key=lambda one: one.runs * one.num_bytes)
+    return list(found.values())
+
+
+def matrix_flops(jaxpr: Any) -> int:
+    """Operations of the matrix products of a traced function, loops of known length multiplied out; two for a multiplication and a sum.
+
+    XLA's own count takes a loop's body once, and a scan over 24 blocks and 256 chunks is all body.
+
+    Args:
+        jaxpr: as of `jax.jit(function).trace(...)`; of a step it has what the backward pass computes again too.
+    """
+    total = 0
+    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        if equation.primitive.name == 'dot_general':
+            (contracted, _), _ = equation.params['dimension_numbers']
+            left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+        inner = [part for value in equation.params.values() for part in (value if isinstance(value, tuple | list) else (value,))]
+        times = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
+        counts = [matrix_flops(part) for part in inner if hasattr(getattr(part, 'jaxpr', part), 'eqns')]
+        total += times * (max(counts, default=0) if equation.primitive.name == 'cond' else sum(counts))
+    return total
 
 
 def report(compiled: jax.stages.Compiled) -> dict:
@@ -58,7 +84,6 @@ def report(compiled: jax.stages.Compiled) -> dict:
     Returns:
         memory: bytes of arguments, of results that do not take the place of a donated argument, of temporaries, and of all three.
         collectives: kind -> count (runs a step) and bytes (of their results, a step).
-        flops: floating-point operations of one step as XLA counts them; a kernel's are not in it. None where it does not count.
     """
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -67,10 +92,9 @@ def report(compiled: jax.stages.Compiled) -> dict:
     for each in collectives(compiled.as_text()):
         sums[each.kind]['count'] += each.runs
         sums[each.kind]['bytes'] += each.runs * each.num_bytes
-    cost = compiled.cost_analysis() or {}
     total = arguments + results + temporaries
     sizes = dict(arguments=arguments, results=results, temporaries=temporaries, total=total)
-    return dict(memory=sizes, collectives={kind: sums[kind] for kind in KINDS if kind in sums}, flops=cost.get('flops'))
+    return dict(memory=sizes, collectives={kind: sums[kind] for kind in KINDS if kind in sums})
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -86,14 +110,33 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
+def _collective(match: re.Match, computation: str, runs: int) -> Collective:
+    result, kind, started = match.groups()
+    shapes = tuple((dtype, tuple(map(int, filter(None, sizes.split(','))))) for dtype, sizes in _ARRAY.findall(result))
+    if started and kind == 'all-gather':  # (what goes in, what comes out)
+        shapes = shapes[len(shapes) // 2 :]
+    if started and kind == 'collective-permute':  # the same, and two counters
+        shapes = shapes[1:2]
+    return Collective('reduce-scatter' if 'all-reduce-scatter' in computation else kind, shapes, runs)
+
+
 def _runs(bodies: dict[str, list[str]], entry: str) -> collections.Counter:
     """How often each computation runs in a step. Callees are printed before their callers."""
     runs = collections.Counter({entry: 1})
     for name in reversed(bodies):
-        for line in bodies[name]:
-            trips = _TRIPS.search(line)
-            times = int(trips[1]) if trips and ' while(' in line else 1
+        for line in bodies[name] if runs[name] else ():
+            times = _trips(line, bodies) if ' while(' in line else 1
             for callees in _CALLS.findall(line):
                 for callee in callees.split(', '):
                     runs[callee.lstrip('%')] += runs[name] * times
     return runs
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """Length of a loop: as XLA noted it, else the one number its condition compares with; 1 where that is not one."""
+    known = _TRIPS.search(line)
+    if known:
+        return int(known[1])
+    condition = _CONDITION.search(line)
+    found = [match[1] for match in map(_CONSTANT.search, bodies.get(condition[1], []) if condition else ()) if match]
+    return int(found[0]) if len(found) == 1 else 1
