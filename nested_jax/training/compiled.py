@@ -41,20 +41,24 @@ def collectives(text: str) -> list[Collective]:
     """The collectives of an optimized HLO module, `compiled.as_text()`, with the loops they stand in multiplied out.
 
     A TPU's compiler splits a collective into a start and a done, of which the start counts, or into kernels that do a part of it each:
-    all that are of one channel count as one. A sum of which each device keeps a part only stands as an all-reduce in a kernel named
-    all-reduce-scatter; it is a reduce-scatter here, with the arrays that go in.
+    all that are of one channel count as one. Such parts may stand in a loop that the collective overlaps with, as one of each block's
+    parameters does with the scan over the chunks, so those in kernels named async_collective_fusion say how often it runs only where
+    no other does, and then the one that runs least often. A sum of which each device keeps a part stands as an all-reduce in a kernel
+    named all-reduce-scatter; it is a reduce-scatter here, with the arrays that go in.
     """
     bodies, entry = _computations(text)
     runs = _runs(bodies, entry)
-    found = {}
+    channels = collections.defaultdict(lambda: ([], []))  # copies that are whole, and parts
     for name, lines in bodies.items():
         for line in lines if runs[name] else ():
             match = _COLLECTIVE.search(line)
             if match:
-                channel = _CHANNEL.search(line)
-                key, each = channel[1] if channel else line, _collective(match, name, runs[name])
-                found[key] = max(found.get(key, each), each, key=lambda one: one.runs * one.num_bytes)
-    return list(found.values())
+                each, channel = _collective(match, name, runs[name]), _CHANNEL.search(line)
+                # Kernels of the name have channel 1 all of them, which another collective has too.
+                key = channel[1] if channel and 'all-reduce-scatter' not in name else (name, line)
+                channels[key][name.startswith('async_collective_fusion')].append(each)
+    often = lambda each: each.runs
+    return [max(whole, key=often) if whole else min(parts, key=often) for whole, parts in channels.values()]
 
 
 def matrix_flops(jaxpr: Any) -> int:

@@ -70,6 +70,22 @@ def test_kernels_and_halves_of_a_tpus_collectives_count_once():
   ROOT %g.2 = f32[6]{0} all-gather(%p), channel_id=6, dimensions={0}
 }
 
+%async_collective_fusion.3 (p: f32[3]) -> f32[6] {
+  ROOT %g.3 = f32[6]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%async_collective_fusion.4 (p: f32[3]) -> f32[6] {
+  ROOT %g.4 = f32[6]{0} all-gather(%p), channel_id=7, dimensions={0}
+}
+
+%async_collective_fusion.5 (p: f32[5]) -> f32[10] {
+  ROOT %g.5 = f32[10]{0} all-gather(%p), channel_id=8, dimensions={0}
+}
+
+%begin (p: f32[5]) -> f32[10] {
+  ROOT %g.6 = f32[10]{0} all-gather(%p), channel_id=8, dimensions={0}
+}
+
 %until (p: (s32[], f32[8,4])) -> pred[] {
   %n = s32[]{:T(128)} constant(9)
   ROOT %l = pred[] compare(%i, %n), direction=LT
@@ -83,6 +99,8 @@ def test_kernels_and_halves_of_a_tpus_collectives_count_once():
 %other (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %s.1 = f32[6]{0} fusion(%p), kind=kCustom, calls=%half.1
   %s.2 = f32[6]{0} fusion(%p), kind=kCustom, calls=%half.2
+  %s.4 = f32[6]{0} fusion(%p), kind=kCustom, calls=%async_collective_fusion.4
+  %s.5 = f32[10]{0} fusion(%p), kind=kCustom, calls=%async_collective_fusion.5
   %s.3 = f32[1]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %t = (s32[], f32[8,4]) tuple(%i, %s)
 }
@@ -90,7 +108,9 @@ def test_kernels_and_halves_of_a_tpus_collectives_count_once():
 ENTRY %main (x: bf16[4]) -> bf16[16] {
   %w = (s32[], f32[8,4]) while(%t), condition=%until, body=%body, backend_config={"known_trip_count":{"n":"7"}}
   %v = (s32[], f32[8,4]) while(%t), condition=%until, body=%other
-  %g = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), dimensions={0}
+  %s.6 = f32[6]{0} fusion(%p), kind=kCustom, calls=%async_collective_fusion.3
+  %s.7 = f32[10]{0} fusion(%p), kind=kCustom, calls=%begin
+  %g = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), channel_id=5, dimensions={0}
   ROOT %d = bf16[16]{0} all-gather-done(%g)
 }
 """
@@ -99,7 +119,9 @@ ENTRY %main (x: bf16[4]) -> bf16[16] {
         Collective('reduce-scatter', (('f32', (2, 4)),), 7),
         Collective('reduce-scatter', (('f32', (8,)),), 9),
         Collective('all-gather', (('f32', (6,)),), 9),
+        Collective('all-gather', (('f32', (6,)),), 1),
+        Collective('all-gather', (('f32', (10,)),), 1),
         Collective('all-gather', (('bf16', (16,)),), 1),
     ]
     assert sorted(map(str, found)) == sorted(map(str, expected))
-    assert [each.num_bytes for each in expected] == [32, 32, 24, 32]
+    assert [each.num_bytes for each in expected] == [32, 32, 24, 24, 40, 32]
