@@ -101,6 +101,8 @@ class Args:
     model: ModelArgs = ModelArgs()
     data: DataArgs = DataArgs()
     train: TrainConfig = TrainConfig()
+    mesh: str | None = None
+    """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp and tensor; None: all on data, of large models on fsdp."""
     smoke: bool = False
     """Other defaults for --train, for a run of a few seconds, to see that everything works; its numbers mean nothing."""
 
@@ -118,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
     _introduce(args, model_config, data)
     try:
-        result = train(args.train, model_config, data, run_config)
+        result = train(args.train, model_config, data, run_config, mesh=args.mesh)
     except (DivergedError, DamagedCheckpointsError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -170,7 +172,9 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
 
     import jax
 
-    check_devices(args.train, len(jax.devices()))
+    from nested_jax.training.sharding import batch_shares, choose_mesh
+
+    check_devices(args.train, batch_shares(choose_mesh(args.mesh, model_config, len(jax.devices()))))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
     settings = {'model': as_dict(model_config), 'data': text, 'train': as_dict(args.train)}
     claim_folder(args.train.output, settings)

@@ -4,11 +4,15 @@
 None for axes that are never split.
 """
 
+import math
 import re
 
 import jax
+from jax.sharding import AxisType
 
 Axes = tuple[str | None, ...]
+# Mesh axes that the rows of a batch are split over, outermost first.
+BATCH_AXES = ('replica', 'data', 'fsdp')
 
 # First match wins; the path is that of the parameter, without the leading 'blocks/'.
 _RULES: tuple[tuple[str, Axes], ...] = (
@@ -68,6 +72,32 @@ def logical_axes(params):
         ValueError: naming a parameter no rule knows, or whose rank the rule does not have.
     """
     return jax.tree_util.tree_map_with_path(_axes, params)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """`x` (B, ...) split by row over the mesh of `jax.set_mesh`, everything else whole; as it is without one, or where B does not divide.
+
+    XLA would else be free to lay activations out as the parameters they meet, whole rows on every device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    names = tuple(name for name in BATCH_AXES if kinds.get(name) == AxisType.Auto)
+    if not names or x.shape[0] % math.prod(mesh.shape[name] for name in names):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(names))
+
+
+def gather_width(table: jax.Array) -> jax.Array:
+    """A table (V, width) whose rows are to be looked up, with whole rows on every device of the mesh of `jax.set_mesh`.
+
+    Rows that are split by column over the axis that splits the tokens make XLA move the (B, T, width) result by way of whole copies.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if not any(kinds.get(name) == AxisType.Auto for name in BATCH_AXES):
+        return table
+    split = kinds.get('tensor') == AxisType.Auto and table.shape[0] % mesh.shape['tensor'] == 0
+    return jax.lax.with_sharding_constraint(table, jax.P('tensor' if split else None))
 
 
 def _axes(path, leaf) -> Axes:

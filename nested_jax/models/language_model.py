@@ -30,6 +30,7 @@ from nested_jax.layers.titans import Titans
 from nested_jax.layers.titans_context import MemoryAsContext
 from nested_jax.layers.titans_hybrids import MemoryAsGate, MemoryAsLayer
 from nested_jax.layers.ttt import TTT
+from nested_jax.models.axes import gather_width, split_rows
 
 TOKEN_MIXERS = {
     'attention': Attention,
@@ -74,14 +75,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, rows: Rows, state, context: Context) -> tuple[Rows, object]:
         """Rows and the mixer's state -> the same."""
-        x, first = rows
+        x, first = split_rows(rows.x), rows.first
         mixer = TOKEN_MIXERS[self.config.mixer](self.config, name='mixer')
         normed = RMSNorm(self.config.norm_epsilon, name='mixer_norm')(x)
         if first is None:
             y, state = mixer(normed, state, context)
         else:
             y, state, first = mixer(normed, state, context, first)
-        return Rows(ContinuumMLP(self.config, name='channel')(x + y), first), state
+        return Rows(split_rows(ContinuumMLP(self.config, name='channel')(split_rows(x + y))), first), state
 
 
 class HybridBlock(nn.Module):
@@ -190,7 +191,7 @@ def _check_state(tokens: jax.Array, state) -> None:
 
 def open_rows(config: ModelConfig, embedding: jax.Array, tokens: jax.Array) -> Rows:
     """What the first block gets."""
-    x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
+    x = split_rows(jnp.take(gather_width(embedding), tokens, axis=0)).astype(config.dtype)
     if config.mixer != 'rwkv7':
         return Rows(x, None)
     return Rows(x, FirstValues(jnp.zeros((*tokens.shape, config.num_heads * config.head_dim), x.dtype), jnp.zeros((), jnp.int32)))

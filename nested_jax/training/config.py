@@ -75,7 +75,7 @@ class TrainConfig:
 
 
 def check_devices(config: TrainConfig, num_devices: int) -> None:
-    """Raises ValueError unless every device gets as many rows of every microbatch."""
+    """Raises ValueError unless each of the devices that split a batch gets as many rows of every microbatch."""
     if config.batch_size % (config.accumulation * num_devices):
         allowed = f'a multiple of accumulation x devices = {config.accumulation} x {num_devices}'
         raise ValueError(f'train.batch_size is {config.batch_size}, allowed is {allowed}')

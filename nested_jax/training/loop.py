@@ -30,6 +30,7 @@ from nested_jax.training.checkpoints import Checkpoints, Restored
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
 from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
 from nested_jax.training.optimizer import make_optimizer, warmup_cosine
+from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh
 from nested_jax.training.state import TrainState, init_state
 from nested_jax.training.step import LossFunction, make_eval_step, make_train_step
 
@@ -59,6 +60,7 @@ def train(
     run_config: dict,
     *,
     devices: list | None = None,
+    mesh: str | None = None,
     console: rich.console.Console | None = None,
 ) -> Result:
     """Trains a language model, or goes on where the folder `config.output` says a run stopped.
@@ -70,7 +72,8 @@ def train(
         model_config: of the model; its vocabulary holds the tokenizer's.
         data: tokenized text.
         run_config: everything that decides what the numbers come out as, JSON; a folder of another one is refused.
-        devices: that share each batch; None for all.
+        devices: that share the work; None for all.
+        mesh: how, as 'data=2,fsdp=4'; None is `choose_mesh`'s default. A run may go on with other devices on another mesh.
         console: for progress; None is standard output.
 
     Raises:
@@ -79,17 +82,20 @@ def train(
         DamagedCheckpointsError: when the folder has checkpoints and all are damaged.
     """
     devices = list(devices or jax.devices())
-    check_devices(config, len(devices))
+    sizes = choose_mesh(mesh, model_config, len(devices))
+    check_devices(config, batch_shares(sizes))
     check_model(config, model_config, data.tokenizer.vocab_size)
     claim_folder(config.output, run_config)
     with Progress(config.steps, console=console) as progress:
-        return _Trainer(config, model_config, data, run_config, devices, progress).run()
+        return _Trainer(config, model_config, data, run_config, Placement.on(make_mesh(sizes, devices)), progress).run()
 
 
 class _Trainer:
     """One call of `train`: what it needs, made in order, then the loop."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, data: Dataset, run_config: dict, devices: list, progress: Progress):
+    def __init__(
+        self, config: TrainConfig, model_config: ModelConfig, data: Dataset, run_config: dict, place: Placement, progress: Progress
+    ):
         self.config, self.run_config, self.progress = config, run_config, progress
         self.folder = pathlib.Path(config.output)
         self.model = LanguageModel(model_config)
@@ -97,8 +103,7 @@ class _Trainer:
         self.schedule = warmup_cosine(config)
         self.loss_function = make_loss(self.model)
         self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep)
-        mesh = jax.sharding.Mesh(np.asarray(devices), ('data',))
-        self.replicated, self.by_row = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P('data')))
+        self.placement = place
         layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model_config.grid)
         self.count_bytes = data.tokenizer.count_bytes
         self.identity = data_identity(data, **layout, seed=config.seed)
@@ -111,7 +116,7 @@ class _Trainer:
 
     def run(self) -> Result:
         if self.model.config.in_sequence is not None:
-            rows = self.config.batch_size // self.config.accumulation // self.replicated.mesh.size
+            rows = self.config.batch_size // self.config.accumulation // self.placement.num_shares
             copies = fast_weight_bytes(self.model, rows, self.config.sequence_length)
             self.progress.say(f'levels updated within each sequence: {copies / 2**20:,.1f} MiB of copies on each device')
         restored = self.restore()
@@ -132,8 +137,10 @@ class _Trainer:
         config = self.config
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
         init_params = lambda key: self.model.init(key, tokens)['params']
-        fresh = lambda: init_state(init_params, self.optimizer, config.seed, self.replicated)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), jax.eval_shape(fresh))
+        shapes = jax.eval_shape(lambda: init_state(init_params, self.optimizer, config.seed))
+        self.state_shardings = self.placement.state(self.optimizer, shapes.params)
+        fresh = lambda: init_state(init_params, self.optimizer, config.seed, self.state_shardings)
+        abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.state_shardings)
         restored = self.checkpoints.restore(abstract, self.run_config)
         for reason in restored.rejected if restored else ():
             self.progress.say(f'passed over a damaged checkpoint: {reason}')
@@ -150,10 +157,12 @@ class _Trainer:
         """Compiles both steps ahead of the loop: a compiled function cannot compile again, it raises on other shapes."""
         began = time.monotonic()
         step = make_train_step(self.loss_function, self.optimizer, self.config.accumulation)
-        step = jax.jit(step, donate_argnums=0, out_shardings=self.replicated)
-        self.step_function = step.lower(self.state, self.place(self.batches[0])).compile()
-        eval_step = jax.jit(make_eval_step(self.loss_function), out_shardings=self.replicated)
-        self.eval_step = eval_step.lower(self.state.params, self.place(self.during[0])).compile()
+        replicated = self.placement.replicated
+        step = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, replicated))
+        eval_step = jax.jit(make_eval_step(self.loss_function), out_shardings=replicated)
+        with jax.set_mesh(self.placement.mesh):  # what the model splits its rows over
+            self.step_function = step.lower(self.state, self.place(self.batches[0])).compile()
+            self.eval_step = eval_step.lower(self.state.params, self.place(self.during[0])).compile()
         self.progress.say(f'compiled in {time.monotonic() - began:.1f} s')
 
     def loop(self) -> int | None:
@@ -227,7 +236,7 @@ class _Trainer:
         loss_curve(records, self.folder / 'loss.png')
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return jax.device_put(batch, self.by_row)
+        return jax.device_put(batch, self.placement.rows)
 
     def result(self, heldout: HeldOut | None, stopped_by: int | None) -> Result:
         return Result(self.model, self.state, int(self.state.step), heldout, stopped_by, self.path, self.start, self.rejected)

@@ -21,7 +21,7 @@ def init_state(
     init_params: Callable[[jax.Array], Any],
     optimizer: optax.GradientTransformation,
     seed: int,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Any = None,
 ) -> TrainState:
     """Makes the state before the first step, in one compiled call.
 
@@ -29,7 +29,7 @@ def init_state(
         init_params: parameters from a key.
         optimizer: its state is made from the parameters.
         seed: of the root key.
-        sharding: of every leaf; None leaves them where JAX puts them.
+        sharding: of the leaves, one for all or a state of them: each device makes its share only. None leaves them where JAX puts them.
     """
 
     def init(key: jax.Array) -> TrainState:

@@ -7,8 +7,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
-from nested_jax.models.axes import logical_axes
+from nested_jax.models.axes import gather_width, logical_axes, split_rows
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset, preset_names
 
@@ -37,6 +38,33 @@ def test_unknown_parameter_is_named():
         logical_axes({'blocks': {'mixer': {'mystery': jnp.zeros((2, 3))}}})
     with pytest.raises(ValueError, match='one axis for each'):
         logical_axes({'embedding': jnp.zeros(3)})
+
+
+def make_mesh(kind):
+    return jax.make_mesh((2, 2, 2), ('data', 'fsdp', 'tensor'), axis_types=(kind,) * 3)
+
+
+def layout(function, shape, mesh):
+    """How a compiled program lays out what `function` makes of a replicated array."""
+    with jax.set_mesh(mesh):
+        whole = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+        return jax.jit(function).lower(whole).compile().output_shardings
+
+
+def test_rows_are_split_on_a_mesh_and_tables_are_whole():
+    mesh = make_mesh(AxisType.Auto)
+    same = lambda found, spec, ndim: found.is_equivalent_to(jax.NamedSharding(mesh, spec), ndim)
+    assert same(layout(split_rows, (8, 3, 5), mesh), jax.P(('data', 'fsdp')), 3)
+    assert same(layout(split_rows, (6, 3, 5), mesh), jax.P(), 3)  # 6 rows for 4 devices
+    assert same(layout(gather_width, (8, 6), mesh), jax.P('tensor'), 2)
+    assert same(layout(gather_width, (7, 6), mesh), jax.P(), 2)
+
+
+def test_nothing_is_placed_without_a_mesh_or_on_an_explicit_one():
+    x = jnp.ones((8, 3))
+    assert split_rows(x) is x and gather_width(x) is x
+    with jax.set_mesh(make_mesh(AxisType.Explicit)):
+        assert split_rows(x) is x and gather_width(x) is x
 
 
 LOWER = """

@@ -1,0 +1,72 @@
+"""The trainer on a mesh: the run of one device, also when it goes on with other devices."""
+
+import dataclasses
+import io
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.data import open_dataset
+from nested_jax.training import loop
+from nested_jax.training.config import TrainConfig
+
+# Two levels, of which one is updated every second step: the sums of its gradients are state that is split as well.
+MODEL = ModelConfig('attention', num_layers=2, width=16, num_heads=2, head_dim=8, levels=(LevelConfig(16, 64), LevelConfig(16, 128)))
+TRAIN = TrainConfig(
+    steps=6, batch_size=4, sequence_length=16, warmup_steps=2, log_every=3, eval_every=6, eval_tokens=128, checkpoint_every=6
+)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('texts')
+    for number in range(40):
+        (folder / f'{number}.txt').write_text(f'document {number} ' * 12)
+    return open_dataset(folder)
+
+
+def train(folder, data, devices, mesh=None):
+    config = dataclasses.replace(TRAIN, output=str(folder))
+    settings = {'model': dataclasses.asdict(MODEL), 'train': dataclasses.asdict(config)}
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    return loop.train(config, MODEL, data, settings, devices=jax.devices()[:devices], mesh=mesh, console=console)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkeypatch):
+    unbroken = train(tmp_path / 'one', data, 1)
+    real, last = loop._Trainer.train_step, 0
+
+    def train_step(self, now, batch):
+        real(self, now, batch)
+        if now in (2, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Trainer, 'train_step', train_step)
+    for devices, mesh, until in ((4, 'fsdp=2,tensor=2', 2), (1, None, 4), (4, 'data=2,fsdp=2', 6)):
+        result = train(tmp_path / 'moved', data, devices, mesh)
+        assert (result.resumed_from, result.step) == (last, until)
+        kernel = result.state.params['blocks']['channel']['level_1']['up']['kernel']
+        moment = next(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(result.state.opt_state)
+                      if 'mu' in str(path) and 'level_1' in str(path) and 'up' in str(path))  # fmt: skip
+        shares = {'fsdp=2,tensor=2': 4, None: 1, 'data=2,fsdp=2': 2}[mesh]
+        for leaf in (kernel, moment):
+            assert leaf.addressable_shards[0].data.size * shares == leaf.size
+        last = until
+    np.testing.assert_allclose(result.heldout.nats, unbroken.heldout.nats, rtol=1e-6)
+
+
+def test_a_mesh_that_does_not_fit_leaves_no_trace(data, tmp_path):
+    for mesh, message in (
+        ('fsdp=3', "mesh is 'fsdp=3', 3 devices"),
+        ('tensor=4', 'mesh has tensor=4'),
+        ('fsdp=8', 'train.batch_size is 4'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, data, 8 if mesh == 'fsdp=8' else 4, mesh)
+    assert not list(tmp_path.iterdir())

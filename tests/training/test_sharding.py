@@ -1,0 +1,201 @@
+"""On eight devices: the losses of one, a share of the state on each, and no collective that moves an optimizer's moment."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.loss import model_loss
+from nested_jax.models.presets import preset, preset_names
+from nested_jax.training.checkpoints import Checkpoints
+from nested_jax.training.compiled import collectives, report
+from nested_jax.training.config import TrainConfig
+from nested_jax.training.optimizer import make_optimizer
+from nested_jax.training.sharding import Placement, ShardingRules, choose_mesh, make_mesh, parse_mesh, recipe
+from nested_jax.training.state import init_state
+from nested_jax.training.step import make_train_step
+
+FSDP = {'fsdp': 8}
+BOTH = {'fsdp': 4, 'tensor': 2}
+MESHES = {
+    'one': {'data': 1},
+    'data': {'data': 8},
+    'fsdp': FSDP,
+    'fsdp-tensor': BOTH,
+    'data-fsdp-tensor': {'data': 2, 'fsdp': 2, 'tensor': 2},
+}
+STEPS = 20
+TRAIN = TrainConfig(steps=STEPS, batch_size=8, sequence_length=64, learning_rate=1e-3, warmup_steps=2)
+
+
+def batches(name):
+    draw = np.random.default_rng(0)
+    for _ in range(STEPS):
+        tokens = draw.integers(0, preset(name).vocab_size, (8, 65)).astype(np.int32)
+        ids = np.ones((8, 64), np.int32)
+        yield {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'segment_ids': ids, 'weights': ids.astype(np.float32)}
+
+
+@functools.cache
+def program(name, mesh):
+    """What makes the state where it belongs, the compiled step, the placement and the state's shardings."""
+    blocks = 2 if preset(name).mixer == 'mamba-attention' else 1
+    model = LanguageModel(preset(name, num_layers=2 * blocks, scan_layers=True, remat='block'))
+    optimizer, sizes = make_optimizer(TRAIN), MESHES[mesh]
+    placement = Placement.on(make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]))
+    init = lambda key: model.init(key, jnp.zeros((1, 64), jnp.int32))['params']
+    shardings = placement.state(optimizer, jax.eval_shape(init, jax.random.key(0)))
+    make = lambda: init_state(init, optimizer, 0, shardings)
+    loss = lambda params, batch: model_loss(model, params, *(batch[key] for key in ('tokens', 'targets', 'segment_ids', 'weights')))
+    step = jax.jit(make_train_step(loss, optimizer), donate_argnums=0, out_shardings=(shardings, placement.replicated))
+    with jax.set_mesh(placement.mesh):
+        compiled = step.lower(make(), jax.device_put(next(batches(name)), placement.rows)).compile()
+    return make, compiled, placement, shardings
+
+
+def losses(name, mesh):
+    make, step, placement, _ = program(name, mesh)
+    state, found = make(), []
+    for batch in batches(name):
+        state, metrics = step(state, jax.device_put(batch, placement.rows))
+        found.append(float(metrics['loss']))
+    return found
+
+
+alone = functools.cache(functools.partial(losses, mesh='one'))
+DEFAULT = [('transformer-tiny', 'fsdp'), ('transformer-tiny', 'fsdp-tensor')]
+SLOW = [('hope-linear-tiny', 'fsdp-tensor')]
+PRODUCT = [(f'{family}-tiny', mesh) for family in ('hope', 'hope-linear', 'transformer') for mesh in MESHES if mesh != 'one']
+OTHERS = [(name, 'fsdp') for name in preset_names() if name.endswith('-tiny') and (name, 'fsdp') not in PRODUCT]
+EXHAUSTIVE = [case for case in PRODUCT + OTHERS if case not in DEFAULT + SLOW]
+marked = lambda cases, mark: [pytest.param(*case, marks=mark) for case in cases]
+
+
+@pytest.mark.parametrize(('name', 'mesh'), [*DEFAULT, *marked(SLOW, pytest.mark.slow), *marked(EXHAUSTIVE, pytest.mark.exhaustive)])
+def test_losses_are_those_of_one_device(name, mesh):
+    found = losses(name, mesh)
+    np.testing.assert_allclose(found, alone(name), rtol=1e-6)
+    assert len(set(found)) == STEPS
+
+
+@pytest.mark.parametrize(
+    ('axes', 'shape', 'expected'),
+    [
+        (('embed', 'heads'), (16, 8), jax.P('fsdp', 'tensor')),
+        (('layers', 'heads', 'embed'), (3, 8, 16), jax.P(None, 'tensor', 'fsdp')),
+        (('layers', 'heads', None, None), (8, 8, 16, 16), jax.P(None, ('tensor', 'fsdp'), None, None)),  # memories by head
+        (('layers', 'heads', None, None), (8, 2, 6, 16), jax.P(None, 'tensor', None, 'fsdp')),  # or what divides next
+        (('heads', None, None), (2, 3, 3), jax.P('tensor', None, None)),
+        (('embed', 'heads'), (16, 7), jax.P('fsdp', None)),  # 7 heads stay whole
+        (('embed', 'heads'), (6, 16), jax.P(None, ('tensor', 'fsdp'))),
+        (('layers', 'embed'), (8, 16), jax.P(None, None)),  # vectors are not spread
+        (('heads',), (16,), jax.P('tensor')),
+    ],
+)
+def test_axes_of_the_mesh_go_where_they_divide(axes, shape, expected):
+    assert recipe(('fsdp', 'tensor')).spec(axes, shape, {'fsdp': 4, 'tensor': 2}) == expected
+
+
+def test_rules_that_collide_are_refused():
+    sizes = {'fsdp': 4, 'tensor': 2}
+    with pytest.raises(ValueError, match="two of the axes .* would be split over 'fsdp'"):
+        ShardingRules(embed=('fsdp',), heads=('fsdp',)).spec(('embed', 'heads'), (16, 16), sizes)
+    with pytest.raises(ValueError, match=r"a mesh axis 'data', allowed are those of the mesh, \('fsdp', 'tensor'\)"):
+        ShardingRules(embed=('data',)).spec(('embed', 'heads'), (16, 16), sizes)
+    with pytest.raises(ValueError, match=r'rules.mlp is .*model.*, allowed are some of'):
+        ShardingRules(mlp=('model',))
+    with pytest.raises(ValueError, match='rules.batch is .*each once'):
+        ShardingRules(batch=('data', 'data'))
+    with pytest.raises(ValueError, match="the mesh has an axis 'model', allowed are replica, data, fsdp, tensor"):
+        recipe(('data', 'model'))
+
+
+@pytest.mark.parametrize('text', ['data', 'data=0', 'data=2,data=4', 'model=8', 'data=4', 'data=16', '', 'data=-8', 'fsdp=8,'])
+def test_bad_meshes_are_named(text):
+    with pytest.raises(ValueError, match=re.escape(f'mesh is {text!r}')):
+        parse_mesh(text, 8)
+
+
+def test_meshes_are_chosen():
+    hope = preset('hope-tiny')
+    assert choose_mesh('data=2, fsdp=4', hope, 8) == {'data': 2, 'fsdp': 4}
+    assert choose_mesh(None, hope, 8) == {'data': 8}
+    assert choose_mesh(None, hope, 1) == {'data': 1}
+    assert choose_mesh(None, preset('transformer-340m'), 8) == {'fsdp': 8}
+    with pytest.raises(ValueError, match='mesh has tensor=8, allowed is a divisor of num_heads=4'):
+        choose_mesh('tensor=8', hope, 8)
+    mesh = make_mesh({'tensor': 2, 'data': 4}, jax.devices())
+    assert dict(mesh.shape) == {'data': 4, 'tensor': 2} and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def shapes_of(name):
+    model = LanguageModel(preset(name))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, model.config.grid), jnp.int32)))['params']
+
+
+def share(tree, shardings):
+    """Bytes on one device, over bytes altogether."""
+    size = lambda leaf, shape: np.prod(shape) * leaf.dtype.itemsize
+    ours = jax.tree.map(lambda leaf, where: size(leaf, where.shard_shape(leaf.shape)), tree, shardings)
+    return sum(jax.tree.leaves(ours)) / sum(jax.tree.leaves(jax.tree.map(lambda leaf: size(leaf, leaf.shape), tree)))
+
+
+@pytest.mark.parametrize('sizes', [FSDP, BOTH], ids=str)
+@pytest.mark.parametrize('name', ['hope-tiny', 'hope-linear-tiny', 'transformer-tiny', 'titans-tiny', 'mamba2-tiny', 'hope-1.3b'])
+def test_every_device_holds_its_share(name, sizes):
+    placement, params = Placement.on(make_mesh(sizes, jax.devices())), shapes_of(name)
+    periods = {f'level_{index}': 512 * 2**index for index in range(4)}  # slow levels keep sums of gradients
+    optimizer = make_optimizer(TRAIN, periods)
+    shardings = placement.state(optimizer, params)
+    state = jax.eval_shape(optimizer.init, params)
+    assert share(params, shardings.params) <= 1.1 / 8
+    assert share(state, shardings.opt_state) <= 1.1 / 8
+
+
+def test_state_is_made_where_it_belongs_and_the_optimizer_gathers_nothing():
+    make, step, placement, shardings = program('transformer-tiny', 'fsdp-tensor')
+    state, optimizer = make(), make_optimizer(TRAIN)
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+    update = jax.jit(optimizer.update, out_shardings=(shardings.params, shardings.opt_state))
+    of_update = collectives(update.lower(state.params, state.opt_state, state.params).compile().as_text())
+    assert {each.kind for each in of_update} == {'all-reduce'}  # of the norm
+    assert all(each.num_bytes < 1000 for each in of_update)
+
+
+def test_a_step_gathers_parameters_and_sums_gradients():
+    make, step, placement, _ = program('transformer-tiny', 'fsdp')
+    found = report(step)
+    assert 'all-gather' in found['collectives'] and {'all-reduce', 'reduce-scatter'} & set(found['collectives'])
+    state = make()
+    ours = jax.tree.leaves(
+        jax.tree.map(lambda leaf: leaf.addressable_shards[0].data.nbytes, state._replace(key=jax.random.key_data(state.key)))
+    )
+    batch = 4 * (8 * 64 * 4) // 8
+    assert found['memory']['arguments'] == pytest.approx(sum(ours) + batch, abs=64)
+    # Parameters in the forward and the backward pass, no moments: three times all of them would have those too.
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert found['collectives']['all-gather']['bytes'] < 2.5 * whole
+
+
+def test_checkpoints_move_to_another_mesh(tmp_path):
+    name, run = 'transformer-tiny', []
+    stream, checkpoints = batches(name), Checkpoints(tmp_path)
+    for index, mesh in enumerate(('fsdp', 'one', 'fsdp')):
+        make, step, placement, shardings = program(name, mesh)
+        state = make()
+        if index:
+            like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, shardings)
+            state = checkpoints.restore(like).state
+            same = jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim), state, shardings)
+            assert all(jax.tree.leaves(same))
+        for _ in range(3):
+            state, metrics = step(state, jax.device_put(next(stream), placement.rows))
+            run.append(float(metrics['loss']))
+        checkpoints.save(3 * index + 3, state, config={}, data={})
+    np.testing.assert_allclose(run, alone(name)[: len(run)], rtol=1e-6)
