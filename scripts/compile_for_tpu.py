@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
 
-from nested_jax.config import ModelConfig
+from nested_jax.config import ModelConfig, as_dict
 from nested_jax.evaluation.rows import append_row, make_row
 from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
@@ -94,9 +94,7 @@ def main() -> int:
         host_peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
     show(metrics, seconds)
-    settings = dict(
-        model=dataclasses.asdict(config), train=dataclasses.asdict(train), topology=args.topology, mesh=sizes, jax=jax.__version__
-    )
+    settings = dict(model=as_dict(config), train=as_dict(train), topology=args.topology, mesh=sizes, jax=jax.__version__)
     row = make_row(
         experiment=EXPERIMENT, model=args.preset, seed=0, config=settings, metrics=metrics,
         hardware=f'compiled for {len(devices)} x {devices[0].device_kind}, not run', wall_s=seconds,
