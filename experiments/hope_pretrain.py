@@ -113,13 +113,13 @@ def main(argv: list[str] | None = None) -> int:
         model_config, data, run_config = prepare(args)
     except (ValueError, KeyError) as error:
         return _fail(error.args[0], 2)
-    from nested_jax.training.checkpoints import DamagedCheckpointsError
+    from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
     from nested_jax.training.loop import DivergedError, train
 
     _introduce(args, model_config, data)
     try:
         result = train(args.train, model_config, data, run_config)
-    except (DivergedError, DamagedCheckpointsError) as error:
+    except (DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail(f'stopped; the same command goes on from the last checkpoint in {args.train.output}', 130)
@@ -172,7 +172,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
 
     check_devices(args.train, len(jax.devices()))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
-    settings = {'model': dataclasses.asdict(model_config), 'data': text, 'train': dataclasses.asdict(args.train)}
+    settings = {'model': dataclasses.asdict(model_config), 'data': text, 'train': args.train.to_dict()}
     claim_folder(args.train.output, settings)
     return model_config, data, settings
 

@@ -196,7 +196,7 @@ def evaluate(predict: Callable[[np.ndarray], jax.Array], seed: int, count: int) 
 
 
 def _row(args: Args, model: ModelConfig, arm: str, seed: int, metrics: dict, wall_s: float) -> dict:
-    train = dataclasses.asdict(dataclasses.replace(args.train, seed=seed, output='none'))
+    train = dataclasses.replace(args.train, seed=seed, output='none').to_dict()
     config = dict(model=dataclasses.asdict(model), train=train, trained=TRAINED, tests=TESTS, eval_sequences=args.eval_sequences)
     return make_row(
         experiment=EXPERIMENT, model=arm, seed=seed, config=config, metrics=metrics, hardware=hardware_name(jax.devices()), wall_s=wall_s

@@ -101,7 +101,7 @@ def run_text_grid(grid: TextGrid, data: Dataset, args: GridArgs, describe: Calla
 def cell_config(model: ModelConfig, settings: TrainConfig, data: Dataset) -> dict:
     """The configuration of a row: all that its numbers depend on, and no path of a machine."""
     free = {name.removeprefix('train.') for name in FREE_FIELDS}
-    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
+    kept = {name: value for name, value in settings.to_dict().items() if name not in free}
     return dict(model=dataclasses.asdict(model), data=dict(digest=data.digest, tokenizer_digest=data.tokenizer.digest), train=kept)
 
 

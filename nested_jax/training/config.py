@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 from nested_jax.config import ModelConfig
 
 # What may change between two halves of a run: none of it touches a number that is learnt or reported.
-FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep')
-_COUNTS = ('steps', 'batch_size', 'sequence_length', 'accumulation', 'eval_every', 'eval_tokens', 'checkpoint_every', 'keep', 'log_every')
+FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep', 'train.watchdog_s')
+# Fields younger than stored results: at their defaults they are left out of a configuration, whose digest stays what it was.
+_LATER_FIELDS = ('on_nonfinite', 'spike_sigma', 'max_skips', 'watchdog_s')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,12 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps; the last step is always saved
     keep: int = 2  # checkpoints kept
     log_every: int = 50  # steps
+    on_nonfinite: Literal['abort', 'skip'] = (
+        'abort'  # what a loss, gradient or new value that is not finite does: end the run, or no update
+    )
+    spike_sigma: float | None = None  # with 'skip': no update either where loss or gradient norm is so many deviations above the last 128
+    max_skips: int = 10  # with 'skip': so many in a row go back to the last checkpoint and pass over the batches since
+    watchdog_s: float | None = None  # a step that takes longer ends the process, with all stacks on standard error; None: no limit
     output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
 
     def __post_init__(self):
@@ -51,6 +58,7 @@ class TrainConfig:
             'checkpoint_every',
             'keep',
             'log_every',
+            'max_skips',
         ):
             self._check(name, getattr(self, name) >= 1, 'an integer of at least 1')
         self._check('final_eval_tokens', self.final_eval_tokens is None or self.final_eval_tokens >= 1, 'an integer of at least 1 or None')
@@ -62,12 +70,22 @@ class TrainConfig:
         self._check('warmup_steps', 0 <= self.warmup_steps < self.steps, f'an integer from 0 to below steps={self.steps}')
         self._check('accumulation', self.batch_size % self.accumulation == 0, f'a divisor of batch_size={self.batch_size}')
         self._check('seed', 0 <= self.seed < 2**32, 'an integer from 0 to below 2**32')
+        self._check('on_nonfinite', self.on_nonfinite in ('abort', 'skip'), "'abort' or 'skip'")
+        for name in ('spike_sigma', 'watchdog_s'):
+            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, 'a number above 0 or None')
+        self._check('spike_sigma', self.spike_sigma is None or self.on_nonfinite == 'skip', "None unless on_nonfinite='skip'")
         self._check('output', bool(self.output.strip()), 'a folder')
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens one optimizer step reads."""
         return self.batch_size * self.sequence_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON, as configurations of runs and rows hold them."""
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        unused = lambda name, value: name in _LATER_FIELDS and value == default[name]
+        return {name: value for name, value in dataclasses.asdict(self).items() if not unused(name, value)}
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -151,7 +151,7 @@ def test_never_removes_the_only_one_that_verifies(tmp_path, monkeypatch):
     def save_then_damage(step):
         real = Checkpoints._retain
         with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, '_retain', lambda self: (flip_somewhere(self.path(step) / 'meta.json'), real(self)))
+            patch.setattr(Checkpoints, '_retain', lambda self, saved: (flip_somewhere(self.path(step) / 'meta.json'), real(self, saved)))
             checkpoints.save(step, make_state(step), config=CONFIG, data={})
 
     save_then_damage(2)
