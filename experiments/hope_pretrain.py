@@ -27,6 +27,7 @@ import tyro
 from nested_jax.config import InSequenceConfig, ModelConfig
 from nested_jax.models.presets import preset, without
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+from nested_jax.training.faults import faults_of_environment
 
 if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
     from nested_jax.data import Dataset
@@ -151,6 +152,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     Returns:
         The model's configuration, the text, and the configuration of the run as JSON.
     """
+    faults_of_environment()
     fields = ('vocab_size', 'dtype', 'remat', 'scan_layers')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
     if args.model.in_sequence_blocks:

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -145,12 +146,13 @@ class Checkpoints:
             return f'{_MANIFEST} is damaged ({error})'
         return None
 
-    def restore(self, like: PyTree, config: dict | None = None) -> Restored | None:
+    def restore(self, like: PyTree, config: dict | None = None, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
         """Reads the newest checkpoint that verifies.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings to restore.
             config: configuration it must have been written with; None skips the comparison.
+            prefer: steps whose checkpoints are taken before all others.
 
         Returns:
             What was read, or None when the folder holds no checkpoint at all.
@@ -160,7 +162,7 @@ class Checkpoints:
             ValueError: naming the field of the configuration, or the leaf, that differs.
         """
         rejected = []
-        for step in reversed(self.steps()):
+        for step in sorted(self.steps(), key=lambda step: (prefer(step), step), reverse=True):
             reason = self.verify(step)
             if reason is None:
                 return self._load(step, like, config, tuple(rejected))

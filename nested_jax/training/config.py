@@ -1,9 +1,12 @@
 """Settings of a training run, as a frozen dataclass. Imports no JAX, so that bad input is met early."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from nested_jax.config import ModelConfig
@@ -133,6 +136,22 @@ def claim_folder(folder: str | os.PathLike, run_config: dict) -> None:
     temporary = path.with_suffix('.tmp')
     temporary.write_text(json.dumps(run_config, indent=1))
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other runs out of a claimed folder; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ValueError: when another run holds it.
+    """
+    path = pathlib.Path(folder) / 'config.json'
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'train.output is {str(folder)!r}, which is in use by another run; allowed is a folder of its own') from None
+        yield
 
 
 def check_same_config(saved: dict, current: dict, folder: str | os.PathLike) -> None:

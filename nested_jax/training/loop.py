@@ -27,13 +27,14 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
-from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder, lock_folder
 from nested_jax.training.faults import faults_of_environment
 from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
 from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
 from nested_jax.training.optimizer import make_optimizer, warmup_cosine
 from nested_jax.training.state import TrainState, init_state
 from nested_jax.training.step import LossFunction, make_eval_step, make_train_step
+from nested_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def train(
     check_devices(config, len(devices))
     check_model(config, model_config, data.tokenizer.vocab_size)
     claim_folder(config.output, run_config)
-    with Progress(config.steps, console=console) as progress:
+    with lock_folder(config.output), Progress(config.steps, console=console) as progress:
         return _Trainer(config, model_config, data, run_config, devices, progress).run()
 
 
@@ -107,6 +108,7 @@ class _Trainer:
         )
         self.window = _Window()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
+        self.watchdog = Watchdog(config.watchdog_s)
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -114,11 +116,17 @@ class _Trainer:
             rows = self.config.batch_size // self.config.accumulation // self.replicated.mesh.size
             copies = fast_weight_bytes(self.model, rows, self.config.sequence_length)
             self.progress.say(f'levels updated within each sequence: {copies / 2**20:,.1f} MiB of copies on each device')
-        restored = self.restore()
+        with self.watchdog:
+            return self.run_watched()
+
+    def run_watched(self) -> Result:
+        with self.watchdog.other('restoring'):
+            restored = self.restore()
         self.start = restored.step if restored else 0
         self.rejected = restored.rejected if restored else ()
         self.path = self.checkpoints.path(self.start)
-        self.compile()
+        with self.watchdog.other('compiling'):
+            self.compile()
         stopped_by = self.loop() if self.start < self.config.steps else None
         if stopped_by is not None:
             return self.result(None, stopped_by)
@@ -127,14 +135,14 @@ class _Trainer:
         self.finish(heldout)
         return self.result(heldout, None)
 
-    def restore(self) -> Restored | None:
-        """Makes the state, or reads it from the newest checkpoint that verifies."""
+    def restore(self, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
+        """Makes the state, or reads it from the newest checkpoint that verifies, of the steps to prefer where there are such."""
         config = self.config
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
         init_params = lambda key: self.model.init(key, tokens)['params']
         fresh = lambda: init_state(init_params, self.optimizer, config.seed, self.replicated)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), jax.eval_shape(fresh))
-        restored = self.checkpoints.restore(abstract, self.run_config)
+        restored = self.checkpoints.restore(abstract, self.run_config, prefer)
         for reason in restored.rejected if restored else ():
             self.progress.say(f'passed over a damaged checkpoint: {reason}')
         cursor = restored.data if restored else {}
@@ -179,6 +187,7 @@ class _Trainer:
             self.progress.start_at(start)
             iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
             for step in range(start + 1, config.steps + 1):
+                self.watchdog.step(step)
                 self.train_step(step, self.disturb(step, next(iterator)))
                 received, last = stop.received, step == config.steps
                 if last or step % config.log_every == 0:
@@ -194,7 +203,9 @@ class _Trainer:
     def go_back(self, step: int) -> int:
         """Reads the newest checkpoint again, with the batches since then passed over; returns its step."""
         self.pending, ahead = None, self.skips.num_passed_over
-        restored = self.restore()
+        with self.watchdog.other('restoring'):
+            # Not to where a signal stopped the run: it would go on otherwise than the run that was not stopped.
+            restored = self.restore(lambda saved: saved % self.config.checkpoint_every == 0)
         checkpoint = restored.step if restored else 0
         self.skips.go_back(step, checkpoint, ahead)
         first, end = self.skips.passed_over[-1]
@@ -278,9 +289,10 @@ class _Trainer:
 
     def evaluate(self, batches: Iterable[dict]) -> HeldOut:
         self.settle()
-        if self.faults is not None:
-            self.faults.reach('evaluate', int(self.state.step))
-        return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place)
+        with self.watchdog.other('evaluating'):
+            if self.faults is not None:
+                self.faults.reach('evaluate', int(self.state.step))
+            return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place)
 
     def save(self, step: int) -> None:
         self.settle()
@@ -291,7 +303,8 @@ class _Trainer:
         cursor = dict(identity=self.identity, window=dataclasses.asdict(self.window))
         if self.skips is not None:
             cursor['guard'] = self.skips.to_json()
-        self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
+        with self.watchdog.other('saving'):
+            self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
 
     def finish(self, heldout: HeldOut) -> None:
         """Logs the last evaluation, once however often a finished run is called again, and draws the loss curve."""
