@@ -27,6 +27,7 @@ import tyro
 from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.models.presets import preset, without
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+from nested_jax.training.faults import faults_of_environment
 
 if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
     from nested_jax.data import Dataset
@@ -115,13 +116,13 @@ def main(argv: list[str] | None = None) -> int:
         model_config, data, run_config = prepare(args)
     except (ValueError, KeyError) as error:
         return _fail(error.args[0], 2)
-    from nested_jax.training.checkpoints import DamagedCheckpointsError
+    from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
     from nested_jax.training.loop import DivergedError, train
 
     _introduce(args, model_config, data)
     try:
         result = train(args.train, model_config, data, run_config, mesh=args.mesh)
-    except (DivergedError, DamagedCheckpointsError) as error:
+    except (DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail(f'stopped; the same command goes on from the last checkpoint in {args.train.output}', 130)
@@ -153,6 +154,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     Returns:
         The model's configuration, the text, and the configuration of the run as JSON.
     """
+    faults_of_environment()
     fields = ('vocab_size', 'dtype', 'remat', 'scan_layers')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
     if args.model.in_sequence_blocks:

@@ -57,9 +57,19 @@ def long_functions(tree: ast.AST, limit: int) -> list[str]:
     return [f'{node.name}: {node.end_lineno - node.lineno + 1} lines' for node in functions if node.end_lineno - node.lineno + 1 > limit]
 
 
+UNSAFE_MODULES = {'pickle', '_pickle', 'cloudpickle', 'dill', 'joblib', 'marshal', 'shelve'}
+# What reads files safely only when told to: the last part of the call's name, the argument and its value.
+TOLD = (('np.load', 'allow_pickle', False), ('torch.load', 'weights_only', True), ('.extractall', 'filter', 'data'))
+
+
 def unsafe_uses(tree: ast.AST) -> list[str]:
     """Ways of running data as code."""
-    found = [name for name in imported_modules(tree) if name.split('.')[0] in {'pickle', 'cloudpickle', 'dill', 'marshal', 'shelve'}]
+    found = [name for name in imported_modules(tree) if name.split('.')[0] in UNSAFE_MODULES]
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        for name, argument, value in TOLD:
+            given = [getattr(keyword.value, 'value', None) for keyword in call.keywords if keyword.arg == argument]
+            if ast.unparse(call.func).endswith(name) and given != [value]:
+                found.append(name)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {'eval', 'exec'}:
             found.append(node.func.id)
@@ -97,8 +107,17 @@ def test_checks_see_what_they_look_for():
     assert imported_modules(ast.parse('def f():\n  from ..optim import levels'), ('nested_jax', 'layers')) == {'nested_jax.optim.levels'}
     assert imported_modules(ast.parse('from . import a'), ('nested_jax', 'memory')) == {'nested_jax.memory.a'}
     assert long_functions(ast.parse('def f():\n' + '  x = 1\n' * 3), limit=3) == ['f: 4 lines']
+    told = [
+        'np.load(p)',
+        'jnp.load(p)',
+        'torch.load(p)',
+        'torch.load(p, weights_only=True)',
+        'tar.extractall(p)',
+        'from joblib import Memory',
+    ]
+    assert sorted(unsafe_uses(ast.parse('\n'.join(told)))) == ['.extractall', 'joblib.Memory', 'np.load', 'np.load', 'torch.load']
     unsafe = 'import pickle\nnp.load(p, allow_pickle=True)\nnp.load(p, allow_pickle=False)\neval(s)\nmodel.eval(s)'
-    assert sorted(unsafe_uses(ast.parse(unsafe))) == ['allow_pickle', 'eval', 'pickle']
+    assert sorted(unsafe_uses(ast.parse(unsafe))) == ['allow_pickle', 'eval', 'np.load', 'pickle']
     assert private_uses(ast.parse('from jax._src import core\njax.numpy._x\nself._jax')) == {'jax._src.core', 'jax.numpy._x'}
 
 

@@ -18,12 +18,14 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from nested_jax.training.config import check_same_config
+from nested_jax.training.faults import FaultPlan
 
 FORMAT = 1
 PyTree = Any
@@ -35,6 +37,10 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'num
 
 class DamagedCheckpointsError(RuntimeError):
     """All checkpoints of a run are damaged: starting over silently would throw the run away."""
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +60,15 @@ class Checkpoints:
     Args:
         folder: made when absent; leftovers of an interrupted save are removed.
         keep: newest checkpoints kept. An older one stays while none of those verifies.
+        faults: that tests inject.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 2):
+    def __init__(self, folder: str | os.PathLike, keep: int = 2, faults: FaultPlan | None = None):
         if keep < 1:
             raise ValueError(f'keep is {keep}, allowed is an integer of at least 1')
         self.folder = pathlib.Path(folder).absolute()
         self.keep = keep
+        self.faults = faults
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob('*' + _TEMPORARY):
             shutil.rmtree(leftover)
@@ -83,23 +91,41 @@ class Checkpoints:
             state: pytree of arrays: parameters, optimizer, running memories, key.
             config: the run's configuration, JSON.
             data: where the data stands, JSON.
+
+        Raises:
+            SaveError: when the disk is full, say; the older checkpoints are as they were.
         """
         temporary = self.path(step).with_name(f'{step:08d}{_TEMPORARY}')
         try:
-            temporary.mkdir()
-            ocp.save(temporary / 'state', state)
-            meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
-            _write(temporary / _META, json.dumps(meta, indent=1))
-            _write(temporary / _MANIFEST, _manifest_text({name: _digest(temporary / name) for name in _files(temporary)}))
-        except BaseException:
+            self._write_all(temporary, step, state, config, data)
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError | ValueError):  # orbax turns some of the former into the latter
+                older = self.steps()
+                stands = f'the newest checkpoint is that of step {older[-1]}' if older else 'there is no checkpoint'
+                raise SaveError(f'step {step} could not be saved in {self.folder} ({error}); {stands}') from error
             raise
         for later in self.steps():
             if later >= step:
-                self._delete(later)
+                self._delete(later, step)
         temporary.rename(self.path(step))
-        self._retain()
+        self._reach('renamed', step)
+        self._retain(step)
         return self.path(step)
+
+    def _write_all(self, temporary: pathlib.Path, step: int, state: PyTree, config: dict, data: dict) -> None:
+        self._reach('save', step)
+        temporary.mkdir()
+        ocp.save(temporary / 'state', state)
+        self._reach('arrays', step)
+        meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
+        _write(temporary / _META, json.dumps(meta, indent=1))
+        _write(temporary / _MANIFEST, _manifest_text({name: _digest(temporary / name) for name in _files(temporary)}))
+        self._reach('manifest', step)
+
+    def _reach(self, phase: str, step: int) -> None:
+        if self.faults is not None:
+            self.faults.reach(phase, step, self.path(step))
 
     def verify(self, step: int) -> str | None:
         """None when every byte is as it was written, else what is wrong, with the file's name."""
@@ -120,12 +146,13 @@ class Checkpoints:
             return f'{_MANIFEST} is damaged ({error})'
         return None
 
-    def restore(self, like: PyTree, config: dict | None = None) -> Restored | None:
+    def restore(self, like: PyTree, config: dict | None = None, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
         """Reads the newest checkpoint that verifies.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings to restore.
             config: configuration it must have been written with; None skips the comparison.
+            prefer: steps whose checkpoints are taken before all others.
 
         Returns:
             What was read, or None when the folder holds no checkpoint at all.
@@ -135,7 +162,7 @@ class Checkpoints:
             ValueError: naming the field of the configuration, or the leaf, that differs.
         """
         rejected = []
-        for step in reversed(self.steps()):
+        for step in sorted(self.steps(), key=lambda step: (prefer(step), step), reverse=True):
             reason = self.verify(step)
             if reason is None:
                 return self._load(step, like, config, tuple(rejected))
@@ -158,19 +185,20 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), like)
         return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], meta['versions'], rejected)
 
-    def _retain(self) -> None:
+    def _retain(self, saved: int) -> None:
         steps = self.steps()
         old, kept = steps[: -self.keep], steps[-self.keep :]
         if old and all(self.verify(step) for step in reversed(kept)):
             good = next((step for step in reversed(old) if self.verify(step) is None), None)
             old = [step for step in old if step != good]
         for step in old:
-            self._delete(step)
+            self._delete(step, saved)
 
-    def _delete(self, step: int) -> None:
+    def _delete(self, step: int, saved: int) -> None:
         # Renamed first: a folder half removed must not look like a checkpoint.
         doomed = self.path(step).with_name(f'{step:08d}.deleted{_TEMPORARY}')
         self.path(step).rename(doomed)
+        self._reach('deleting', saved)
         shutil.rmtree(doomed)
 
 

@@ -1,16 +1,18 @@
 """Settings of a training run, as a frozen dataclass. Imports no JAX, so that bad input is met early."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from nested_jax.config import ModelConfig
+from nested_jax.config import ModelConfig, added
 
 # What may change between two halves of a run: none of it touches a number that is learnt or reported.
-FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep')
-_COUNTS = ('steps', 'batch_size', 'sequence_length', 'accumulation', 'eval_every', 'eval_tokens', 'checkpoint_every', 'keep', 'log_every')
+FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep', 'train.watchdog_s')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,10 @@ class TrainConfig:
     checkpoint_every: int = 500  # steps; the last step is always saved
     keep: int = 2  # checkpoints kept
     log_every: int = 50  # steps
+    on_nonfinite: Literal['abort', 'skip'] = added('abort')  # what is done where a loss, gradient or new value is not finite
+    spike_sigma: float | None = added(None)  # with 'skip': nor a loss or gradient norm so far above the last 128
+    max_skips: int = added(10)  # with 'skip': so many in a row go back to the last checkpoint and pass over the batches since
+    watchdog_s: float | None = added(None)  # a step that takes longer ends the process, with all stacks on standard error; None: no limit
     output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
 
     def __post_init__(self):
@@ -51,6 +57,7 @@ class TrainConfig:
             'checkpoint_every',
             'keep',
             'log_every',
+            'max_skips',
         ):
             self._check(name, getattr(self, name) >= 1, 'an integer of at least 1')
         self._check('final_eval_tokens', self.final_eval_tokens is None or self.final_eval_tokens >= 1, 'an integer of at least 1 or None')
@@ -62,6 +69,10 @@ class TrainConfig:
         self._check('warmup_steps', 0 <= self.warmup_steps < self.steps, f'an integer from 0 to below steps={self.steps}')
         self._check('accumulation', self.batch_size % self.accumulation == 0, f'a divisor of batch_size={self.batch_size}')
         self._check('seed', 0 <= self.seed < 2**32, 'an integer from 0 to below 2**32')
+        self._check('on_nonfinite', self.on_nonfinite in ('abort', 'skip'), "'abort' or 'skip'")
+        for name in ('spike_sigma', 'watchdog_s'):
+            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, 'a number above 0 or None')
+        self._check('spike_sigma', self.spike_sigma is None or self.on_nonfinite == 'skip', "None unless on_nonfinite='skip'")
         self._check('output', bool(self.output.strip()), 'a folder')
 
     @property
@@ -115,6 +126,22 @@ def claim_folder(folder: str | os.PathLike, run_config: dict) -> None:
     temporary = path.with_suffix('.tmp')
     temporary.write_text(json.dumps(run_config, indent=1))
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other runs out of a claimed folder; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ValueError: when another run holds it.
+    """
+    path = pathlib.Path(folder) / 'config.json'
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'train.output is {str(folder)!r}, which is in use by another run; allowed is a folder of its own') from None
+        yield
 
 
 def check_same_config(saved: dict, current: dict, folder: str | os.PathLike) -> None:

@@ -27,16 +27,15 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
-from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder, lock_folder
+from nested_jax.training.faults import faults_of_environment
+from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
 from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
 from nested_jax.training.optimizer import make_optimizer, warmup_cosine
 from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh
 from nested_jax.training.state import TrainState, init_state
 from nested_jax.training.step import LossFunction, make_eval_step, make_train_step
-
-
-class DivergedError(RuntimeError):
-    """A loss, gradient or parameter is not a finite number."""
+from nested_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +85,9 @@ def train(
     check_devices(config, batch_shares(sizes))
     check_model(config, model_config, data.tokenizer.vocab_size)
     claim_folder(config.output, run_config)
-    with Progress(config.steps, console=console) as progress:
-        return _Trainer(config, model_config, data, run_config, Placement.on(make_mesh(sizes, devices)), progress).run()
+    placement = Placement.on(make_mesh(sizes, devices))
+    with lock_folder(config.output), Progress(config.steps, console=console) as progress:
+        return _Trainer(config, model_config, data, run_config, placement, progress).run()
 
 
 class _Trainer:
@@ -102,7 +102,8 @@ class _Trainer:
         self.optimizer = make_optimizer(config, level_periods(model_config, config.sequence_length))
         self.schedule = warmup_cosine(config)
         self.loss_function = make_loss(self.model)
-        self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep)
+        self.faults = faults_of_environment()
+        self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults)
         self.placement = place
         layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model_config.grid)
         self.count_bytes = data.tokenizer.count_bytes
@@ -112,6 +113,8 @@ class _Trainer:
             evaluation_batches(data.heldout, **layout, max_tokens=count) for count in (config.eval_tokens, config.final_eval_tokens)
         )
         self.window = _Window()
+        self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
+        self.watchdog = Watchdog(config.watchdog_s)
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -119,11 +122,17 @@ class _Trainer:
             rows = self.config.batch_size // self.config.accumulation // self.placement.num_shares
             copies = fast_weight_bytes(self.model, rows, self.config.sequence_length)
             self.progress.say(f'levels updated within each sequence: {copies / 2**20:,.1f} MiB of copies on each device')
-        restored = self.restore()
+        with self.watchdog:
+            return self.run_watched()
+
+    def run_watched(self) -> Result:
+        with self.watchdog.other('restoring'):
+            restored = self.restore()
         self.start = restored.step if restored else 0
         self.rejected = restored.rejected if restored else ()
         self.path = self.checkpoints.path(self.start)
-        self.compile()
+        with self.watchdog.other('compiling'):
+            self.compile()
         stopped_by = self.loop() if self.start < self.config.steps else None
         if stopped_by is not None:
             return self.result(None, stopped_by)
@@ -132,8 +141,8 @@ class _Trainer:
         self.finish(heldout)
         return self.result(heldout, None)
 
-    def restore(self) -> Restored | None:
-        """Makes the state, or reads it from the newest checkpoint that verifies."""
+    def restore(self, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
+        """Makes the state, or reads it from the newest checkpoint that verifies, of the steps to prefer where there are such."""
         config = self.config
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
         init_params = lambda key: self.model.init(key, tokens)['params']
@@ -141,14 +150,17 @@ class _Trainer:
         self.state_shardings = self.placement.state(self.optimizer, shapes.params)
         fresh = lambda: init_state(init_params, self.optimizer, config.seed, self.state_shardings)
         abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.state_shardings)
-        restored = self.checkpoints.restore(abstract, self.run_config)
+        restored = self.checkpoints.restore(abstract, self.run_config, prefer)
         for reason in restored.rejected if restored else ():
             self.progress.say(f'passed over a damaged checkpoint: {reason}')
+        cursor = restored.data if restored else {}
+        if self.skips is not None:
+            self.skips.load(cursor.get('guard'))
+        self.window = _Window(**cursor.get('window', {}))
         if restored is None:
             self.state = fresh()
             return None
         check_same_data(restored.data['identity'], self.identity)
-        self.window = _Window(**restored.data['window'])
         self.progress.say(f'going on from step {restored.step}')
         self.state = restored.state
         return restored
@@ -157,22 +169,36 @@ class _Trainer:
         """Compiles both steps ahead of the loop: a compiled function cannot compile again, it raises on other shapes."""
         began = time.monotonic()
         step = make_train_step(self.loss_function, self.optimizer, self.config.accumulation)
+        if self.skips is not None:
+            step = guarded(step, self.config.spike_sigma)
         replicated = self.placement.replicated
         step = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, replicated))
         eval_step = jax.jit(make_eval_step(self.loss_function), out_shardings=replicated)
         with jax.set_mesh(self.placement.mesh):  # what the model splits its rows over
-            self.step_function = step.lower(self.state, self.place(self.batches[0])).compile()
+            self.step_function = step.lower(*self.arguments(self.batches[0])).compile()
             self.eval_step = eval_step.lower(self.state.params, self.place(self.during[0])).compile()
         self.progress.say(f'compiled in {time.monotonic() - began:.1f} s')
 
     def loop(self) -> int | None:
         """Runs the steps that are left; returns the signal that ended them early, if one did."""
+        start = self.start
+        with StopSignals() as stop:
+            while True:
+                try:
+                    return self.steps(start, stop)
+                except GoBack as found:
+                    start = self.go_back(found.step)
+
+    def steps(self, start: int, stop: 'StopSignals') -> int | None:
+        """Runs the steps after `start`; returns the signal that ended them early, if one did."""
         config = self.config
-        with MetricLog(self.folder, self.start) as self.log, StopSignals() as stop:
-            self.progress.start_at(self.start)
-            iterator = batch_iterator(self.batches, start=self.start)
-            for step in range(self.start + 1, config.steps + 1):
-                self.train_step(step, next(iterator))
+        with MetricLog(self.folder, start) as self.log:
+            self.write_passed_over(start)
+            self.progress.start_at(start)
+            iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
+            for step in range(start + 1, config.steps + 1):
+                self.watchdog.step(step)
+                self.train_step(step, self.disturb(step, next(iterator)))
                 received, last = stop.received, step == config.steps
                 if last or step % config.log_every == 0:
                     self.write(step)
@@ -184,14 +210,64 @@ class _Trainer:
                     return received
         return None
 
+    def go_back(self, step: int) -> int:
+        """Reads the newest checkpoint again, with the batches since then passed over; returns its step."""
+        self.pending, ahead = None, self.skips.num_passed_over
+        with self.watchdog.other('restoring'):
+            # Not to where a signal stopped the run: it would go on otherwise than the run that was not stopped.
+            restored = self.restore(lambda saved: saved % self.config.checkpoint_every == 0)
+        checkpoint = restored.step if restored else 0
+        self.skips.go_back(step, checkpoint, ahead)
+        first, end = self.skips.passed_over[-1]
+        self.progress.say(
+            f'{self.config.max_skips} steps skipped in a row: back to step {checkpoint}, without batches {first} to {end - 1}'
+        )
+        return checkpoint
+
+    def write_passed_over(self, step: int) -> None:
+        """One line of the log for each time of going back to this step; a resumed run goes back again, and finds the line there."""
+        for first, end in self.skips.passed_over if self.skips else ():
+            record = dict(step=step, passed_over_from=first, passed_over_to=end)
+            if first == step and record not in read_metrics(self.log.path):
+                self.log.write(**record)
+
     def train_step(self, step: int, batch: dict[str, np.ndarray]) -> None:
         """Starts a step, then looks at the one before while it runs: every step is checked and the device never waits."""
         began = time.monotonic()
         num_bytes = self.count_bytes(batch['targets'], batch['weights'])
-        self.state, metrics = self.step_function(self.state, self.place(batch))
+        self.state, metrics = self.run_step(batch)
         self.window.seconds += time.monotonic() - began
         self.settle()
-        self.pending = lambda: self.window.add(step, metrics, num_bytes)
+        self.pending = lambda: self.look_at(step, metrics, num_bytes)
+
+    def disturb(self, step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Does what tests planned for this step and its batch."""
+        if self.faults is None:
+            return batch
+        self.faults.reach('step', step)
+        return self.faults.batch(step + (self.skips.num_passed_over if self.skips else 0), batch)
+
+    def arguments(self, batch: dict[str, np.ndarray]) -> tuple:
+        """What the compiled step is called with."""
+        guard = () if self.skips is None else (jax.device_put(self.skips.state, self.placement.replicated),)
+        return self.state, self.place(batch), *guard
+
+    def run_step(self, batch: dict[str, np.ndarray]) -> tuple[TrainState, dict[str, jax.Array]]:
+        if self.skips is None:
+            return self.step_function(*self.arguments(batch))
+        state, (metrics, self.skips.state) = self.step_function(*self.arguments(batch))
+        return state, metrics
+
+    def look_at(self, step: int, metrics: dict[str, jax.Array], num_bytes: int) -> None:
+        """Adds a finished step to the window, or says that it was skipped."""
+        if self.skips is None or not metrics['skipped']:
+            self.window.add(step, metrics, num_bytes)
+            return
+        loss, grad_norm = (float(metrics[name]) for name in ('loss', 'grad_norm'))
+        self.window.skipped += 1
+        self.progress.say(f'step {step} is skipped: its loss is {loss:.6g}, the norm of its gradient {grad_norm:.6g}')
+        if metrics['consecutive'] >= self.config.max_skips:
+            raise GoBack(step)
 
     def settle(self) -> None:
         """Looks at the step that was started last."""
@@ -205,10 +281,16 @@ class _Trainer:
         """One line of the log and of the screen, then a new window."""
         self.settle()
         window, self.window = self.window, _Window()
+        counted = {} if self.skips is None else dict(skipped_steps=window.skipped)
+        if not window.tokens:
+            self.log.write(step, **counted)
+            return
         loss, bits = window.nats / window.tokens, window.nats / math.log(2) / max(window.num_bytes, 1)
         speed = window.tokens / window.seconds if window.seconds else 0.0
-        rate = float(self.schedule(step - 1))
-        self.log.write(step, loss=loss, bits_per_byte=bits, grad_norm=window.grad_norm, learning_rate=rate, tokens_per_second=speed)
+        updates = step - (0 if self.skips is None else int(self.skips.state.skipped))
+        rate = float(self.schedule(updates - 1))  # skipped steps do not move the schedule
+        values = dict(loss=loss, bits_per_byte=bits, grad_norm=window.grad_norm, learning_rate=rate, tokens_per_second=speed)
+        self.log.write(step, **values, **counted)
         self.progress.update(step, loss=loss, bits_per_byte=bits, tokens_per_second=speed)
 
     def write_heldout(self, step: int, heldout: HeldOut, name: str) -> None:
@@ -217,14 +299,22 @@ class _Trainer:
 
     def evaluate(self, batches: Iterable[dict]) -> HeldOut:
         self.settle()
-        return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place)
+        with self.watchdog.other('evaluating'):
+            if self.faults is not None:
+                self.faults.reach('evaluate', int(self.state.step))
+            return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place)
 
     def save(self, step: int) -> None:
         self.settle()
         if not bool(_all_finite(self.state)):
+            if self.skips is not None:
+                raise GoBack(step)
             raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
         cursor = dict(identity=self.identity, window=dataclasses.asdict(self.window))
-        self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
+        if self.skips is not None:
+            cursor['guard'] = self.skips.to_json()
+        with self.watchdog.other('saving'):
+            self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
 
     def finish(self, heldout: HeldOut) -> None:
         """Logs the last evaluation, once however often a finished run is called again, and draws the loss curve."""
@@ -251,6 +341,7 @@ class _Window:
     num_bytes: int = 0
     seconds: float = 0.0
     grad_norm: float = 0.0  # of the last step
+    skipped: int = 0  # steps that changed nothing
 
     def add(self, step: int, metrics: dict[str, jax.Array], num_bytes: int) -> None:
         loss, grad_norm, tokens = (float(metrics[name]) for name in ('loss', 'grad_norm', 'tokens'))
@@ -305,7 +396,4 @@ def level_periods(model_config: ModelConfig, sequence_length: int) -> dict[str, 
     return {f'level_{index}': level.period for index, level in enumerate(model_config.levels) if not inside(level.period)}
 
 
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+_all_finite = jax.jit(all_finite)

@@ -63,8 +63,8 @@ def global_norm(tree: PyTree) -> jax.Array:
     The gradient of `optax.global_norm` is NaN there, and a meta-learning step takes it whenever an inner gradient vanishes.
     """
     total = sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
-    positive = total > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, total, 1.0)), 0.0)
+    nonzero = total != 0  # NaN is not zero, and must be seen
+    return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, total, 1.0)), 0.0)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -74,6 +74,7 @@ WRONG = {
         ['--model.preset', 'hope-tiny', '--train.sequence-length', '33', '--data.corpus', '{texts}'],
         r'train\.sequence_length is 33',
     ),
+    'spikes without skipping': (['--train.spike-sigma', '6'], r"train\.spike_sigma is 6\.0, allowed is None unless on_nonfinite='skip'"),
     'small vocabulary': (['--model.vocab-size', '100', '--data.corpus', '{texts}'], r'model\.vocab_size is 100'),
     'batch and devices': (
         ['--train.batch-size', '6', '--data.corpus', '{texts}'],
@@ -171,6 +172,25 @@ def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(u
     assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
     rows = [read_rows(folder / 'results.jsonl')[0]['metrics'] for folder in (unbroken, tmp_path)]
     assert rows[0] | {'resumed_from': stopped} == rows[1]
+
+
+@pytest.mark.multiprocess
+def test_killed_and_hung_processes_resumed_end_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path):
+    """A killed save, a step that hangs until the watchdog ends it, a full disk: one after the other in one folder."""
+    arguments = [*forty_steps, '--train.checkpoint-every', '5', '--train.output', tmp_path]
+    code, _, complained, _ = run(*arguments, NESTED_JAX_FAULTS='kill@10/arrays')
+    assert code == -signal.SIGKILL, complained
+    code, said, complained, _ = run(*arguments, '--train.watchdog-s', '5', NESTED_JAX_FAULTS='sleep@17=300')
+    assert code == 76 and 'going on from step 5' in said
+    assert 'watchdog: step 17 has not ended within 5 s' in complained and 'in reach' in complained and 'Thread 0x' in complained
+    code, said, complained, _ = run(*arguments, NESTED_JAX_FAULTS='disk_full@25/save')
+    assert code == 1 and 'going on from step 15' in said and complained.count('\n') == 1
+    assert re.match(
+        r'error: step 25 could not be saved in .*No space left on device.*; the newest checkpoint is that of step 20', complained
+    )
+    code, said, complained, _ = run(*arguments)
+    assert code == 0 and 'going on from step 20' in said, complained
+    assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
 
 
 def test_stored_transformer_is_found_by_digest_and_nearest_budget(tmp_path):

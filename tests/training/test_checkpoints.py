@@ -56,6 +56,13 @@ def test_round_trip_is_bitwise(saved):
     assert restored.versions == package_versions() and restored.versions['jax'] == jax.__version__
 
 
+def test_preferred_steps_come_first_while_they_verify(saved):
+    even = lambda step: step % 2 == 0
+    assert saved.restore(make_state(0), CONFIG, even).step == 2
+    flip_somewhere(saved.path(2) / 'meta.json')
+    assert saved.restore(make_state(0), CONFIG, even).step == 3
+
+
 def test_restores_onto_other_devices(saved):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ('data',))
     whole = jax.sharding.NamedSharding(mesh, jax.P())
@@ -111,6 +118,18 @@ def test_any_damaged_file_is_named_and_passed_over(saved, tmp_path, kind):
         shutil.rmtree(copy)
 
 
+def test_a_flipped_bit_anywhere_in_any_file_is_found(saved):
+    """orbax alone reads such arrays without a word."""
+    for path in files_of(saved.path(3)):
+        content = path.read_bytes()
+        for position in {len(content) * share // 12 for share in range(12)} if content else ():
+            flip(path, position)
+            assert saved.verify(3) == f'{path.relative_to(saved.path(3))} is damaged' or path.name == 'manifest.json', position
+            assert saved.verify(3) is not None, position
+            path.write_bytes(content)
+    assert saved.verify(3) is None
+
+
 def test_every_single_bit_of_a_small_file_counts(saved):
     manifest = saved.path(3) / 'manifest.json'
     content = manifest.read_bytes()
@@ -151,7 +170,7 @@ def test_never_removes_the_only_one_that_verifies(tmp_path, monkeypatch):
     def save_then_damage(step):
         real = Checkpoints._retain
         with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, '_retain', lambda self: (flip_somewhere(self.path(step) / 'meta.json'), real(self)))
+            patch.setattr(Checkpoints, '_retain', lambda self, saved: (flip_somewhere(self.path(step) / 'meta.json'), real(self, saved)))
             checkpoints.save(step, make_state(step), config=CONFIG, data={})
 
     save_then_damage(2)

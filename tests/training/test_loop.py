@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
 from nested_jax.training import loop
-from nested_jax.training.checkpoints import DamagedCheckpointsError
+from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.metrics import read_metrics
 
@@ -264,6 +264,101 @@ def test_poisoned_optimizer_is_not_saved(data, tmp_path, monkeypatch):
     assert not list((tmp_path / 'checkpoints').iterdir())
 
 
+SKIP = dataclasses.replace(TRAIN, on_nonfinite='skip', max_skips=2)
+
+
+def faulty(monkeypatch, folder, data, plan, config, cut=None):
+    """A run under a plan of faults, stopped and resumed after step `cut`."""
+    with monkeypatch.context() as patch:
+        patch.setenv('NESTED_JAX_FAULTS', plan)
+        if cut is not None:
+            with monkeypatch.context() as stopping:
+                stop_after(stopping, cut)
+                assert train(folder, data, config)[0].step == cut
+        return train(folder, data, config)
+
+
+def test_bad_batch_ends_the_run_by_default(data, tmp_path, monkeypatch):
+    with pytest.raises(loop.DivergedError, match='at step 4 the loss is nan'):
+        faulty(monkeypatch, tmp_path, data, 'nan_batch@4', TRAIN)
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000003']
+
+
+def test_bad_batch_is_skipped_counted_and_resumed(data, tmp_path, monkeypatch):
+    whole, said = faulty(monkeypatch, tmp_path / 'whole', data, 'nan_batch@4,inf_batch@7', SKIP)
+    assert whole.step == 8 and 'step 4 is skipped: its loss is nan' in said and 'step 7 is skipped' in said
+    assert [(line['step'], line['skipped_steps']) for line in records(tmp_path / 'whole') if 'loss' in line] == [(3, 0), (6, 1), (8, 1)]
+    counts = [int(leaf) for leaf in jax.tree.leaves(whole.state.opt_state) if leaf.shape == () and leaf.dtype == jnp.int32]
+    assert max(counts) == 6  # updates that Adam and the schedule have seen
+    cut, _ = faulty(monkeypatch, tmp_path / 'cut', data, 'nan_batch@4,inf_batch@7', SKIP, cut=4)
+    assert cut.resumed_from == 4
+    assert_same_state(cut.state, whole.state)
+    assert records(tmp_path / 'cut') == records(tmp_path / 'whole')
+
+
+def test_bad_batches_in_a_row_send_the_run_back_without_them(data, tmp_path, monkeypatch):
+    read = []
+    real = loop._Trainer.run_step
+    monkeypatch.setattr(loop._Trainer, 'run_step', lambda self, batch: (read.append(batch['tokens'].copy()), real(self, batch))[1])
+    whole, said = faulty(monkeypatch, tmp_path / 'whole', data, 'nan_batch@5-6', SKIP)
+    assert '2 steps skipped in a row: back to step 3, without batches 3 to 5' in said
+    marks = [line for line in records(tmp_path / 'whole') if 'passed_over_from' in line]
+    assert whole.step == 8 and marks == [dict(step=3, passed_over_from=3, passed_over_to=6)]
+    trainer_batches = loop.training_batches(data.train, length=16, batch_size=4, grid=MODEL.grid, seed=0)
+    expected = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]  # step 4 reads batch 6 the second time
+    assert len(read) == len(expected)
+    for tokens, number in zip(read, expected, strict=True):
+        np.testing.assert_array_equal(tokens, trainer_batches[number]['tokens'])
+    for cut in (4, 7):  # before the run goes back, and after
+        again, _ = faulty(monkeypatch, tmp_path / f'cut{cut}', data, 'nan_batch@5-6', SKIP, cut=cut)
+        assert_same_state(again.state, whole.state)
+        assert records(tmp_path / f'cut{cut}') == records(tmp_path / 'whole')
+
+
+def test_run_that_goes_back_to_one_step_again_and_again_ends(data, tmp_path, monkeypatch):
+    with pytest.raises(loop.DivergedError, match='went back to step 3 three times'):
+        faulty(monkeypatch, tmp_path, data, 'nan_batch@4-99', SKIP)
+
+
+def test_poisoned_state_is_left_by_going_back(data, tmp_path, monkeypatch):
+    real = loop._Trainer.run_step
+    poisonings = []
+
+    def poisoned(self, batch):
+        if int(self.state.step) == 4 and not poisonings:
+            poisonings.append(None)
+            spoil = lambda leaf: leaf.at[0].set(jnp.nan) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim else leaf
+            self.state = self.state._replace(opt_state=jax.tree.map(spoil, self.state.opt_state))
+        return real(self, batch)
+
+    monkeypatch.setattr(loop._Trainer, 'run_step', poisoned)
+    result, said = train(tmp_path, data, SKIP)
+    assert result.step == 8 and 'back to step 3' in said
+    assert bool(loop._all_finite(result.state))
+
+
+def test_full_disk_is_said_and_leaves_the_older_checkpoint(data, tmp_path, monkeypatch):
+    with pytest.raises(
+        SaveError, match='step 6 could not be saved in .*No space left on device.*; the newest checkpoint is that of step 3'
+    ):
+        faulty(monkeypatch, tmp_path, data, 'disk_full@6/arrays', TRAIN)
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000003']
+
+
+def test_second_run_in_one_folder_is_refused(data, tmp_path, monkeypatch):
+    real = loop._Trainer.save
+    refusals = []
+
+    def save(self, step):
+        with pytest.raises(ValueError, match='is in use by another run'):
+            train(tmp_path, data)
+        refusals.append(step)
+        return real(self, step)
+
+    monkeypatch.setattr(loop._Trainer, 'save', save)
+    assert train(tmp_path, data)[0].step == 8 and refusals == [3, 6, 8]
+
+
 def test_step_is_traced_once_whatever_happens_around_it(data, tmp_path, monkeypatch):
     traces = []
     real = loop.make_train_step
@@ -301,6 +396,10 @@ def test_batch_that_the_devices_do_not_divide(data, tmp_path):
         ('keep', 0),
         ('seed', -1),
         ('output', ' '),
+        ('on_nonfinite', 'ignore'),
+        ('spike_sigma', 6.0),
+        ('max_skips', 0),
+        ('watchdog_s', 0.0),
     ],
 )
 def test_impossible_settings_name_the_field(field, value):
@@ -320,6 +419,15 @@ def test_model_that_cannot_read_the_run():
 def test_config_survives_json():
     config = as_dict(TRAIN)
     assert TrainConfig(**json.loads(json.dumps(config))) == TRAIN
+
+
+def test_younger_settings_are_in_a_configuration_only_when_used():
+    """Digests of stored results were made without them."""
+    younger = {'on_nonfinite', 'spike_sigma', 'max_skips', 'watchdog_s'}
+    assert not younger & set(as_dict(TRAIN)) and younger <= set(dataclasses.asdict(TRAIN))
+    used = dataclasses.replace(TRAIN, on_nonfinite='skip', spike_sigma=6.0)
+    assert younger & set(as_dict(used)) == {'on_nonfinite', 'spike_sigma'}
+    assert TrainConfig(**as_dict(used)) == used
 
 
 def test_second_signal_ends_the_process(monkeypatch):

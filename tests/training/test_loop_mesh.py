@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.config import TrainConfig
@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 def train(folder, data, devices, mesh=None):
     config = dataclasses.replace(TRAIN, output=str(folder))
-    settings = {'model': dataclasses.asdict(MODEL), 'train': dataclasses.asdict(config)}
+    settings = {'model': as_dict(MODEL), 'train': as_dict(config)}
     console = rich.console.Console(file=io.StringIO(), width=200)
     return loop.train(config, MODEL, data, settings, devices=jax.devices()[:devices], mesh=mesh, console=console)
 

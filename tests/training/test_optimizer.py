@@ -28,6 +28,7 @@ def test_derivative_of_clipping_at_zero_is_the_identity():
     gradient = jax.grad(clipped_sum(clip_by_global_norm(0.5)))(jnp.zeros(3))
     np.testing.assert_array_equal(gradient, np.ones(3, np.float32))
     assert float(global_norm({})) == 0.0
+    assert np.isnan(global_norm(jnp.asarray([1.0, jnp.nan]))) and np.isinf(global_norm(jnp.asarray([1.0, jnp.inf])))
 
 
 def test_outer_gradient_through_a_clipped_inner_step_with_no_gradient_is_finite():
