@@ -3,6 +3,8 @@
 A folder holds config.json and the weights as safetensors, in one file or in shards with an index. Files are mapped into memory and read
 tensor by tensor, of each only the part that a device holds. What a model computes is written in config.json alone (siblings differ in
 theta and epsilon), so nothing is assumed from a name, and a setting that this code would not follow is an error.
+
+Accelerators round the factors of float32 products to fewer bits: for logits to compare, set `jax_default_matmul_precision` to 'highest'.
 """
 
 import contextlib
@@ -404,9 +406,12 @@ def _load(files: dict[str, Any], parameter: _Parameter, dtype: np.dtype, shardin
     def read(index: tuple[slice, ...]) -> np.ndarray:
         """The part of the parameter at `index`, read from the files and nothing besides."""
         bounds = [slice(*part.indices(size)[:2]) for part, size in zip(index, parameter.shape, strict=True)]
-        layers, inner = (bounds[0], bounds[1:]) if parameter.stacked else (slice(0, 1), bounds)
-        parts = [_tensor(files, parameter.name.format(i), inner, parameter.transposed, dtype) for i in range(layers.start, layers.stop)]
-        return np.stack(parts) if parameter.stacked else parts[0]
+        if not parameter.stacked:
+            return _tensor(files, parameter.name, bounds, parameter.transposed, dtype)
+        part = np.empty([bound.stop - bound.start for bound in bounds], dtype)
+        for place, layer in enumerate(range(bounds[0].start, bounds[0].stop)):
+            part[place] = _tensor(files, parameter.name.format(layer), bounds[1:], parameter.transposed, dtype)
+        return part
 
     if sharding is None:
         return jnp.asarray(read((slice(None),) * len(parameter.shape)))

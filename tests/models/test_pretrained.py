@@ -130,6 +130,12 @@ def test_configuration_of_each_architecture(folders):
     assert changed == dataclasses.replace(llama, max_length=128, dtype='bfloat16')
 
 
+def test_axes_of_normed_heads_and_biases(folders):
+    mixer = lambda name: logical_axes(load_pretrained(folders[name])[1])['blocks']['mixer']
+    assert mixer('qwen3')['query_norm']['scale'] == mixer('qwen3')['key_norm']['scale'] == ('layers', None)
+    assert {mixer('qwen2')[name]['bias'] for name in ('query', 'key', 'value')} == {('layers', 'heads')}
+
+
 def test_both_spellings_of_the_rotary_settings_are_read(folder):
     old = read_config(folder)
     scaling = goldens.CONFIGS['llama']['rope_scaling']
@@ -335,3 +341,47 @@ def test_missing_and_damaged_files(folders, folder, tmp_path):
     (folder / 'model.safetensors.index.json').write_text('{}')
     with pytest.raises(ValueError, match='weight_map is None, allowed is shards by tensor'):
         load_pretrained(folder)
+
+
+PUBLISHED = {  # what config.json of the published models says (without the keys that are read by no one), and their parameters
+    'Llama-3.2-1B': (
+        1_235_814_400,
+        dict(
+            model_type='llama', vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
+            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=True, rms_norm_eps=1e-5,
+            rope_theta=500000.0, rope_scaling=goldens.CONFIGS['llama']['rope_scaling'],
+        ),
+    ),
+    'Qwen2.5-0.5B': (
+        494_032_768,
+        dict(
+            model_type='qwen2', vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, rms_norm_eps=1e-6,
+            num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True, rope_theta=1000000.0,
+            sliding_window=32768, use_sliding_window=False, max_window_layers=24,
+        ),
+    ),
+    'Qwen2.5-7B': (
+        7_615_616_512,
+        dict(
+            model_type='qwen2', vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, rms_norm_eps=1e-6,
+            num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=131072, tie_word_embeddings=False, rope_theta=1000000.0,
+        ),
+    ),
+    'Qwen3-0.6B': (
+        596_049_920,
+        dict(
+            model_type='qwen3', vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, rms_norm_eps=1e-6,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, tie_word_embeddings=True,
+            rope_theta=1000000, rope_scaling=None,
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_models_have_as_many_parameters_as_they_say(tmp_path, name):
+    count, fields = PUBLISHED[name]
+    (tmp_path / 'config.json').write_text(json.dumps(fields))
+    config = read_config(tmp_path)
+    shapes = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
