@@ -66,7 +66,8 @@ def test_every_family_has_a_line_in_the_table_of_models_and_its_tests_exist():
 def test_local_commands_run(words, tmp_path):
     rows = {path: path.read_bytes() for path in (ROOT / 'experiments' / 'results').rglob('*.jsonl')}
     words = [word for word in words if not word.startswith('runs/') and word != '--train.output']
-    result = run([*words, '--smoke', '--train.output', str(tmp_path / 'run')])
+    folder = '--train.output' if words[:3] == MAIN_JOB else '--runs'
+    result = run([*words, '--smoke', folder, str(tmp_path / 'run')])
     assert result.returncode == 0, result.stdout + result.stderr
     assert any((tmp_path / 'run').iterdir())
     after = {path: path.read_bytes() for path in (ROOT / 'experiments' / 'results').rglob('*.jsonl')}
