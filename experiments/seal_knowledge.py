@@ -37,6 +37,7 @@ from experiments.seal_world import (
     PROTOTYPE,
     Budget,
     Edit,
+    Learner,
     Marks,
     Reader,
     Text,
@@ -73,6 +74,8 @@ class Args:
         ValueError: naming the argument, its value and what is allowed.
     """
 
+    learner: Learner = 'transformer'
+    """The model that writes and learns; of Hope's, adapters lie on the projections and on both levels of the CMS."""
     seeds: tuple[int, ...] = (0,)
     """A whole run for each, pre-training included."""
     rounds: int = 3
@@ -133,7 +136,7 @@ def run_seed(args: Args, seed: int) -> None:
     metrics = run.metrics()
     print('\n'.join(report(metrics)), flush=True)
     hardware, wall = hardware_name(jax.devices()), time.monotonic() - began
-    row = make_row(experiment=EXPERIMENT, model='transformer', seed=seed, config=config, metrics=metrics, hardware=hardware, wall_s=wall)
+    row = make_row(experiment=EXPERIMENT, model=args.learner, seed=seed, config=config, metrics=metrics, hardware=hardware, wall_s=wall)
     if not args.smoke:
         append_row(args.results, row)
     picture = args.runs / config_digest(config) / 'arms.png'
@@ -146,7 +149,7 @@ def run_config(args: Args, seed: int) -> dict:
     sizes = {name: getattr(args, name) for name in ('rounds', 'contexts', 'each', 'repetitions', 'tests')}
     world, outer = World(), OuterConfig()
     return dict(
-        world=as_dict(world), model=as_dict(model_config(world)), train=as_dict(train_config(args.pretraining_steps)),
+        world=as_dict(world), model=as_dict(model_config(world, args.learner)), train=as_dict(train_config(args.pretraining_steps)),
         outer=as_dict(outer), budgets=[list(budget) for budget in args.budgets], seed=seed, **sizes,
     )  # fmt: skip
 
@@ -156,7 +159,7 @@ class Run:
 
     def __init__(self, args: Args, seed: int, stages: Stages):
         self.args, self.seed, self.stages, self.world = args, seed, stages, World()
-        self.model = LanguageModel(model_config(self.world))
+        self.model = LanguageModel(model_config(self.world, args.learner))
         self.reader = Reader(self.model, self.world)
         self.updates = {name: make_policy_update(self.model, OuterConfig(algorithm=name)) for name in ('rest-em', 'random')}
 

@@ -16,28 +16,27 @@ SETTINGS = ('the chosen budget', str(PROTOTYPE))
 
 
 def seal_table(rows: list[dict]) -> list[str]:
-    """Lines of the table of arms; none without rows.
+    """Lines of a table of arms for each learner, an empty one between two; none without rows.
 
     Raises:
         ValueError: naming a setting in which two seeds differ.
     """
-    runs = _by_seed(rows)
-    if not runs:
-        return []
-    chosen = ', '.join(dict.fromkeys(row['metrics']['chosen'] for row in runs))
-    lines = [
-        f'| SEAL on made-up people, answers right, % | at {SETTINGS[0]} ({chosen}) | at {SETTINGS[1]} | the paper |',
-        '| --- ' * 4 + '|',
-    ]
-    for arm in _arms(runs):
-        cells = [_cell([found for row in runs if (found := _found(row, setting, arm))]) for setting in SETTINGS]
-        lines.append(f'| {arm} | {cells[0]} | {cells[1]} | {PAPER.get(arm, "")} |')
+    lines = []
+    for learner in dict.fromkeys(row['model'] for row in rows):
+        runs = _by_seed([row for row in rows if row['model'] == learner])
+        chosen = ', '.join(dict.fromkeys(row['metrics']['chosen'] for row in runs))
+        title = f'SEAL on made-up people, {learner}, answers right, %'
+        lines += [''] if lines else []
+        lines += [f'| {title} | at {SETTINGS[0]} ({chosen}) | at {SETTINGS[1]} | the paper |', '| --- ' * 4 + '|']
+        for arm in _arms(runs):
+            cells = [_cell([found for row in runs if (found := _found(row, setting, arm))]) for setting in SETTINGS]
+            lines.append(f'| {arm} | {cells[0]} | {cells[1]} | {PAPER.get(arm, "")} |')
     return lines
 
 
 def draw_seal(rows: list[dict], path: pathlib.Path) -> None:
-    """Budgets tried, and a panel of the arms for each reported one; means over seeds, with intervals over them or over passages."""
-    runs = _by_seed(rows)
+    """Budgets tried by the first learner, and a panel of its arms at each reported one, with the intervals of the table."""
+    runs = _by_seed([row for row in rows if row['model'] == rows[0]['model']])
     figure = Figure(figsize=(15, 5), layout='constrained')
     sweep, *others = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     budgets = list(runs[0]['metrics']['sweep'])

@@ -7,14 +7,14 @@ Letters in shapes: C people, M self-edits of each, A attributes, P repetitions o
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.fitting import lane, make_fit
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
 from nested_jax.data.tasks.biographies import EDIT, END, PAD, Person, World
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.sampling import generate
@@ -26,6 +26,7 @@ from nested_jax.training.config import TrainConfig
 
 PyTree = Any
 Edit = list[int]
+Learner = Literal['transformer', 'hope-attention', 'hope-linear']
 LENGTH = 64  # tokens of a row of pre-training, and of a passage with its self-edit
 SHAPE = (2, 32)  # of a bucket: a passage and as many notes as there are attributes
 INNER = InnerConfig(lora=LoraConfig(rank=8, alpha=16.0, targets=('query', 'value', 'up', 'down')))
@@ -58,11 +59,17 @@ class Marks(NamedTuple):
     log_prob: np.ndarray  # mean log-probability of the right answers
 
 
-def model_config(world: World) -> ModelConfig:
-    """A Transformer of 0.1M parameters."""
+def model_config(world: World, learner: Learner = 'transformer') -> ModelConfig:
+    """A model of 0.1M parameters: the Transformer, its MLP split into two CMS levels, or Hope with matrix memories."""
+    hidden = {'transformer': (192,), 'hope-attention': (96, 96), 'hope-linear': (74, 74)}[learner]
+    hope = dict(
+        mixer='self-modifying',
+        memory=MemoryConfig(kind='matrix', gradient='token', momentum=False, decay_to='init', chunk_size=4, projection_chunk_size=4),
+    )
     return ModelConfig(
-        mixer='attention', num_layers=2, width=64, num_heads=4, head_dim=16, levels=(LevelConfig(192, LENGTH),),
-        vocab_size=world.vocab_size, max_length=LENGTH,
+        num_layers=2, width=64, num_heads=4, head_dim=16, vocab_size=world.vocab_size, max_length=LENGTH,
+        levels=tuple(LevelConfig(size, LENGTH * 4**index) for index, size in enumerate(hidden)),
+        **(hope if learner == 'hope-linear' else dict(mixer='attention')),
     )  # fmt: skip
 
 
@@ -122,7 +129,7 @@ class Reader:
     """
 
     def __init__(self, model: LanguageModel, world: World):
-        self.world, self.shares = world, []
+        self.world, self.shares, self._grid = world, [], model.config.grid
         self._learn = make_inner_loop(model, INNER)
 
         def ask(params: PyTree, adapters: PyTree | None, questions: jax.Array, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -154,7 +161,7 @@ class Reader:
         candidates = [Candidate(part, budget.learning_rate, budget.steps, seed) for part in sequences for seed in repetitions]
         people = [text.person for text in texts for _ in repetitions]
         found = np.zeros((2, len(candidates)))
-        for places, batch in buckets(candidates, shape=SHAPE):
+        for places, batch in buckets(candidates, grid=self._grid, shape=SHAPE):
             self.shares.append(real_share(batch))
             filled = [*places, *places[:1] * (batch.tokens.shape[0] - len(places))]
             marks = self._ask(params, self._learn(params, batch).adapters, *self._questions([people[place] for place in filled]))

@@ -15,7 +15,12 @@ def row(seed: int, chosen: str = '0.01 x 32', **changes) -> dict:
     }
     sweep = {budget: {'passage only': 0.2, 'oracle edit': 1.0} for budget in ('0.003 x 16', '0.01 x 32')}
     reported = {chosen: dict(arms=arms(0.01 * seed)), '0.003 x 16': dict(arms=arms(0.0))}
-    return dict(seed=seed, config=dict(tests=4, seed=seed) | changes, metrics=dict(chosen=chosen, sweep=sweep, reported=reported))
+    return dict(
+        model='transformer',
+        seed=seed,
+        config=dict(tests=4, seed=seed) | changes,
+        metrics=dict(chosen=chosen, sweep=sweep, reported=reported),
+    )
 
 
 def test_seeds_are_means_with_intervals():
@@ -29,6 +34,11 @@ def test_one_seed_has_the_interval_over_passages_and_the_latest_row_counts():
     lines = seal_table([row(0), row(0, chosen='0.003 x 16')])
     assert lines[2] == '| base | 0.0 [0.0, 90.0] (n = 1) | 0.0 [0.0, 90.0] (n = 1) | 32.7 |'
     assert seal_table([]) == []
+
+
+def test_learners_have_tables_of_their_own():
+    lines = seal_table([row(0), row(0, size=3) | dict(model='hope-linear')])
+    assert len(lines) == 2 * (2 + len(ARMS)) + 1 and lines[6] == '' and 'hope-linear' in lines[7]
 
 
 def test_configurations_are_not_mixed():

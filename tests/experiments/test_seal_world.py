@@ -1,5 +1,7 @@
 """What the experiments on the world of people do with a model."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from experiments.seal_world import (
     INNER,
     LENGTH,
     Budget,
+    Learner,
     Reader,
     bootstrap,
     composition,
@@ -23,7 +26,7 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.seal.buckets import Candidate
 from nested_jax.seal.inner_loop import learn_all, make_inner_loop
 from nested_jax.seal.lora import merge
-from tests.models.small_models import random_params
+from tests.models.small_models import random_params, shapes
 
 WORLD = World()
 MODEL = LanguageModel(model_config(WORLD))
@@ -51,20 +54,22 @@ def test_edits_are_written_behind_the_passage():
     assert (edits != write_edits(MODEL, PARAMS, TEXTS, 2, 1)).any()
 
 
-def test_marks_are_those_of_a_model_updated_by_itself():
-    budget, reader = Budget(0.03, 12), Reader(MODEL, WORLD)
+@pytest.mark.parametrize('learner', ['transformer', 'hope-linear'])
+def test_marks_are_those_of_a_model_updated_by_itself(learner):
+    model = LanguageModel(model_config(WORLD, learner))
+    params, budget, reader = random_params(model, dtype=np.float32), Budget(0.03, 12), Reader(model, WORLD)
     edits = [ORACLE[0], None, ORACLE[2]]
-    marks = reader.learn_and_ask(PARAMS, TEXTS, edits, budget, [7, 8])
+    marks = reader.learn_and_ask(params, TEXTS, edits, budget, [7, 8])
     assert marks.right.shape == marks.log_prob.shape == (3, 2)
     for index, text in enumerate(TEXTS):
         notes = WORLD.lines(edits[index]) if edits[index] else []
         each = Candidate(tuple((END, *line) for line in [*notes, text.passage]), *budget, seed=8)
-        updated = merge(PARAMS, learn_all(make_inner_loop(MODEL, INNER), PARAMS, [each])[0], INNER.lora)
+        updated = merge(params, learn_all(make_inner_loop(model, INNER), params, [each], grid=model.config.grid)[0], INNER.lora)
         questions = jnp.array([WORLD.question(text.person, attribute) for attribute in range(4)])
-        log = jax.nn.log_softmax(MODEL.apply({'params': updated}, questions)[0][:, -1])
+        log = jax.nn.log_softmax(model.apply({'params': updated}, questions)[0][:, -1])
         answers = np.array([WORLD.answer(text.person, attribute) for attribute in range(4)])
         np.testing.assert_allclose(marks.log_prob[index, 1], log[np.arange(4), answers].mean(), rtol=2e-3)
-    assert marks.log_prob[0].min() > reader.ask(PARAMS, [TEXTS[0].person]).log_prob[0, 0]
+    assert marks.log_prob[0].min() > reader.ask(params, [TEXTS[0].person]).log_prob[0, 0]
     assert 0 < min(reader.shares) <= 1
 
 
@@ -86,3 +91,9 @@ def test_the_bootstrap():
     mean, low, high = bootstrap(values)
     assert mean == pytest.approx(values.mean())
     np.testing.assert_allclose([mean - low, high - mean], 1.96 * values.std() / 20, rtol=0.1)
+
+
+def test_learners_are_of_one_size():
+    count = lambda learner: sum(leaf.size for leaf in jax.tree.leaves(shapes(LanguageModel(model_config(WORLD, learner)))))
+    sizes = [count(learner) for learner in get_args(Learner)]
+    assert max(sizes) < 1.03 * min(sizes), sizes
