@@ -32,7 +32,7 @@ import tyro
 from jax.experimental import topologies
 
 from nested_jax.config import ModelConfig, as_dict
-from nested_jax.evaluation.rows import append_row, make_row
+from nested_jax.evaluation.rows import append_row, commit, make_row
 from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
 from nested_jax.training.config import TrainConfig, check_devices, check_model
@@ -73,7 +73,7 @@ class Args:
 def main() -> int:
     """Compiles, prints and stores; returns the exit code."""
     args = tyro.cli(Args, description=__doc__)
-    began = time.monotonic()
+    began, head = time.monotonic(), commit()  # of the code that is compiled; the tree may move on meanwhile
     try:
         train = TrainConfig(batch_size=args.batch_size, sequence_length=args.sequence_length, accumulation=args.accumulation)
         config = preset(args.preset, dtype=args.dtype, remat=args.remat)
@@ -81,7 +81,7 @@ def main() -> int:
         sizes = choose_mesh(args.mesh, config, len(devices))
         check_devices(train, batch_shares(sizes))
         check_model(train, config, 0)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter without libtpu, for an unknown topology, or while another compiles
         print(f'error: {error}', file=sys.stderr)
         return 2
     with logged() as log:
@@ -99,7 +99,7 @@ def main() -> int:
         experiment=EXPERIMENT, model=args.preset, seed=0, config=settings, metrics=metrics,
         hardware=f'compiled for {len(devices)} x {devices[0].device_kind}, not run', wall_s=seconds,
     )  # fmt: skip
-    append_row(args.results, row)
+    append_row(args.results, row | dict(commit=head))
     return 0
 
 

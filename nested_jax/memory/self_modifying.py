@@ -152,12 +152,14 @@ def self_modifying(
     chunks, ids = laid.chunks
     start = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), initial)
     carry = _first_carry(rule, start, state, position, inputs.momentum is not None)
+    # One for each row: devices that split the batch would else sum its gradient over them in every chunk.
+    scale = jnp.broadcast_to(retention_scale[None], (batch, *retention_scale.shape))
     flags = _flags(rule, laid, ids, None if state is None else position)
 
     @jax.checkpoint
     def step(carry, xs):
         tokens, flag = xs
-        y, after, before = _chunk(rule, retention_scale, start, carry, tokens, flag)
+        y, after, before = _chunk(rule, scale, start, carry, tokens, flag)
         return after if flag['complete'] is None else grid.where_rows(flag['complete'], after, before), jnp.moveaxis(y, 1, 2)
 
     carry, y = jax.lax.scan(step, carry, (_static(chunks, initial.first.dtype), flags))
@@ -276,7 +278,7 @@ def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: _Tokens) -
     else:
         (wide_hat, gate_hat), at_key = _outputs(rule, source, value), None
     wide_hat = part('target', wide_hat)
-    log_alpha = -scale[None, :, None] * jax.nn.softplus(tokens.alpha + part('alpha', gates[..., 1]))
+    log_alpha = -scale[..., None] * jax.nn.softplus(tokens.alpha + part('alpha', gates[..., 1]))
     if not rule.retention:
         log_alpha = jnp.zeros_like(log_alpha)
     eta = jax.nn.sigmoid(tokens.eta + part('eta', gates[..., 0])) * _largest_rate(rule, jnp.exp(log_alpha))
@@ -426,7 +428,7 @@ def _token(rule: Rule, scale: jax.Array, start: Memories, carry, xs):
     source = choose(index % rule.projection_chunk_size == 0, running, source)
     anchor = choose(index % rule.chunk_size == 0, running, anchor)
     batched = jax.tree.map(lambda x: x[0], _static(jax.tree.map(lambda x: x[None, None, None, None], token), start.first.dtype))
-    made = jax.tree.map(lambda x: x[0, 0], _generate(rule, scale[None], jax.tree.map(lambda x: x[None, None], source), batched))
+    made = jax.tree.map(lambda x: x[0, 0], _generate(rule, scale[None, None], jax.tree.map(lambda x: x[None, None], source), batched))
 
     def objective(memories: Memories) -> jax.Array:
         wide, gates = _outputs(rule, memories, made.key)

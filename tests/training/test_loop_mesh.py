@@ -47,7 +47,15 @@ def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkey
         if now in (2, 4):
             os.kill(os.getpid(), signal.SIGTERM)
 
+    meshes, real_loss = [], loop.make_loss
+
+    def make_loss(model):
+        """Notes the mesh the model is compiled for, which its rows are split over."""
+        inner = real_loss(model)
+        return lambda params, batch: (meshes.append(jax.sharding.get_abstract_mesh().axis_names), inner(params, batch))[1]
+
     monkeypatch.setattr(loop._Trainer, 'train_step', train_step)
+    monkeypatch.setattr(loop, 'make_loss', make_loss)
     for devices, mesh, until in ((4, 'fsdp=2,tensor=2', 2), (1, None, 4), (4, 'data=2,fsdp=2', 6)):
         result = train(tmp_path / 'moved', data, devices, mesh)
         assert (result.resumed_from, result.step) == (last, until)
@@ -58,6 +66,7 @@ def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkey
         for leaf in (kernel, moment):
             assert leaf.addressable_shards[0].data.size * shares == leaf.size
         last = until
+    assert set(meshes) == {('fsdp', 'tensor'), ('data',), ('data', 'fsdp')}
     np.testing.assert_allclose(result.heldout.nats, unbroken.heldout.nats, rtol=1e-6)
 
 
