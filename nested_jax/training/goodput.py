@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 CAUSES = ('start', 'restore', 'compile', 'data', 'step', 'save', 'evaluate')
@@ -57,6 +58,13 @@ class Ledger:
     def __init__(self, folder: str | os.PathLike, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time):
         self._path, self._clock, self._wall = pathlib.Path(folder) / FILE, clock, wall
         self._open()
+
+    def __enter__(self) -> 'Ledger':
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._write()
 
     def begin(self, step: int) -> None:
         """Says from which step the process goes on; nothing is written before."""

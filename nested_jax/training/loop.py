@@ -118,7 +118,7 @@ class _Trainer:
             rows = self.config.batch_size // self.config.accumulation // self.replicated.mesh.size
             copies = fast_weight_bytes(self.model, rows, self.config.sequence_length)
             self.progress.say(f'levels updated within each sequence: {copies / 2**20:,.1f} MiB of copies on each device')
-        with self.watchdog:
+        with self.watchdog, self.ledger:
             return self.run_watched()
 
     def run_watched(self) -> Result:
@@ -197,13 +197,14 @@ class _Trainer:
         with MetricLog(self.folder, start) as self.log:
             self.write_passed_over(start)
             self.progress.start_at(start)
+            self.ledger.step(start)
             iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
             for step in range(start + 1, config.steps + 1):
                 self.watchdog.step(step)
-                self.ledger.step(step - 1)
                 with self.ledger.during('data'):
                     batch = next(iterator)
                 self.train_step(step, self.disturb(step, batch))
+                self.ledger.step(step)
                 received, last = stop.received, step == config.steps
                 if last or step % config.log_every == 0:
                     self.write(step)
@@ -313,7 +314,6 @@ class _Trainer:
 
     def save(self, step: int) -> None:
         self.settle()
-        self.ledger.step(step)
         if not bool(_all_finite(self.state)):
             if self.skips is not None:
                 raise GoBack(step)

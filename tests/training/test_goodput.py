@@ -134,6 +134,16 @@ def test_line_cut_off_by_a_kill_is_left_out(tmp_path, clock):
     assert summary(tmp_path) == before
 
 
+def test_process_that_fails_says_how_far_it_came(tmp_path, clock):
+    with pytest.raises(OSError), begin(tmp_path, clock, 0) as ledger:
+        ledger.step(0)
+        clock.spend(0.5)
+        ledger.step(1)
+        raise OSError
+    begin(tmp_path, clock, 0).close('finished')
+    assert summary(tmp_path).wasted_steps == 1 and summary(tmp_path).badput_s['wasted'] == pytest.approx(0.5)
+
+
 def test_error_inside_ends_its_cause(tmp_path, clock):
     ledger = begin(tmp_path, clock, 0)
     ledger.step(0)
