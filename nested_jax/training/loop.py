@@ -4,6 +4,7 @@ A run that is stopped and resumed is bit for bit the run that was not: a batch d
 whole, and the half-filled window of the training loss is saved with it.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -11,7 +12,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -29,6 +30,7 @@ from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder, lock_folder
 from nested_jax.training.faults import faults_of_environment
+from nested_jax.training.goodput import Ledger, summary
 from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
 from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
 from nested_jax.training.optimizer import make_optimizer, warmup_cosine
@@ -114,7 +116,7 @@ class _Trainer:
         )
         self.window = _Window()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
-        self.watchdog = Watchdog(config.watchdog_s)
+        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder)
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -122,24 +124,34 @@ class _Trainer:
             rows = self.config.batch_size // self.config.accumulation // self.placement.num_shares
             copies = fast_weight_bytes(self.model, rows, self.config.sequence_length)
             self.progress.say(f'levels updated within each sequence: {copies / 2**20:,.1f} MiB of copies on each device')
-        with self.watchdog:
+        with self.watchdog, self.ledger:
             return self.run_watched()
 
     def run_watched(self) -> Result:
-        with self.watchdog.other('restoring'):
+        with self.doing('restore'):
             restored = self.restore()
         self.start = restored.step if restored else 0
+        self.ledger.begin(self.start)
         self.rejected = restored.rejected if restored else ()
         self.path = self.checkpoints.path(self.start)
-        with self.watchdog.other('compiling'):
+        with self.doing('compile'):
             self.compile()
         stopped_by = self.loop() if self.start < self.config.steps else None
         if stopped_by is not None:
+            self.ledger.close('stopped')
             return self.result(None, stopped_by)
         self.progress.say('evaluating on the held-out text')
         heldout = self.evaluate(self.final)
         self.finish(heldout)
+        self.ledger.close('finished')
+        self.progress.say(str(summary(self.folder)))
         return self.result(heldout, None)
+
+    @contextlib.contextmanager
+    def doing(self, cause: str) -> Iterator[None]:
+        """What is no step has a limit and an account of its own."""
+        with self.watchdog.other(cause), self.ledger.during(cause):
+            yield
 
     def restore(self, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
         """Makes the state, or reads it from the newest checkpoint that verifies, of the steps to prefer where there are such."""
@@ -195,10 +207,14 @@ class _Trainer:
         with MetricLog(self.folder, start) as self.log:
             self.write_passed_over(start)
             self.progress.start_at(start)
+            self.ledger.step(start)
             iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
             for step in range(start + 1, config.steps + 1):
                 self.watchdog.step(step)
-                self.train_step(step, self.disturb(step, next(iterator)))
+                with self.ledger.during('data'):
+                    batch = next(iterator)
+                self.train_step(step, self.disturb(step, batch))
+                self.ledger.step(step)
                 received, last = stop.received, step == config.steps
                 if last or step % config.log_every == 0:
                     self.write(step)
@@ -213,10 +229,12 @@ class _Trainer:
     def go_back(self, step: int) -> int:
         """Reads the newest checkpoint again, with the batches since then passed over; returns its step."""
         self.pending, ahead = None, self.skips.num_passed_over
-        with self.watchdog.other('restoring'):
+        self.ledger.go_back()
+        with self.doing('restore'):
             # Not to where a signal stopped the run: it would go on otherwise than the run that was not stopped.
             restored = self.restore(lambda saved: saved % self.config.checkpoint_every == 0)
         checkpoint = restored.step if restored else 0
+        self.ledger.begin(checkpoint)
         self.skips.go_back(step, checkpoint, ahead)
         first, end = self.skips.passed_over[-1]
         self.progress.say(
@@ -299,7 +317,7 @@ class _Trainer:
 
     def evaluate(self, batches: Iterable[dict]) -> HeldOut:
         self.settle()
-        with self.watchdog.other('evaluating'):
+        with self.doing('evaluate'):
             if self.faults is not None:
                 self.faults.reach('evaluate', int(self.state.step))
             return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place)
@@ -313,7 +331,7 @@ class _Trainer:
         cursor = dict(identity=self.identity, window=dataclasses.asdict(self.window))
         if self.skips is not None:
             cursor['guard'] = self.skips.to_json()
-        with self.watchdog.other('saving'):
+        with self.doing('save'):
             self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
 
     def finish(self, heldout: HeldOut) -> None:

@@ -20,6 +20,7 @@ from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
 from nested_jax.training.config import TrainConfig
+from nested_jax.training.goodput import summary
 from nested_jax.training.metrics import read_metrics
 
 TOKENS = 4 * 16  # a step
@@ -134,8 +135,11 @@ def test_a_run_learns_and_leaves_everything_behind(unbroken, data):
     assert lines[-1]['heldout_bits_per_byte'] == result.heldout.bits_per_byte
     # Every held-out token but each document's first is a target once.
     assert result.heldout.tokens == data.heldout.num_tokens - len(data.heldout.lengths)
-    assert {path.name for path in folder.iterdir()} == {'checkpoints', 'config.json', 'loss.png', 'metrics.jsonl', 'tensorboard'}
+    assert {path.name for path in folder.iterdir()} == {
+        'checkpoints', 'config.json', 'goodput.jsonl', 'loss.png', 'metrics.jsonl', 'tensorboard',
+    }  # fmt: skip
     assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['00000006', '00000008']
+    assert re.search(r'goodput [\d.]+% of', said)
     assert 'step 8/8' in said and 'bits/byte' in said and 'compiled in' in said
 
 
@@ -169,6 +173,9 @@ def test_killed_run_goes_on_from_the_last_checkpoint_and_drops_later_lines(unbro
     assert records(tmp_path)[-1]['step'] == 6
     second, _ = train(tmp_path, data)
     assert second.resumed_from == 3
+    spent = summary(tmp_path)
+    assert (spent.restarts, spent.wasted_steps) == (1, 3)
+    assert spent.productive_s + sum(spent.badput_s.values()) == pytest.approx(spent.total_s, rel=0.02)
     assert_same_state(second.state, whole.state)
     assert records(tmp_path) == records(folder)
 
@@ -302,6 +309,7 @@ def test_bad_batches_in_a_row_send_the_run_back_without_them(data, tmp_path, mon
     monkeypatch.setattr(loop._Trainer, 'run_step', lambda self, batch: (read.append(batch['tokens'].copy()), real(self, batch))[1])
     whole, said = faulty(monkeypatch, tmp_path / 'whole', data, 'nan_batch@5-6', SKIP)
     assert '2 steps skipped in a row: back to step 3, without batches 3 to 5' in said
+    assert summary(tmp_path / 'whole').wasted_steps == 3
     marks = [line for line in records(tmp_path / 'whole') if 'passed_over_from' in line]
     assert whole.step == 8 and marks == [dict(step=3, passed_over_from=3, passed_over_to=6)]
     trainer_batches = loop.training_batches(data.train, length=16, batch_size=4, grid=MODEL.grid, seed=0)

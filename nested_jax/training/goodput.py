@@ -1,0 +1,194 @@
+"""Where a run's time goes, over all its restarts: steps that count, and everything else by its cause.
+
+A ledger switches from one cause to the next, so that every second of a process belongs to one. It appends what it knows to
+goodput.jsonl in the run's folder, about once a second of steps and after everything else: a process that is killed leaves it there.
+`summary` reads the file. The steps that a later process did again are wasted; the time between the last line of a process that was
+killed and the first of the next is recovery, which holds the seconds the last line does not know of. Time in which a run lay
+stopped or finished is not counted.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+CAUSES = ('start', 'restore', 'compile', 'data', 'step', 'save', 'evaluate')
+FILE = 'goodput.jsonl'
+_EVERY_S = 1.0  # between two lines that say only that steps were done
+_CLEAN = ('finished', 'stopped')
+
+
+class StepTimes:
+    """Tells slow steps and waits for input from ordinary ones.
+
+    A step is slow above the median plus three median absolute deviations of those before it; a wait for input is a stall above five
+    median steps. Neither is told before ten steps.
+    """
+
+    def __init__(self):
+        self.slow, self.stalls = 0, 0
+        self._recent: deque[float] = deque(maxlen=128)
+
+    def add(self, step_s: float, data_s: float) -> None:
+        """Counts one step: seconds that it took, and that its batch took to come."""
+        if len(self._recent) >= 10:
+            median = statistics.median(self._recent)
+            deviation = statistics.median(abs(value - median) for value in self._recent)
+            self.slow += step_s > median + 3 * deviation
+            self.stalls += data_s > 5 * median
+        self._recent.append(step_s)
+
+
+class Ledger:
+    """What one process, or one try of it, spends its time on.
+
+    Args:
+        folder: of the run.
+        clock: seconds that never go back.
+        wall: seconds that processes share.
+    """
+
+    def __init__(self, folder: str | os.PathLike, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time):
+        self._path, self._clock, self._wall = pathlib.Path(folder) / FILE, clock, wall
+        self._open()
+
+    def __enter__(self) -> 'Ledger':
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._write()
+
+    def begin(self, step: int) -> None:
+        """Says from which step the process goes on; nothing is written before."""
+        self._first = self._step = step
+        self._write()
+
+    @contextlib.contextmanager
+    def during(self, cause: str) -> Iterator[None]:
+        """A context whose time has a cause of its own."""
+        before = self._switch(cause)
+        try:
+            yield
+        finally:
+            self._switch(before)
+        if cause != 'data':
+            self._write()
+
+    def step(self, step: int) -> None:
+        """Says that steps up to `step` are done; what follows is a step until something else is said."""
+        self._switch('step')
+        step_s, data_s = (self._seconds[cause] - self._before[cause] for cause in ('step', 'data'))
+        self._before = dict(self._seconds)
+        if step > self._step:
+            self._times.add(step_s, data_s)
+        self._step = step
+        if self._clock() - self._written >= _EVERY_S:
+            self._write()
+
+    def go_back(self) -> None:
+        """Begins anew, as a process that is started again does."""
+        self._write(ended='back')
+        self._open()
+
+    def close(self, ended: str) -> None:
+        """Says how the run ended: 'finished' or 'stopped', after which time is not counted."""
+        self._write(ended=ended)
+
+    def _open(self) -> None:
+        self._began, self._id = self._wall(), f'{os.getpid()}-{time.time_ns()}'
+        self._seconds = dict.fromkeys(CAUSES, 0.0)
+        self._before = dict(self._seconds)
+        self._times = StepTimes()
+        self._first: int | None = None
+        self._step = 0
+        self._cause, self._since = 'start', self._clock()
+        self._written = self._since
+
+    def _switch(self, cause: str) -> str:
+        now, before = self._clock(), self._cause
+        self._seconds[before] += now - self._since
+        self._cause, self._since = cause, now
+        return before
+
+    def _write(self, ended: str | None = None) -> None:
+        self._switch(self._cause)
+        self._written = self._since
+        if self._first is None:
+            return
+        times = dict(began=self._began, now=self._wall(), seconds=self._seconds, slow_steps=self._times.slow, stalls=self._times.stalls)
+        line = json.dumps(dict(process=self._id, first_step=self._first, step=self._step, ended=ended, **times))
+        with open(self._path, 'a') as file:
+            file.write(line + '\n')
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Seconds of a whole run by what they went into; `total_s` is their sum but for clocks that were set."""
+
+    total_s: float  # wall time, in which the run lay stopped excepted
+    productive_s: float  # steps that no later process did again
+    badput_s: dict[str, float]  # cause -> seconds: of `CAUSES` without step, wasted, recovery
+    wasted_steps: int  # done again
+    restarts: int
+    slow_steps: int
+    stalls: int
+
+    @property
+    def goodput(self) -> float:
+        """Productive share of the time."""
+        return self.productive_s / self.total_s if self.total_s else 0.0
+
+    def __str__(self) -> str:
+        parts = ', '.join(f'{name} {value / self.total_s:.1%}' for name, value in self.badput_s.items() if value and self.total_s)
+        again = f'{self.restarts} restarts, {self.wasted_steps} steps done again, {self.slow_steps} slow, {self.stalls} waits for input'
+        return f'goodput {self.goodput:.1%} of {self.total_s:.1f} s ({parts}); {again}'
+
+
+def summary(folder: str | os.PathLike) -> Summary:
+    """What the ledgers of a run's processes add up to.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        FileNotFoundError: when it has no ledger.
+    """
+    tries = _tries(pathlib.Path(folder) / FILE)
+    badput = dict.fromkeys([*(cause for cause in CAUSES if cause != 'step'), 'wasted', 'recovery'], 0.0)
+    productive, total, wasted_steps = 0.0, 0.0, 0
+    for index, lines in enumerate(tries):
+        last, later = lines[-1], tries[index + 1 :]
+        kept_to = min([last['step'], *(following[0]['first_step'] for following in later)])
+        kept_s = max((line['seconds']['step'] for line in lines if line['step'] <= kept_to), default=0.0)
+        kept_s = last['seconds']['step'] if kept_to == last['step'] else kept_s
+        productive += kept_s
+        badput['wasted'] += last['seconds']['step'] - kept_s
+        wasted_steps += last['step'] - max(kept_to, last['first_step']) if kept_to < last['step'] else 0
+        for cause in CAUSES:
+            if cause != 'step':
+                badput[cause] += last['seconds'][cause]
+        total += last['now'] - last['began']
+        if later and last['ended'] not in _CLEAN:
+            gap = later[0][0]['began'] - last['now']
+            badput['recovery'] += gap
+            total += gap
+    counts = {name: sum(lines[-1][name] for lines in tries) for name in ('slow_steps', 'stalls')}
+    return Summary(total, productive, badput, wasted_steps, max(len(tries) - 1, 0), **counts)
+
+
+def _tries(path: pathlib.Path) -> list[list[dict[str, Any]]]:
+    """Lines of each try, in order; a line that a kill cut off is left out."""
+    tries: dict[str, list[dict[str, Any]]] = {}
+    for text in path.read_text().splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            tries.setdefault(line['process'], []).append(line)
+    return list(tries.values())
