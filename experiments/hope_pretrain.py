@@ -5,7 +5,7 @@ with its held-out bits per byte beside those of an n-gram, of xz and of a Transf
 checkpoint. It takes hope with matrix memories, since MLP memories read about 0.4 times as many tokens in the same minutes.
 
 Ctrl-C saves and stops with exit code 130 (SIGTERM: 143); the same command goes on from there and ends with the same numbers.
-Exit code 2 says that the input was wrong, 1 that the run failed.
+Exit code 2 says that the input was wrong, 1 that the run failed, 76 that a step took longer than --train.watchdog-s.
 
     python -m experiments.hope_pretrain --model.preset transformer-tiny --train.output runs/transformer
     python -m experiments.hope_pretrain --data.corpus ~/texts --data.tokenizer bpe:8192 --train.steps 5000

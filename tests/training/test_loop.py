@@ -303,6 +303,7 @@ def test_bad_batch_is_skipped_counted_and_resumed(data, tmp_path, monkeypatch):
     assert records(tmp_path / 'cut') == records(tmp_path / 'whole')
 
 
+@pytest.mark.slow
 def test_bad_batches_in_a_row_send_the_run_back_without_them(data, tmp_path, monkeypatch):
     read = []
     real = loop._Trainer.run_step
@@ -328,6 +329,7 @@ def test_run_that_goes_back_to_one_step_again_and_again_ends(data, tmp_path, mon
         faulty(monkeypatch, tmp_path, data, 'nan_batch@4-99', SKIP)
 
 
+@pytest.mark.slow
 def test_poisoned_state_is_left_by_going_back(data, tmp_path, monkeypatch):
     real = loop._Trainer.run_step
     poisonings = []
