@@ -90,3 +90,26 @@ def test_bad_arguments():
         kernels.delta_rule(args[0].astype(jnp.float16), *args[1:])
     with pytest.raises(ValueError, match='objective must be one of'):
         kernels.delta_gradient_descent(*args, args[3], objective='l1')
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_chosen_by_name(rule):
+    name, options = RULES[rule]
+    *args, state = arguments()
+
+    def lowered(**more):
+        call = lambda *args: getattr(matrix, name)(*args, state=state, chunk_size=CHUNK, **options, **more)
+        return jax.jit(call).trace(*args).lower(lowering_platforms=('tpu',)).as_text()
+
+    assert '@tpu_custom_call' in lowered(implementation='pallas_tpu')
+    assert '@tpu_custom_call' not in lowered()
+
+
+def test_bad_choice():
+    args = arguments()[:5]
+    with pytest.raises(ValueError, match="implementation must be one of .*, got 'triton'"):
+        matrix.delta_rule(*args, implementation='triton')
+    with pytest.raises(ValueError, match='segment_ids must be None'):
+        matrix.delta_rule(*args, segment_ids=jnp.zeros((BATCH, TIME), int), implementation='pallas_tpu')
+    with pytest.raises(ValueError, match="takes gradient='token' and read='running', got 'chunk'"):
+        matrix.delta_gradient_descent(*args, gradient='chunk', implementation='pallas_tpu')
