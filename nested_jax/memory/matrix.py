@@ -102,6 +102,7 @@ def delta_rule(
     initial: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int = 64,
+    implementation: str = 'jax',
 ) -> tuple[jax.Array, jax.Array]:
     """(Gated) delta rule: S' = e^{g_t} S_{t-1}, S_t = S' + k_t (beta_t v_t - erase_t S'^T k_t)^T, y_t = S_t^T q_t.
 
@@ -114,13 +115,18 @@ def delta_rule(
         log_decay: (B, T, H) g_t <= 0, -inf allowed; None for no decay.
         erase: (B, T, H) erasing strengths, beta when None; stable in (0, 2).
         state, initial, segment_ids, chunk_size: as in `linear_attention`.
+        implementation: 'jax', or 'pallas_tpu' for the kernel of `kernels/delta_rule.py`, which takes no segment_ids, float32 or bfloat16
+            and chunks of a multiple of 16.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: for shapes that don't fit one another or a chunk_size below 1.
+        ValueError: for shapes that don't fit one another, a chunk_size below 1, an unknown implementation or what it does not take.
     """
+    if _choose(implementation, segment_ids) == 'pallas_tpu':
+        common = dict(erase=erase, state=state, initial=initial, chunk_size=chunk_size)
+        return _kernels().delta_rule(q, k, v, beta, log_decay, **common)
     gates = {'beta': beta, 'log_decay': log_decay, 'erase': erase}
     chunk_size = check_arguments(q, k, v, gates, state, initial, segment_ids, chunk_size, grid=False)
     if q.shape[1] == 1:
@@ -169,6 +175,7 @@ def delta_gradient_descent(
     initial: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int = 64,
+    implementation: str = 'jax',
 ) -> tuple[jax.Array, jax.Array | MemoryState]:
     """Delta gradient descent: S_t = (alpha_t I - eta_t k_t k_t^T) S_{t-1} - eta_t grad_t.
 
@@ -186,15 +193,21 @@ def delta_gradient_descent(
         initial, segment_ids: as in `linear_attention`. A segment that begins inside a chunk reads `initial` as its anchor until the chunk
             ends, so its result depends on where it lies on the grid.
         chunk_size: tokens computed in parallel, and the grid of 'chunk' and 'anchor', which counts from the first call's first token.
+        implementation: as in `delta_rule`; 'pallas_tpu' takes gradient='token' and read='running' only.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state in float32 (float64 for float64 inputs): a `MemoryState` with
         gradient='chunk' or read='anchor', otherwise the running memory (B, H, D_k, D_v).
 
     Raises:
-        ValueError: for an unknown option, shapes that don't fit one another or a chunk_size below 1.
+        ValueError: for an unknown option, shapes that don't fit one another, a chunk_size below 1 or what the implementation does not take.
     """
     grid = _check_options(objective, gradient, read)
+    if _choose(implementation, segment_ids) == 'pallas_tpu':
+        if grid:
+            raise ValueError(f"implementation 'pallas_tpu' takes gradient='token' and read='running', got {gradient!r} and {read!r}")
+        common = dict(objective=objective, state=state, initial=initial, chunk_size=chunk_size)
+        return _kernels().delta_gradient_descent(q, k, v, eta, log_alpha, **common)
     chunk_size = check_arguments(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, segment_ids, chunk_size, grid=grid)
     if q.shape[1] == 1:
         options = dict(objective=objective, gradient=gradient, read=read, chunk_size=chunk_size)
@@ -288,6 +301,22 @@ def _check_options(objective: str, gradient: str, read: str) -> bool:
         if value not in choices:
             raise ValueError(f'{name} must be one of {choices}, got {value!r}')
     return gradient == 'chunk' or read == 'anchor'
+
+
+def _choose(implementation: str, segment_ids: jax.Array | None) -> str:
+    """Raise ValueError for an unknown implementation, or one that takes no segments where there are some; return it."""
+    if implementation not in ('jax', 'pallas_tpu'):
+        raise ValueError(f"implementation must be one of ('jax', 'pallas_tpu'), got {implementation!r}")
+    if implementation == 'pallas_tpu' and segment_ids is not None:
+        raise ValueError("segment_ids must be None with implementation 'pallas_tpu', got an array")
+    return implementation
+
+
+def _kernels():
+    """Imported on first use: the kernels check their arguments with this module, and most programs need no Pallas."""
+    from nested_jax.memory.kernels import delta_rule as kernels
+
+    return kernels
 
 
 def _wide(*arrays: jax.Array) -> jnp.dtype:

@@ -1,0 +1,284 @@
+"""Pallas kernels for TPU: the gated delta rule and token-wise delta gradient descent, forward and backward.
+
+Both rules are S_t = a_t S_{t-1} + k_t (rate_t v_t - erase_t S_{t-1}^T k_t)^T, y_t = S_t^T q_t. The delta rule decays S before it erases,
+so its erase is e^{g_t} times the erasing strength; DGD erases from S as it was, so its erase is 2 eta, or eta for 'dot', with no decay.
+
+The grid is (batch x heads, chunks). The state stays in VMEM from chunk to chunk, and decays, triangular solve, write and read of a chunk
+happen between one load of its tokens and one store of y. The backward kernel goes over the chunks in reverse, from the states they
+started from, and differentiates the same chunk. All products are in float32.
+
+Never run on a TPU yet: tested in interpret mode, and compiled ahead of time for v5e.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from nested_jax.memory import matrix
+
+# exp(-1e4) is exactly zero, and sums of it stay finite.
+_LOG_ZERO = -1e4
+_SUBLANES = 16  # rows of a bfloat16 tile
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    erase: jax.Array | None = None,
+    state: jax.Array | None = None,
+    initial: jax.Array | None = None,
+    chunk_size: int = 64,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`nested_jax.memory.matrix.delta_rule` as one TPU kernel; arXiv:2412.06464v3, Eq. (10).
+
+    Args:
+        q, k, v, beta, log_decay, erase, state, initial: as there, in float32 or bfloat16. There are no segments.
+        chunk_size: tokens computed in parallel, a multiple of 16.
+        interpret: run the kernel step by step on any platform.
+
+    Returns:
+        (B, T, H, D_v) y in q's dtype, and the last state (B, H, D_k, D_v) in float32.
+
+    Raises:
+        ValueError: for shapes that don't fit one another, another dtype or a chunk_size that is no multiple of 16.
+    """
+    gates = {'beta': beta, 'log_decay': log_decay, 'erase': erase}
+    _check(q, k, v, gates, state, initial, chunk_size)
+    decay = jnp.zeros(beta.shape, jnp.float32) if log_decay is None else log_decay.astype(jnp.float32)
+    erase = (beta if erase is None else erase).astype(jnp.float32) * jnp.exp(decay)
+    return _run(q, k, v, (beta, erase, decay), state, initial, chunk_size, interpret)
+
+
+def delta_gradient_descent(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    eta: jax.Array,
+    log_alpha: jax.Array,
+    *,
+    objective: str = 'l2',
+    state: jax.Array | None = None,
+    initial: jax.Array | None = None,
+    chunk_size: int = 64,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """`nested_jax.memory.matrix.delta_gradient_descent` with gradient='token' and read='running' as one TPU kernel.
+
+    Eq. (88), arXiv:2512.24695v1, transposed.
+
+    Args:
+        q, k, v, eta, log_alpha, objective, state, initial: as there, in float32 or bfloat16. There are no segments.
+        chunk_size, interpret: as in `delta_rule`.
+
+    Returns:
+        (B, T, H, D_v) y in q's dtype, and the last state (B, H, D_k, D_v) in float32.
+
+    Raises:
+        ValueError: for an unknown objective, and as in `delta_rule`.
+    """
+    if objective not in ('l2', 'dot'):
+        raise ValueError(f"objective must be one of ('l2', 'dot'), got {objective!r}")
+    _check(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, chunk_size)
+    gates = (eta, 2 * eta if objective == 'l2' else eta, log_alpha)
+    return _run(q, k, v, gates, state, initial, chunk_size, interpret)
+
+
+def _check(q, k, v, gates, state, initial, chunk_size) -> None:
+    size = matrix.check_arguments(q, k, v, gates, state, initial, None, chunk_size, grid=False)
+    if size % _SUBLANES:
+        raise ValueError(f'chunk_size must be a multiple of {_SUBLANES}, got {chunk_size}')
+    arrays = {'q': q, 'k': k, 'v': v, 'state': state, 'initial': initial} | gates
+    for name, array in arrays.items():
+        if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f'{name} must be float32 or bfloat16, got {array.dtype}')
+
+
+def _run(q, k, v, gates, state, initial, chunk_size, interpret) -> tuple[jax.Array, jax.Array]:
+    """Pad to whole chunks with tokens that write nothing, merge batch and heads, and take both apart again."""
+    batch, time, heads, dim_v = v.shape
+    count = -(-time // chunk_size)
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, count * chunk_size - time)] + [(0, 0)] * (x.ndim - 2))
+
+    def rows(x):
+        x = jnp.broadcast_to(x, (*x.shape[:2], heads, x.shape[3]))
+        return jnp.moveaxis(pad(x), 2, 1).reshape(batch * heads, count * chunk_size, x.shape[3])
+
+    gates = jnp.stack([jnp.moveaxis(pad(gate.astype(jnp.float32)), 2, 1) for gate in gates], 2)
+    gates = jnp.moveaxis(gates.reshape(batch * heads, 3, count, chunk_size), 1, 2)
+    if state is None:
+        state = jnp.zeros((heads, k.shape[3], dim_v)) if initial is None else initial
+    state = jnp.broadcast_to(state.astype(jnp.float32), (batch, heads, k.shape[3], dim_v))
+    y, last = _memory(rows(q), rows(k), rows(v), gates, state.reshape(batch * heads, *state.shape[2:]), interpret)
+    y = jnp.moveaxis(y.reshape(batch, heads, -1, dim_v), 1, 2)[:, :time]
+    return y, last.reshape(state.shape)
+
+
+# The kernels. r batch x heads; q, k (R, T, D_k), v (R, T, D_v), gates (R, N, 3, C) rate, erase, log decay, state (R, D_k, D_v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _memory(q, k, v, gates, state, interpret):
+    return _forward(q, k, v, gates, state, interpret, keep_starts=False)
+
+
+def _memory_forward(q, k, v, gates, state, interpret):
+    y, last, starts = _forward(q, k, v, gates, state, interpret, keep_starts=True)
+    return (y, last), (q, k, v, gates, starts)
+
+
+def _memory_backward(interpret, saved, cotangents):
+    q, k, v, gates, starts = saved
+    count = gates.shape[1]
+    blocks = _blocks(q, v, gates, lambda n: count - 1 - n)
+    inputs = [blocks[name] for name in ('key', 'key', 'value', 'gates', 'starts', 'value', 'state')]
+    outputs = [blocks[name] for name in ('key', 'key', 'value', 'gates', 'state')]
+    state = jax.ShapeDtypeStruct((starts.shape[0], *starts.shape[2:]), jnp.float32)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates)] + [state]
+    return tuple(
+        _call(_backward_kernel, (q.shape[0], count), inputs, outputs, shapes, state, interpret)(q, k, v, gates, starts, *cotangents)
+    )
+
+
+_memory.defvjp(_memory_forward, _memory_backward)
+
+
+def _forward(q, k, v, gates, state, interpret, *, keep_starts: bool):
+    """y and the last state, and with `keep_starts` the states (R, N, D_k, D_v) that chunks start from."""
+    grid = gates.shape[:2]
+    blocks = _blocks(q, v, gates, lambda n: n)
+    names = ['value', 'state'] + ['starts'] * keep_starts
+    shapes = [jax.ShapeDtypeStruct(v.shape, q.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)]
+    shapes += [jax.ShapeDtypeStruct((*grid, *state.shape[1:]), jnp.float32)] * keep_starts
+    inputs = [blocks[name] for name in ('key', 'key', 'value', 'gates', 'state')]
+    call = _call(_forward_kernel, grid, inputs, [blocks[name] for name in names], shapes, state, interpret)
+    return tuple(call(q, k, v, gates, state))
+
+
+def _blocks(q, v, gates, order) -> dict[str, pl.BlockSpec]:
+    """What one program sees of each array, when its n-th step is chunk order(n)."""
+    size, dim_k, dim_v = gates.shape[3], q.shape[2], v.shape[2]
+    return {
+        'key': pl.BlockSpec((1, size, dim_k), lambda r, n: (r, order(n), 0)),
+        'value': pl.BlockSpec((1, size, dim_v), lambda r, n: (r, order(n), 0)),
+        'gates': pl.BlockSpec((1, 1, 3, size), lambda r, n: (r, order(n), 0, 0)),
+        'starts': pl.BlockSpec((1, 1, dim_k, dim_v), lambda r, n: (r, order(n), 0, 0)),
+        'state': pl.BlockSpec((1, dim_k, dim_v), lambda r, n: (r, 0, 0)),
+    }
+
+
+def _call(kernel, grid, inputs, outputs, shapes, state, interpret):
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=inputs,
+        out_specs=outputs,
+        out_shape=shapes,
+        scratch_shapes=[pltpu.VMEM(state.shape[1:], jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
+        interpret=interpret,
+    )
+
+
+def _forward_kernel(q, k, v, gates, state, y, last, *rest):
+    *starts, memory = rest
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        memory[...] = state[0]
+
+    for start in starts:
+        start[0, 0] = memory[...]
+    memory[...], rows = _chunk(memory[...], *_load(q, k, v, gates))
+    y[0] = rows.astype(y.dtype)
+    last[0] = memory[...]
+
+
+def _backward_kernel(q, k, v, gates, start, y_bar, last_bar, q_bar, k_bar, v_bar, gates_bar, state_bar, memory_bar):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        memory_bar[...] = last_bar[0]
+
+    _, pull = jax.vjp(_chunk, start[0, 0], *_load(q, k, v, gates))
+    memory, *tokens, rate, erase, log_decay = pull((memory_bar[...], y_bar[0].astype(jnp.float32)))
+    for ref, value in zip((q_bar, k_bar, v_bar), tokens, strict=True):
+        ref[0] = value.astype(ref.dtype)
+    for row, value in enumerate((rate, erase, log_decay)):
+        gates_bar[0, 0, row : row + 1] = value
+    memory_bar[...] = memory
+    state_bar[0] = memory
+
+
+def _load(q, k, v, gates):
+    """q, k, v (C, D) in float32 and the three gates (1, C)."""
+    return *(x[0].astype(jnp.float32) for x in (q, k, v)), *(gates[0, 0, row : row + 1] for row in range(3))
+
+
+def _chunk(memory, q, k, v, rate, erase, log_decay):
+    """The memory (D_k, D_v) after a chunk, and its reads (C, D_v); gates are (1, C)."""
+    row, column = _indices(q.shape[0])
+    log_decay = jnp.maximum(log_decay, _LOG_ZERO)
+    total = lambda mask: jnp.sum(jnp.where(mask, log_decay, 0.0), 1, keepdims=True)
+    kept, before, after = (jnp.exp(total(mask)) for mask in (column <= row, column < row, column > row))
+    spans, spans_before = _spans(log_decay, column <= row), _spans(log_decay, column < row)
+    rate, erase = (jnp.sum(jnp.where(row == column, gate, 0.0), 1, keepdims=True) for gate in (rate, erase))
+    rows = rate * v - erase * before * _dot(k, memory, 1, 0)
+    writes = _solve(erase * spans_before * _dot(k, k, 1, 1), rows)
+    y = kept * _dot(q, memory, 1, 0) + _dot(spans * _dot(q, k, 1, 1), writes, 1, 0)
+    kept_last = jnp.exp(jnp.sum(log_decay, 1, keepdims=True))
+    return kept_last * memory + _dot(after * k, writes, 0, 0), y
+
+
+def _indices(size: int) -> tuple[jax.Array, jax.Array]:
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+
+
+def _spans(log_decay, mask):
+    """(C, C) products over the tokens after j that `mask` gives t; sums are no differences, which would lose all digits."""
+    row, column = _indices(mask.shape[0])
+    exponents = _dot(jnp.where(mask, log_decay, 0.0), (row > column).astype(jnp.float32), 1, 0)
+    return jnp.where(mask, jnp.exp(jnp.where(mask, exponents, 0.0)), 0.0)
+
+
+def _dot(a, b, a_axis: int, b_axis: int):
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _solve(strict, rows):
+    """(I + `strict`)^-1 `rows`."""
+    return _dot(_invert(strict), rows, 1, 0)
+
+
+def _invert(strict):
+    """Diagonal blocks of 1, 2, 4, ... rows: with both halves inverted, X <- X - X L X for the block L below the diagonal."""
+    row, column = _indices(strict.shape[0])
+    inverse = (row == column).astype(jnp.float32)
+    for level in range((strict.shape[0] - 1).bit_length()):
+        below = (row >> level == (column >> level) + 1) & (row >> level + 1 == column >> level + 1)
+        inverse -= _dot(inverse, _dot(jnp.where(below, strict, 0.0), inverse, 1, 0), 1, 0)
+    return inverse
+
+
+def _solve_forward(strict, rows):
+    inverse = _invert(strict)
+    solved = _dot(inverse, rows, 1, 0)
+    return solved, (inverse, solved)
+
+
+def _solve_backward(saved, cotangent):
+    inverse, solved = saved
+    rows = _dot(inverse, cotangent, 0, 0)
+    row, column = _indices(inverse.shape[0])
+    return jnp.where(column < row, -_dot(rows, solved, 1, 1), 0.0), rows
+
+
+_solve.defvjp(_solve_forward, _solve_backward)
