@@ -8,6 +8,7 @@ experiments/figures.py.
 
 import argparse
 import collections
+import json
 import pathlib
 import statistics
 import sys
@@ -44,7 +45,8 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     context = context_table(read_rows(results / 'context_use.jsonl'))
     made = [pretraining_table(pretraining), models, ablation_table(ablated), probe_table(ablated), levels, context]
     seal = seal_table(read_rows(results / 'seal_knowledge.jsonl'))
-    made += [speeds, parity, languages, mad, needles, stories, race, seal]
+    chips = tpu_table(read_rows(results / 'compile_for_tpu.jsonl'))
+    made += [speeds, parity, languages, mad, needles, stories, race, seal, chips]
     return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 
@@ -97,6 +99,23 @@ def race_table(rows: list[dict]) -> list[str]:
         sizes = [entries[task][name].get('state_bytes') for task in tasks if name in entries[task]]
         lines.append(f'| {name} | {" | ".join(cells)} | {f"{sizes[0]:.3g}" if sizes[0] else ""} |')
     return lines
+
+
+def tpu_table(rows: list[dict]) -> list[str]:
+    """Lines of the table of steps compiled for TPU topologies, the latest of each preset, topology and mesh; none without rows."""
+    latest = {(row['model'], row['config']['topology'], json.dumps(row['config']['mesh'])): row for row in rows}
+    gib = lambda count: f'{count / 2**30:.2f}'
+    kinds = ('all-gather', 'all-reduce', 'reduce-scatter')
+    lines = [
+        f'| compiled for TPU, GiB a chip | topology | mesh | memory | {" | ".join(kinds)} | full rematerialisations |',
+        '| --- ' * 8 + '|',
+    ]
+    for (model, topology, _), row in latest.items():
+        metrics, mesh = row['metrics'], ', '.join(f'{axis}={size}' for axis, size in row['config']['mesh'].items())
+        moved = ' | '.join(gib(metrics['collectives'].get(kind, {}).get('bytes', 0)) for kind in kinds)
+        memory = gib(metrics['memory']['total'])
+        lines.append(f'| {model} | {topology} | {mesh} | {memory} | {moved} | {metrics["full_rematerialisations"]} |')
+    return lines if latest else []
 
 
 def _race_cell(entries: dict[str, dict], name: str) -> str:

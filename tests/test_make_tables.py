@@ -62,5 +62,18 @@ def test_speeds_are_the_latest_of_each_length(make_tables):
     assert make_tables.speed_table(rows)[2:] == ['| a | 30 | 2,000 |', '| b | 5 |  |']
 
 
+def test_compiled_steps_are_the_latest_of_each_mesh(make_tables):
+    def compiled(total: int, **mesh: int) -> dict:
+        metrics = dict(memory=dict(total=total * 2**30), collectives={'all-gather': dict(count=3, bytes=2**29)}, full_rematerialisations=0)
+        return dict(model='hope-1.3b', metrics=metrics, config=dict(topology='v5e:16x16', mesh=mesh))
+
+    lines = make_tables.tpu_table([compiled(5, fsdp=16), compiled(4, fsdp=16), compiled(3, data=8, fsdp=2)])[2:]
+    assert lines == [
+        '| hope-1.3b | v5e:16x16 | fsdp=16 | 4.00 | 0.50 | 0.00 | 0.00 | 0 |',
+        '| hope-1.3b | v5e:16x16 | data=8, fsdp=2 | 3.00 | 0.50 | 0.00 | 0.00 | 0 |',
+    ]
+    assert make_tables.tpu_table([]) == []
+
+
 def test_the_readme_is_up_to_date():
     assert subprocess.run([sys.executable, 'scripts/make_tables.py', '--check'], cwd=ROOT).returncode == 0
