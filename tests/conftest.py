@@ -9,8 +9,10 @@ os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 # Simulated devices wait for one another in XLA's threads: with as many as cores, a few collectives at a time can take all of them.
 os.environ.setdefault('NPROC', '16')
 # The tests compile much and compute little. Fusion emitters alone double the time; XLA of later releases has no other way, and no flag.
-_emitters = ' --xla_cpu_use_fusion_emitters=false' if importlib.metadata.version('jax').startswith('0.10.') else ''
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0' + _emitters)
+_flags = ['--xla_backend_optimization_level=0']
+if importlib.metadata.version('jax').startswith('0.10.'):
+    _flags += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
+os.environ.setdefault('XLA_FLAGS', ' '.join(_flags))
 
 # Tests run side by side get a core each: XLA's threads would only wait for one another on programs as small as these.
 if os.environ.get('PYTEST_XDIST_WORKER') and hasattr(os, 'sched_setaffinity'):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.config import LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.config import TrainConfig
@@ -37,7 +37,7 @@ TRAIN = TrainConfig(
 def run(folder, texts):
     """One process of the run, on one device; called in processes of its own, and here to read what a finished run left."""
     config = dataclasses.replace(TRAIN, output=str(folder))
-    settings = dict(model=dataclasses.asdict(MODEL), train=config.to_dict())
+    settings = dict(model=as_dict(MODEL), train=as_dict(config))
     console = rich.console.Console(file=io.StringIO(), width=200)
     result = loop.train(config, MODEL, open_dataset(texts), settings, devices=jax.devices()[:1], console=console)
     print('resumed from', result.resumed_from, 'rejected', list(result.rejected))

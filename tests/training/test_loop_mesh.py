@@ -37,7 +37,7 @@ def train(folder, data, devices, mesh=None):
     return loop.train(config, MODEL, data, settings, devices=jax.devices()[:devices], mesh=mesh, console=console)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkeypatch):
     unbroken = train(tmp_path / 'one', data, 1)
     real, last = loop._Trainer.train_step, 0
