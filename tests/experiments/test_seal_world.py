@@ -54,7 +54,7 @@ def test_edits_are_written_behind_the_passage():
     assert (edits != write_edits(MODEL, PARAMS, TEXTS, 2, 1)).any()
 
 
-@pytest.mark.parametrize('learner', ['transformer', 'hope-linear'])
+@pytest.mark.parametrize('learner', ['transformer', pytest.param('hope-linear', marks=pytest.mark.slow)])
 def test_marks_are_those_of_a_model_updated_by_itself(learner):
     model = LanguageModel(model_config(WORLD, learner))
     params, budget, reader = random_params(model, dtype=np.float32), Budget(0.03, 12), Reader(model, WORLD)
