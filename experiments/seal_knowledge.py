@@ -237,30 +237,28 @@ class Run:
     def round(self, params: Any, budget: Budget, algorithm: str, index: int, name: str) -> tuple[Any, dict]:
         """The writer after one update, and what its rewards were."""
         texts = write_texts(self.world, self.args.contexts, 'train', 1000 * self.seed + index)
-        edits, learner = self.edits(f'{name}/edits', params, texts, self.args.each, 10 + index), digest(params)
+        edits = self.edits(f'{name}/edits', params, texts, self.args.each, 10 + index)
         told: dict[str, Any] = {}
         rewards, ties, baseline = np.zeros(edits.shape[:2]), np.zeros(edits.shape[:2]), np.zeros(len(texts))
         if algorithm != 'random':
             marks = self.rewards(f'{name}/rewards', params, texts, edits, budget)
-            table = RewardTable(learner, marks.right)
             baseline = self.reader.ask(params, [text.person for text in texts]).right[:, 0]
-            rewards, ties = table.rewards(digest(params)).mean(2), marks.log_prob.mean(2)
+            rewards, ties = marks.right.mean(2), marks.log_prob.mean(2)
             told = dict(mean=float(rewards.mean()), best=float(rewards.max(1).mean()), reliability=reliability(marks.right)._asdict())
         picked = choose(OuterConfig(algorithm=algorithm), rewards, baseline, ties, np.random.default_rng([self.seed, index]))
         update = lambda: self.updates[algorithm](params, samples(texts, edits), picked.reshape(-1).astype(float), self.seed)
         return self.stages.tree(f'{name}/writer', update), told | dict(trained_on=int(picked.sum()))
 
     def rewards(self, name: str, params: Any, texts: list[Text], edits: np.ndarray, budget: Budget, part: int = 16) -> Marks:
-        """Marks (C, M, P) of every self-edit, a stage for each few passages: none is updated on twice."""
-        found = []
+        """Marks (C, M, P) of every self-edit, a stage for each few passages: none is updated on twice, and none serves another learner."""
+        found, learner = [], digest(params)
         for start in range(0, len(texts), part):
-            some = [
-                (text, edit)
-                for text, written in zip(texts[start : start + part], edits[start : start + part], strict=True)
-                for edit in written
-            ]
-            ask = lambda some=some: self.reader.learn_and_ask(params, *zip(*some, strict=True), budget, range(self.args.repetitions))
-            found.append(self.marks(f'{name}-{start}', ask))
+            written = zip(texts[start : start + part], edits[start : start + part], strict=True)
+            rows = [(text, edit) for text, each in written for edit in each]
+            ask = lambda rows=rows: self.reader.learn_and_ask(params, *zip(*rows, strict=True), budget, range(self.args.repetitions))
+            stored = self.stages(f'{name}-{start}', lambda ask=ask: ask()._asdict() | dict(learner=np.array(learner)))
+            right = RewardTable(str(stored['learner']), stored['right']).rewards(learner)
+            found.append(Marks(right, stored['log_prob']))
         return Marks(*(np.concatenate(marks).reshape(*edits.shape[:2], -1) for marks in zip(*found, strict=True)))
 
     def edits(self, name: str, params: Any, texts: list[Text], each: int, seed: int) -> np.ndarray:

@@ -150,77 +150,75 @@ class ModelConfig:
             dataclasses.replace(self, mixer=mixer)
 
     def _check_levels(self) -> None:
-        _check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
+        check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
         count = len(self.unit)
-        _check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
+        check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
         if self.in_sequence is None:
             return
-        _check(count == 1, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
+        check(count == 1, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
         _check_choices(self.in_sequence, 'in_sequence.')
         blocks = self.in_sequence.blocks
         inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
-        _check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
+        check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')
         periods = [level.period for level in self.levels]
         on_grid = periods == sorted(periods) and all(period % periods[0] == 0 for period in periods)
-        _check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
+        check(on_grid, 'levels.period', periods, 'ascending multiples of the first, for updates within a sequence')
 
     def _check_mixer(self) -> None:
         inner, attends = self.num_heads * self.head_dim, self.mixer == 'attention' or self.mixer.startswith('titans-')
         if attends or self.mixer in ('retention', 'ttt'):
-            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
+            check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for rotary positions')
         if self.mixer == 'gated-linear-attention':
-            _check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for keys half as wide')
+            check(self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number, for keys half as wide')
         if attends:
             kv_heads = self.num_kv_heads
-            _check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
+            check(self.num_heads % kv_heads == 0, 'attention.num_kv_heads', kv_heads, f'a divisor of num_heads={self.num_heads}')
         self._check_variants()
         if self.mixer == 'titans-mac':
             segment, size = self.attention.segment, self.memory.chunk_size
             multiple = segment is not None and segment % size == 0
-            _check(multiple, 'attention.segment', segment, f'a multiple of memory.chunk_size={size}')
-            _check(
+            check(multiple, 'attention.segment', segment, f'a multiple of memory.chunk_size={size}')
+            check(
                 self.width == inner,
                 'width',
                 self.width,
                 f'num_heads * head_dim={inner}: what memory and attention give is read as tokens are',
             )
         if self.mixer == 'srwm':
-            _check(inner == self.width, 'num_heads * head_dim', inner, f'width={self.width}, which the heads share')
+            check(inner == self.width, 'num_heads * head_dim', inner, f'width={self.width}, which the heads share')
         if self.mixer == 'mamba2':
             channels, size = self.state_space.expand * self.width, self.state_space.head_dim
-            _check(channels % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={channels}')
+            check(channels % size == 0, 'state_space.head_dim', size, f'a divisor of state_space.expand * width={channels}')
 
     def _check_variants(self) -> None:
         """Of softmax attention, as pre-trained models have them."""
         for field in dataclasses.fields(self.attention):
             value = getattr(self.attention, field.name)
             if field.metadata.get('added') and value != field.default:
-                _check(self.mixer == 'attention', f'attention.{field.name}', value, f'{field.default!r} with the mixer {self.mixer!r}')
+                check(self.mixer == 'attention', f'attention.{field.name}', value, f'{field.default!r} with the mixer {self.mixer!r}')
         scaling = self.attention.rope_scaling
         if scaling is not None:
             factors = scaling.high_frequency_factor > scaling.low_frequency_factor > 0 and scaling.factor > 0
-            _check(factors, 'attention.rope_scaling', scaling, 'factors above 0, that of high frequencies above that of low ones')
+            check(factors, 'attention.rope_scaling', scaling, 'factors above 0, that of high frequencies above that of low ones')
             _check_counts(scaling, 'attention.rope_scaling.', 'original_max_length')
 
     def _check_memory(self) -> None:
         memory = self.memory
         known = set(memory.self_modified) <= set(get_args(SelfModified))
-        _check(known, 'memory.self_modified', memory.self_modified, f'some of {get_args(SelfModified)}')
+        check(known, 'memory.self_modified', memory.self_modified, f'some of {get_args(SelfModified)}')
         sizes = memory.chunk_size, memory.projection_chunk_size
         names = 'memory.chunk_size and memory.projection_chunk_size'
-        _check(max(sizes) % min(sizes) == 0, names, sizes, 'sizes of which one divides the other')
+        check(max(sizes) % min(sizes) == 0, names, sizes, 'sizes of which one divides the other')
         delta_rule = self.mixer in ('delta-rule', 'gated-delta-rule')
-        _check(delta_rule or not memory.negative_eigenvalues, 'memory.negative_eigenvalues', True, 'False without the (gated) delta rule')
+        check(delta_rule or not memory.negative_eigenvalues, 'memory.negative_eigenvalues', True, 'False without the (gated) delta rule')
         if self.mixer == 'self-modifying' and memory.gradient == 'token':
-            _check(memory.kind == 'matrix', 'memory.gradient', 'token', "'chunk' for MLP memories, which are not linear in their weights")
-            _check(
-                not memory.momentum, 'memory.momentum', True, "False with memory.gradient='token', whose erasure is part of the gradient"
-            )
+            check(memory.kind == 'matrix', 'memory.gradient', 'token', "'chunk' for MLP memories, which are not linear in their weights")
+            check(not memory.momentum, 'memory.momentum', True, "False with memory.gradient='token', whose erasure is part of the gradient")
         if self.mixer == 'atlas':
             longest = memory.chunk_size + 1
-            _check(memory.window <= longest, 'memory.window', memory.window, f'at most memory.chunk_size + 1, {longest}')
+            check(memory.window <= longest, 'memory.window', memory.window, f'at most memory.chunk_size + 1, {longest}')
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':
@@ -273,7 +271,8 @@ def _rebuild(hint: Any, value: Any) -> Any:
     return value
 
 
-def _check(holds: bool, name: str, value: object, allowed: str) -> None:
+def check(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Raises ValueError naming the argument, its value and what is allowed, unless it holds."""
     if not holds:
         raise ValueError(f'{name} is {value!r}, allowed is {allowed}')
 
@@ -282,7 +281,7 @@ def _check_counts(config: Any, prefix: str, *names: str) -> None:
     """Integers of at least 1, None where a field may be None."""
     for name in names:
         value = getattr(config, name)
-        _check(value is None or value >= 1, prefix + name, value, 'an integer of at least 1')
+        check(value is None or value >= 1, prefix + name, value, 'an integer of at least 1')
 
 
 def _check_choices(config: Any, prefix: str) -> None:
@@ -290,4 +289,4 @@ def _check_choices(config: Any, prefix: str) -> None:
     for name, hint in get_type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             value = getattr(config, name)
-            _check(value in get_args(hint), prefix + name, value, f'one of {get_args(hint)}')
+            check(value in get_args(hint), prefix + name, value, f'one of {get_args(hint)}')

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, RopeScaling
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, RopeScaling, check
 from nested_jax.models.language_model import LanguageModel
 
 PyTree = Any
@@ -215,12 +215,12 @@ def _model_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Of `ModelConfig`, from those of config.json."""
     kind = _architecture(fields)
     for key, allowed in _ONLY.items():
-        _check(fields.get(key, allowed) in (allowed, None), key, fields.get(key), repr(allowed))
+        check(fields.get(key, allowed) in (allowed, None), key, fields.get(key), repr(allowed))
     layers = fields.get('layer_types') or []
-    _check(set(layers) <= {'full_attention'}, 'layer_types', layers, "'full_attention' for every layer")
+    check(set(layers) <= {'full_attention'}, 'layer_types', layers, "'full_attention' for every layer")
     names = ('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'max_position_embeddings')
     for name in names:
-        _check(isinstance(fields.get(name), int) and fields[name] >= 1, name, fields.get(name), 'an integer of at least 1')
+        check(isinstance(fields.get(name), int) and fields[name] >= 1, name, fields.get(name), 'an integer of at least 1')
     heads, theta = fields['num_attention_heads'], _theta(fields)
     attention = AttentionConfig(
         num_kv_heads=fields.get('num_key_value_heads') or heads, rope_theta=theta, rope_scaling=_scaling(fields),
@@ -238,36 +238,36 @@ def _model_fields(fields: dict[str, Any]) -> dict[str, Any]:
 def _architecture(fields: dict[str, Any]) -> _Architecture:
     known = ', '.join(f'{kind.name} ({model_type})' for model_type, kind in _ARCHITECTURES.items())
     kind = _ARCHITECTURES.get(fields.get('model_type'))
-    _check(kind is not None, 'model_type', fields.get('model_type'), f'one of {known}')
+    check(kind is not None, 'model_type', fields.get('model_type'), f'one of {known}')
     architectures = fields.get('architectures') or [kind.name]
-    _check(architectures == [kind.name], 'architectures', architectures, f'{[kind.name]} with model_type {fields["model_type"]!r}')
+    check(architectures == [kind.name], 'architectures', architectures, f'{[kind.name]} with model_type {fields["model_type"]!r}')
     return kind
 
 
 def _theta(fields: dict[str, Any]) -> float:
     places = [fields, *(fields.get(key) or {} for key in ('rope_parameters', 'rope_scaling'))]
     told = {float(place['rope_theta']) for place in places if place.get('rope_theta') is not None}
-    _check(len(told) <= 1, 'rope_theta', sorted(told), 'one value, wherever it stands')
+    check(len(told) <= 1, 'rope_theta', sorted(told), 'one value, wherever it stands')
     return told.pop() if told else 10_000.0  # the format's default
 
 
 def _scaling(fields: dict[str, Any]) -> RopeScaling | None:
     """Of the rotary wavelengths, from whichever spelling there is."""
     told = {_one_scaling(fields[key], key) for key in ('rope_parameters', 'rope_scaling') if fields.get(key)}
-    _check(len(told) <= 1, 'rope_parameters and rope_scaling', told, 'the same scaling, where both are there')
+    check(len(told) <= 1, 'rope_parameters and rope_scaling', told, 'the same scaling, where both are there')
     return told.pop() if told else None
 
 
 def _one_scaling(part: dict[str, Any], key: str) -> RopeScaling | None:
     kind = part.get('rope_type', part.get('type', 'default'))
-    _check(kind in ('default', 'llama3'), f'{key}.rope_type', kind, "'default' or 'llama3'")
+    check(kind in ('default', 'llama3'), f'{key}.rope_type', kind, "'default' or 'llama3'")
     rotated = part.get('partial_rotary_factor') or 1.0
-    _check(rotated == 1.0, f'{key}.partial_rotary_factor', rotated, '1.0: all of a head is rotated')
+    check(rotated == 1.0, f'{key}.partial_rotary_factor', rotated, '1.0: all of a head is rotated')
     if kind == 'default':
         return None
     names = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
     for name in names:
-        _check(part.get(name) is not None, f'{key}.{name}', part.get(name), "a number, with rope_type 'llama3'")
+        check(part.get(name) is not None, f'{key}.{name}', part.get(name), "a number, with rope_type 'llama3'")
     *factors, length = (part[name] for name in names)
     return RopeScaling(*map(float, factors), int(length))
 
@@ -279,14 +279,14 @@ def _config_fields(config: ModelConfig) -> dict[str, Any]:
         config.attention.num_kv_heads, rope_theta=attention.rope_theta, query_block=attention.query_block, qkv_bias=attention.qkv_bias,
         qk_norm=attention.qk_norm, rope_scaling=attention.rope_scaling,
     )  # fmt: skip
-    _check(config.mixer == 'attention', 'mixer', config.mixer, "'attention'")
-    _check(attention == plain, 'attention', attention, 'attention without window, persistent tokens and convolutions')
-    _check(config.in_sequence is None, 'in_sequence', config.in_sequence, 'None')
-    _check(len(config.levels) == 1, 'levels', config.levels, "one level, a Transformer's MLP")
-    _check(config.aggregation == 'chain', 'aggregation', config.aggregation, "'chain'")
+    check(config.mixer == 'attention', 'mixer', config.mixer, "'attention'")
+    check(attention == plain, 'attention', attention, 'attention without window, persistent tokens and convolutions')
+    check(config.in_sequence is None, 'in_sequence', config.in_sequence, 'None')
+    check(len(config.levels) == 1, 'levels', config.levels, "one level, a Transformer's MLP")
+    check(config.aggregation == 'chain', 'aggregation', config.aggregation, "'chain'")
     parts = attention.qkv_bias, attention.qk_norm
     found = [(model_type, kind) for model_type, kind in _ARCHITECTURES.items() if (kind.qkv_bias, kind.qk_norm) == parts]
-    _check(bool(found), 'attention.qkv_bias and attention.qk_norm', parts, 'not both')
+    check(bool(found), 'attention.qkv_bias and attention.qk_norm', parts, 'not both')
     ((model_type, kind),) = found
     return dict(
         architectures=[kind.name], model_type=model_type, vocab_size=config.vocab_size, hidden_size=config.width,
@@ -306,11 +306,6 @@ def _rope_fields(attention: AttentionConfig) -> dict[str, Any]:
         high_freq_factor=scaling.high_frequency_factor, original_max_position_embeddings=scaling.original_max_length,
     )  # fmt: skip
     return dict(rope_theta=theta, rope_scaling=parts, rope_parameters=dict(rope_theta=theta, **parts))
-
-
-def _check(holds: bool, name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f'{name} is {value!r}, allowed is {allowed}')
 
 
 def _read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
@@ -335,7 +330,7 @@ def _parameters(config: ModelConfig) -> PyTree:
 
     def described(path, leaf) -> _Parameter:
         name = jax.tree_util.keystr(path, simple=True, separator='/')
-        _check(name in _NAMES, 'parameter', name, f'one of {", ".join(_NAMES)}')
+        check(name in _NAMES, 'parameter', name, f'one of {", ".join(_NAMES)}')
         return _Parameter(leaf.shape, _NAMES[name], transposed=name == 'head' or name.endswith('kernel'))
 
     return jax.tree_util.tree_map_with_path(described, shapes)
@@ -356,17 +351,17 @@ def _open_weights(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str
         except safetensors.SafetensorError as error:
             raise ValueError(f'{folder / shard} is not a whole safetensors file: {error}') from None
         twice = sorted(files.keys() & set(file.keys()))
-        _check(not twice, f'{folder / shard}: tensors', twice, 'tensors that no other shard holds')
+        check(not twice, f'{folder / shard}: tensors', twice, 'tensors that no other shard holds')
         files |= dict.fromkeys(file.keys(), file)
     return files
 
 
 def _shards(folder: pathlib.Path) -> list[str]:
     weight_map = _read_json(folder / INDEX, 'an index').get('weight_map')
-    _check(isinstance(weight_map, dict) and bool(weight_map), f'{folder / INDEX}: weight_map', weight_map, 'shards by tensor')
+    check(isinstance(weight_map, dict) and bool(weight_map), f'{folder / INDEX}: weight_map', weight_map, 'shards by tensor')
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        _check(pathlib.PurePath(shard).name == shard, f'{folder / INDEX}: shard', shard, 'the name of a file in the same folder')
+        check(pathlib.PurePath(shard).name == shard, f'{folder / INDEX}: shard', shard, 'the name of a file in the same folder')
         if not (folder / shard).is_file():
             raise FileNotFoundError(f'{folder / shard} is not there: {INDEX} names {len(shards)} shards, and all are needed')
     return shards
@@ -377,13 +372,13 @@ def _check_tensors(files: dict[str, Any], parameters: PyTree, config: ModelConfi
     for parameter in jax.tree.leaves(parameters, is_leaf=lambda x: isinstance(x, _Parameter)):
         expected |= parameter.tensors()
     missing = sorted(expected.keys() - files.keys())
-    _check(not missing, 'tensors that are missing', _some(missing), f'none of the {len(expected)} that config.json asks for')
+    check(not missing, 'tensors that are missing', _some(missing), f'none of the {len(expected)} that config.json asks for')
     surplus = sorted(files.keys() - expected.keys() - set(_redundant(files, config)))
-    _check(not surplus, 'tensors that are too many', _some(surplus), f'the {len(expected)} that config.json asks for')
+    check(not surplus, 'tensors that are too many', _some(surplus), f'the {len(expected)} that config.json asks for')
     for name, shape in expected.items():
         tensor = files[name].get_slice(name)
-        _check(tuple(tensor.get_shape()) == shape, f'shape of {name}', tuple(tensor.get_shape()), str(shape))
-        _check(tensor.get_dtype() in DTYPES, f'dtype of {name}', tensor.get_dtype(), f'one of {DTYPES}')
+        check(tuple(tensor.get_shape()) == shape, f'shape of {name}', tuple(tensor.get_shape()), str(shape))
+        check(tensor.get_dtype() in DTYPES, f'dtype of {name}', tensor.get_dtype(), f'one of {DTYPES}')
 
 
 def _redundant(files: dict[str, Any], config: ModelConfig) -> Iterator[str]:
@@ -392,7 +387,7 @@ def _redundant(files: dict[str, Any], config: ModelConfig) -> Iterator[str]:
     head, embedding = _NAMES['head'], _NAMES['embedding']
     if config.tie_embeddings and head in files:
         same = np.array_equal(files[head].get_tensor(head), files[embedding].get_tensor(embedding))
-        _check(same, head, 'another matrix', f'{embedding} itself with tie_word_embeddings')
+        check(same, head, 'another matrix', f'{embedding} itself with tie_word_embeddings')
         yield head
 
 
@@ -430,7 +425,7 @@ def _check_params(params: PyTree, parameters: PyTree) -> None:
     for path in sorted(given.keys() | wanted.keys()):
         shape = given[path].shape if path in given else None
         allowed = wanted[path].shape if path in wanted else None
-        _check(shape == allowed, f'shape of params{path}', shape, f'{allowed}, as config says (None: no such parameter)')
+        check(shape == allowed, f'shape of params{path}', shape, f'{allowed}, as config says (None: no such parameter)')
 
 
 def _write_weights(folder: pathlib.Path, leaves: dict[_Parameter, jax.Array], max_shard_bytes: int) -> None:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from nested_jax.config import check
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -30,14 +32,14 @@ class Candidate:
     prompt_lengths: tuple[int, ...] | None = None  # tokens at the front of each sequence that are not learned; None: none
 
     def __post_init__(self):
-        check('sequences', self.sequences, bool(self.sequences), 'at least one')
+        check(bool(self.sequences), 'sequences', self.sequences, 'at least one')
         short = next((sequence for sequence in self.sequences if len(sequence) < 2), None)
-        check('sequences', short, short is None, 'sequences of at least two tokens')
-        check('learning_rate', self.learning_rate, self.learning_rate >= 0, 'a number of at least 0')
-        check('steps', self.steps, self.steps >= 0, 'an integer of at least 0')
+        check(short is None, 'sequences', short, 'sequences of at least two tokens')
+        check(self.learning_rate >= 0, 'learning_rate', self.learning_rate, 'a number of at least 0')
+        check(self.steps >= 0, 'steps', self.steps, 'an integer of at least 0')
         lengths, counts = self.prompt_lengths, [len(sequence) for sequence in self.sequences]
         fits = lengths is None or (len(lengths) == len(counts) and all(0 <= n < count for n, count in zip(lengths, counts, strict=True)))
-        check('prompt_lengths', lengths, fits, 'one for each sequence, shorter than it')
+        check(fits, 'prompt_lengths', lengths, 'one for each sequence, shorter than it')
 
 
 class Batch(NamedTuple):
@@ -79,8 +81,8 @@ def buckets(
     Raises:
         ValueError: for batches of no candidates, or steps of no rows.
     """
-    check('at_most', at_most, at_most >= 1, 'an integer of at least 1')
-    check('rows_per_step', rows_per_step, rows_per_step is None or rows_per_step >= 1, 'an integer of at least 1 or None')
+    check(at_most >= 1, 'at_most', at_most, 'an integer of at least 1')
+    check(rows_per_step is None or rows_per_step >= 1, 'rows_per_step', rows_per_step, 'an integer of at least 1 or None')
     layouts = [_layout(candidate, grid, packed=rows_per_step is None, shape=shape) for candidate in candidates]
     shapes: dict[tuple, list[int]] = {}
     for place, (candidate, layout) in enumerate(zip(candidates, layouts, strict=True)):
@@ -111,12 +113,6 @@ def round_up(count: int) -> int:
 
 def _power_of_four(count: int) -> int:
     return 4 ** (((count - 1).bit_length() + 1) // 2)
-
-
-def check(name: str, value: object, holds: bool, allowed: str) -> None:
-    """Raises ValueError unless an argument is as it may be."""
-    if not holds:
-        raise ValueError(f'{name} is {value!r}, allowed is {allowed}')
 
 
 class _Layout(NamedTuple):

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.config import check
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
-from nested_jax.seal.buckets import Batch, Candidate, buckets, check
+from nested_jax.seal.buckets import Batch, Candidate, buckets
 from nested_jax.seal.lora import LoraConfig, attach, init_lora
 from nested_jax.training.optimizer import clip_by_global_norm
 
@@ -39,9 +40,9 @@ class InnerConfig:
     kl_to_base: float = 0.0  # weight of KL(base || learner) per token, on the tokens that are learned
 
     def __post_init__(self):
-        check('clip_norm', self.clip_norm, self.clip_norm > 0, 'a number above 0')
+        check(self.clip_norm > 0, 'clip_norm', self.clip_norm, 'a number above 0')
         for name in ('weight_decay', 'kl_to_base'):
-            check(name, getattr(self, name), getattr(self, name) >= 0, 'a number of at least 0')
+            check(getattr(self, name) >= 0, name, getattr(self, name), 'a number of at least 0')
 
 
 class Learned(NamedTuple):

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nested_jax.config import check
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.seal.buckets import check
 from nested_jax.training.optimizer import clip_by_global_norm
 
 PyTree = Any
@@ -50,13 +50,13 @@ class OuterConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        check('algorithm', self.algorithm, self.algorithm in ALGORITHMS, f'one of {", ".join(ALGORITHMS)}')
+        check(self.algorithm in ALGORITHMS, 'algorithm', self.algorithm, f'one of {", ".join(ALGORITHMS)}')
         for name in ('epochs', 'batch_size'):
-            check(name, getattr(self, name), getattr(self, name) >= 1, 'an integer of at least 1')
+            check(getattr(self, name) >= 1, name, getattr(self, name), 'an integer of at least 1')
         for name in ('learning_rate', 'clip_ratio', 'clip_norm'):
-            check(name, getattr(self, name), getattr(self, name) > 0, 'a number above 0')
-        check('top_share', self.top_share, 0 < self.top_share <= 1, 'a number above 0 and at most 1')
-        check('kl', self.kl, self.kl >= 0, 'a number of at least 0')
+            check(getattr(self, name) > 0, name, getattr(self, name), 'a number above 0')
+        check(0 < self.top_share <= 1, 'top_share', self.top_share, 'a number above 0 and at most 1')
+        check(self.kl >= 0, 'kl', self.kl, 'a number of at least 0')
 
     @property
     def imitates(self) -> bool:
@@ -143,14 +143,14 @@ def advantages(algorithm: Algorithm, rewards: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: for another algorithm, or one self-edit a context.
     """
-    check('rewards', rewards.shape, rewards.ndim == 2 and rewards.shape[1] >= 2, '(contexts, at least two self-edits of each)')
+    check(rewards.ndim == 2 and rewards.shape[1] >= 2, 'rewards', rewards.shape, '(contexts, at least two self-edits of each)')
     above, count = rewards - rewards.mean(1, keepdims=True), rewards.shape[1]
     by_algorithm = {
         'rloo': lambda: above * count / (count - 1),
         'grpo': lambda: above / (rewards.std(1, ddof=1, keepdims=True) + 1e-6),
         'dr-grpo': lambda: above,
     }
-    check('algorithm', algorithm, algorithm in by_algorithm, f'one of {", ".join(by_algorithm)}')
+    check(algorithm in by_algorithm, 'algorithm', algorithm, f'one of {", ".join(by_algorithm)}')
     return by_algorithm[algorithm]()
 
 

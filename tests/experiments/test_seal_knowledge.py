@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from experiments import seal_knowledge
+from experiments.seal_world import PROTOTYPE
+from nested_jax.seal.outer_loop import StaleRewardsError, digest
 from nested_jax.seal.stages import Stages
 
 STAGES = ('edits', 'rewards-0', 'writer', 'test')
@@ -58,6 +60,17 @@ def test_killed_in_every_stage_it_ends_bit_equal(tmp_path):
         assert process.wait() == -signal.SIGKILL, stage
     assert start('killed').wait(300) == 0
     assert stored(tmp_path / 'killed') == stored(tmp_path / 'whole')
+
+
+def test_stored_rewards_of_another_learner_are_refused(tmp_path):
+    run = seal_knowledge.Run(seal_knowledge.Args(), 0, Stages(tmp_path))
+    params, texts, edits = {'w': np.ones(3)}, run.test_texts()[:2], np.zeros((2, 3, 8), np.int32)
+    store = lambda name, learner: run.stages(f'{name}-0', lambda: dict(right=np.ones((6, 2)), log_prob=np.zeros((6, 2)), learner=learner))
+    store('own', np.array(digest(params)))
+    assert run.rewards('own', params, texts, edits, PROTOTYPE).right.shape == (2, 3, 2)
+    store('other', np.array(digest({'w': np.zeros(3)})))
+    with pytest.raises(StaleRewardsError, match='rewards are of learner'):
+        run.rewards('other', params, texts, edits, PROTOTYPE)
 
 
 @pytest.mark.parametrize(('name', 'value'), [('rounds', 0), ('contexts', 1), ('each', 1), ('repetitions', 1), ('tests', 1), ('seeds', ())])

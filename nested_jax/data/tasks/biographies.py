@@ -61,11 +61,6 @@ class World:
         """Tokens of a passage."""
         return 3 + 4 * self.attributes
 
-    @property
-    def longest_note(self) -> int:
-        """Tokens of a note in question form."""
-        return 7
-
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
         """What each token is called in print."""

@@ -47,7 +47,7 @@ def test_notes_are_of_their_style(style):
         person = WORLD.person(draw)
         note = WORLD.note(draw, person, style)
         assert WORLD.style(note, person) == style, say(note)
-        assert len(note) <= WORLD.longest_note
+        assert len(note) <= 7
 
 
 def test_what_is_not_a_note_is_malformed():
