@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.config import check
 
 
 class Reading(NamedTuple):
@@ -25,6 +28,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     stop: int | Sequence[int] = (),
+    segment_ids: jax.Array | None = None,
 ) -> jax.Array:
     """Continue a prompt.
 
@@ -37,6 +41,7 @@ def generate(
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: sample from the fewest tokens that together have at least this probability.
         stop: tokens that end a row; the rest of the row repeats its stop token.
+        segment_ids: (B, T) document of each token of the prompt; each row goes on with its last one. `pad_prompts` has them.
 
     Returns:
         (B, max_new_tokens) int32.
@@ -47,13 +52,37 @@ def generate(
     if prompt.ndim != 2 or prompt.shape[1] < 1:
         raise ValueError(f'prompt has shape {prompt.shape}, allowed is (batch, time) with at least one token')
     options = dict(key=key, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop)
-    return decode(model, variables, prefill(model, variables, prompt), **options)[0].astype(prompt.dtype)
+    reading = prefill(model, variables, prompt, segment_ids=segment_ids)
+    return decode(model, variables, reading, **options)[0].astype(prompt.dtype)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lays prompts of unequal lengths out in one array, for `generate`.
+
+    What stands in front of a prompt is a document of its own, so the prompt is read as it is alone. Memories with a `config.grid` above 1
+    would see it begin off their grid, and need prompts of one length.
+
+    Args:
+        prompts: (B,) tokens, at least one each.
+        length: T, of the longest at least.
+
+    Returns:
+        (B, T) int32 tokens and segment_ids.
+
+    Raises:
+        ValueError: for a prompt without tokens or longer than `length`.
+    """
+    tokens, segment_ids = np.zeros((2, len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        check(1 <= len(prompt) <= length, 'prompts', f'{len(prompt)} tokens', f'prompts of 1 to {length} tokens')
+        tokens[row, length - len(prompt) :], segment_ids[row, length - len(prompt) :] = prompt, 1
+    return tokens, segment_ids
 
 
 @partial(jax.jit, static_argnums=0)
-def prefill(model, variables, tokens: jax.Array, state: Any = None) -> Reading:
-    """Read tokens (B, T), at their start or after what `state` has read."""
-    logits, state = model.apply(variables, tokens, state)
+def prefill(model, variables, tokens: jax.Array, state: Any = None, segment_ids: jax.Array | None = None) -> Reading:
+    """Read tokens (B, T), of the documents `segment_ids` (B, T), at their start or after what `state` has read."""
+    logits, state = model.apply(variables, tokens, state, segment_ids=segment_ids)
     return Reading(logits[:, -1], state)
 
 

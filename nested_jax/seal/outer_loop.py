@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nested_jax.config import check
+from nested_jax.config import added, check
 from nested_jax.models.language_model import LanguageModel
+from nested_jax.seal.lora import LoraConfig, attach, init_lora
 from nested_jax.training.optimizer import clip_by_global_norm
 
 PyTree = Any
@@ -48,6 +49,7 @@ class OuterConfig:
     clip_ratio: float = 0.2  # of the policies' probabilities; of advantages only
     kl: float = 0.0  # weight of the divergence from the writer before the update; of advantages only
     clip_norm: float = 1.0
+    lora: LoraConfig | None = added(None)  # adapters that are trained in place of all parameters
 
     def __post_init__(self):
         check(self.algorithm in ALGORITHMS, 'algorithm', self.algorithm, f'one of {", ".join(ALGORITHMS)}')
@@ -155,7 +157,7 @@ def advantages(algorithm: Algorithm, rewards: np.ndarray) -> np.ndarray:
 
 
 def make_policy_update(model: LanguageModel, config: OuterConfig) -> Callable[..., PyTree]:
-    """Builds (parameters, samples, values (N,), seed) -> parameters.
+    """Builds (parameters, samples, values (N,), seed) -> parameters, or with `lora` adapters for `lora.merge`.
 
     Imitation: values are 1 for what is trained on; the loss is the mean over tokens. Advantages: values are those; the loss is the
     clipped objective of PPO on each token, a mean over tokens and then self-edits ('grpo') or a sum over tokens divided by N T
@@ -165,33 +167,37 @@ def make_policy_update(model: LanguageModel, config: OuterConfig) -> Callable[..
     optimizer = optax.chain(clip_by_global_norm(config.clip_norm), optax.adam(config.learning_rate))
     log_probs = functools.partial(_log_probs, model)
 
-    def loss(params: PyTree, batch: Samples, values: jax.Array, before: jax.Array) -> jax.Array:
-        new = log_probs(params, batch)
+    def variables(params: PyTree, trained: PyTree) -> PyTree:
+        return {'params': trained} if config.lora is None else attach(params, trained, config.lora)
+
+    def loss(trained: PyTree, params: PyTree, batch: Samples, values: jax.Array, before: jax.Array) -> jax.Array:
+        new = log_probs(variables(params, trained), batch)
         if config.imitates:
             weights = batch.weights * values[:, None]
             return -(new * weights).sum() / jnp.maximum(weights.sum(), 1.0)
         return _surrogate(config, new, before, values[:, None], batch.weights)
 
     @jax.jit
-    def run(params: PyTree, samples: Samples, values: jax.Array, plan: jax.Array) -> PyTree:
-        before = jnp.zeros(samples.tokens.shape) if config.imitates else log_probs(params, samples)
+    def run(params: PyTree, trained: PyTree, samples: Samples, values: jax.Array, plan: jax.Array) -> PyTree:
+        before = jnp.zeros(samples.tokens.shape) if config.imitates else log_probs(variables(params, trained), samples)
 
         def step(carry: tuple, rows: jax.Array) -> tuple:
-            params, state = carry
+            trained, state = carry
             batch = jax.tree.map(lambda leaf: leaf[rows], samples)
             batch = batch._replace(weights=batch.weights * (rows >= 0)[:, None])
-            gradient = jax.grad(loss)(params, batch, values[rows], before[rows])
+            gradient = jax.grad(loss)(trained, params, batch, values[rows], before[rows])
             updates, state = optimizer.update(gradient, state)
-            return (optax.apply_updates(params, updates), state), None
+            return (optax.apply_updates(trained, updates), state), None
 
-        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), plan)
-        return params
+        (trained, _), _ = jax.lax.scan(step, (trained, optimizer.init(trained)), plan)
+        return trained
 
     def update(params: PyTree, samples: Samples, values: np.ndarray, seed: int) -> PyTree:
         used = np.flatnonzero(values) if config.imitates else np.arange(len(values))
+        trained = params if config.lora is None else init_lora(params, jax.random.key(seed), config.lora)
         if used.size == 0:
-            return params
-        return run(params, samples, jnp.asarray(values, jnp.float32), _plan(used, config, seed))
+            return trained
+        return run(params, trained, samples, jnp.asarray(values, jnp.float32), _plan(used, config, seed))
 
     return update
 
@@ -207,9 +213,9 @@ def _surrogate(config: OuterConfig, new: jax.Array, before: jax.Array, values: j
     return each.sum() / real
 
 
-def _log_probs(model: LanguageModel, params: PyTree, samples: Samples) -> jax.Array:
+def _log_probs(model: LanguageModel, variables: PyTree, samples: Samples) -> jax.Array:
     """(N, T) log-probabilities of the targets."""
-    logits, _ = model.apply({'params': params}, samples.tokens)
+    logits, _ = model.apply(variables, samples.tokens)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), samples.targets[..., None], -1)[..., 0]
 
 

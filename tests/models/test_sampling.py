@@ -7,7 +7,7 @@ import pytest
 
 from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.models import LanguageModel, generate
-from nested_jax.models.sampling import decode, prefill, sample
+from nested_jax.models.sampling import decode, pad_prompts, prefill, sample
 from tests.models.small_models import random_params, small
 
 CONFIG = ModelConfig(
@@ -57,6 +57,23 @@ def test_decoding_goes_on_where_it_stood_in_the_same_memory(family):
     second, _ = decode(model, variables, middle, max_new_tokens=3, **options)
     np.testing.assert_array_equal(np.concatenate([first, second], 1), whole)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(middle)) and not prompt.is_deleted()
+
+
+@pytest.mark.parametrize('family', ['transformer', 'gated-deltanet'])
+def test_prompts_of_unequal_lengths_go_on_as_each_alone(family):
+    model = LanguageModel(small(family))
+    variables, options = {'params': random_params(model, dtype=np.float32)}, dict(key=jax.random.key(0), max_new_tokens=5, temperature=0.0)
+    prompts = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
+    tokens, segment_ids = pad_prompts(prompts, 16)
+    together = generate(model, variables, tokens, segment_ids=segment_ids, **options)
+    for row, prompt in zip(np.asarray(together), prompts, strict=True):
+        np.testing.assert_array_equal(row, generate(model, variables, jnp.asarray([prompt]), **options)[0])
+
+
+@pytest.mark.parametrize('prompts', [[[1, 2, 3]], [[]]])
+def test_prompts_that_do_not_fit_are_named(prompts):
+    with pytest.raises(ValueError, match='prompts is .*allowed is prompts of 1 to 2 tokens'):
+        pad_prompts(prompts, 2)
 
 
 def test_nucleus_holds_the_fewest_tokens():

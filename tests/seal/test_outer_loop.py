@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nested_jax.models.language_model import LanguageModel
+from nested_jax.seal.lora import LoraConfig, merge
 from nested_jax.seal.outer_loop import (
     ALGORITHMS,
     OuterConfig,
@@ -113,6 +114,17 @@ def test_rewards_of_another_learner_are_refused():
     other = jax.tree.map(lambda leaf: leaf, PARAMS) | {'embedding': PARAMS['embedding'].at[0, 0].add(1e-6)}
     with pytest.raises(StaleRewardsError, match='rewards are of learner'):
         table.rewards(digest(other))
+
+
+def test_the_writer_learns_by_adapters():
+    batch, values = samples(), np.array([1.0, 0, 1, 0, 0, 0])
+    lora = LoraConfig(rank=4, alpha=8.0, targets=('query', 'value', 'down'))
+    update = make_policy_update(MODEL, OuterConfig(learning_rate=1e-2, epochs=20, batch_size=4, lora=lora))
+    adapters = update(PARAMS, batch, values, 0)
+    gain = log_prob(merge(PARAMS, adapters, lora), batch) - log_prob(PARAMS, batch)
+    assert gain[[0, 2]].min() > 1
+    untouched = merge(PARAMS, update(PARAMS, batch, np.zeros(6), 0), lora)
+    jax.tree.map(np.testing.assert_array_equal, untouched, PARAMS)
 
 
 @pytest.mark.parametrize(
