@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.racing import interval
@@ -35,19 +36,16 @@ def seal_table(rows: list[dict]) -> list[str]:
 
 
 def draw_seal(rows: list[dict], path: pathlib.Path) -> None:
-    """Budgets tried by the first learner, and a panel of its arms at each reported one, with the intervals of the table."""
+    """Budgets tried by the first learner, if any, and a panel of its arms at each reported one, with the intervals of the table."""
     runs = _by_seed([row for row in rows if row['model'] == rows[0]['model']])
-    figure = Figure(figsize=(15, 5), layout='constrained')
-    sweep, *others = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
-    budgets = list(runs[0]['metrics']['sweep'])
-    for arm in runs[0]['metrics']['sweep'][budgets[0]]:
-        means = [np.mean([100 * row['metrics']['sweep'][budget][arm] for row in runs]) for budget in budgets]
-        sweep.plot(budgets, means, 'o-', label=arm)
-    sweep.set(title='learning rate x steps of an update, development split', ylabel='answers right, %', ylim=(0, 102))
-    sweep.tick_params(axis='x', rotation=60)
-    sweep.legend()
-    for axes, setting in zip(others, SETTINGS, strict=True):
-        arms = [arm for arm in _arms(runs) if any(_found(row, setting, arm) for row in runs)]
+    arms_at = {setting: [arm for arm in _arms(runs) if any(_found(row, setting, arm) for row in runs)] for setting in SETTINGS}
+    settings, swept = [setting for setting in SETTINGS if arms_at[setting]], runs[0]['metrics']['sweep']
+    figure = Figure(figsize=(5 * (len(settings) + bool(swept)), 5), layout='constrained')
+    panels = list(figure.subplots(1, len(settings) + bool(swept), squeeze=False)[0])
+    if swept:
+        _draw_sweep(panels.pop(0), runs)
+    for axes, setting in zip(panels, settings, strict=True):
+        arms = arms_at[setting]
         bounds = np.array([_bounds([found for row in runs if (found := _found(row, setting, arm))]) for arm in arms])
         places, (means, lows, highs) = np.arange(len(arms))[::-1], bounds.T
         axes.barh(places, means, xerr=np.maximum([means - lows, highs - means], 0), color='C0', alpha=0.7)
@@ -55,6 +53,15 @@ def draw_seal(rows: list[dict], path: pathlib.Path) -> None:
         axes.set(title=f'at {setting}, test', xlabel='answers right, %', xlim=(0, 102))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
+
+
+def _draw_sweep(axes: Axes, runs: list[dict]) -> None:
+    swept = [row['metrics']['sweep'] for row in runs]
+    for arm in next(iter(swept[0].values())):
+        axes.plot(list(swept[0]), [np.mean([100 * found[budget][arm] for found in swept]) for budget in swept[0]], 'o-', label=arm)
+    axes.set(title='learning rate x steps, development split', ylabel='answers right, %', ylim=(0, 102))
+    axes.tick_params(axis='x', rotation=60)
+    axes.legend()
 
 
 def _by_seed(rows: list[dict]) -> list[dict]:

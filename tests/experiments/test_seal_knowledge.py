@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import seal_knowledge
+from experiments import seal_knowledge, seal_runs
 from experiments.seal_world import PROTOTYPE
 from nested_jax.seal.outer_loop import StaleRewardsError, digest
 from nested_jax.seal.stages import Stages
@@ -24,7 +24,9 @@ def stored(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def test_smoke_run_goes_on_where_it_was_stopped_and_stores_no_row(tmp_path, capsys, monkeypatch):
-    smoke = lambda: seal_knowledge.main(['--smoke', '--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl')])
+    ways = ('rest-em', 'random', 'grpo')
+    places = ('--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl'))
+    smoke = lambda: seal_knowledge.main(['--smoke', *places, '--algorithms', *ways])
     make = Stages.__call__
 
     def stopping(self, name, compute):
@@ -39,7 +41,7 @@ def test_smoke_run_goes_on_where_it_was_stopped_and_stores_no_row(tmp_path, caps
     assert smoke() == 0
     said, after = capsys.readouterr().out, stored(tmp_path / 'runs')
     assert before and before.items() < after.items()
-    assert all(arm in said for arm in ('base', 'passage only', 'shuffled', 'best of 2', 'oracle', 'rest-em, round 1', 'random, round 1'))
+    assert all(arm in said for arm in ('base', 'passage only', 'shuffled', 'best of 2', 'oracle', *(f'{way}, round 1' for way in ways)))
     assert "the paper's order" in said and not (tmp_path / 'rows.jsonl').exists() and list(tmp_path.rglob('arms.png'))
 
 
@@ -63,7 +65,8 @@ def test_killed_in_every_stage_it_ends_bit_equal(tmp_path):
 
 
 def test_stored_rewards_of_another_learner_are_refused(tmp_path):
-    run = seal_knowledge.Run(seal_knowledge.Args(), 0, Stages(tmp_path))
+    args = seal_knowledge.Args()
+    run = seal_runs.Run(seal_knowledge.People(args), args, 0, Stages(tmp_path))
     params, texts, edits = {'w': np.ones(3)}, run.test_texts()[:2], np.zeros((2, 3, 8), np.int32)
     store = lambda name, learner: run.stages(f'{name}-0', lambda: dict(right=np.ones((6, 2)), log_prob=np.zeros((6, 2)), learner=learner))
     store('own', np.array(digest(params)))
@@ -73,7 +76,10 @@ def test_stored_rewards_of_another_learner_are_refused(tmp_path):
         run.rewards('other', params, texts, edits, PROTOTYPE)
 
 
-@pytest.mark.parametrize(('name', 'value'), [('rounds', 0), ('contexts', 1), ('each', 1), ('repetitions', 1), ('tests', 1), ('seeds', ())])
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('rounds', 0), ('contexts', 1), ('each', 1), ('repetitions', 1), ('tests', 1), ('seeds', ()), ('pretraining_steps', 1)],
+)
 def test_bad_arguments_are_named(name, value):
     with pytest.raises(ValueError, match=f'{name} is .*allowed is'):
         seal_knowledge.Args(**{name: value})
@@ -81,13 +87,13 @@ def test_bad_arguments_are_named(name, value):
 
 def test_what_the_report_says_of_the_order():
     arms = {name: dict(right=[mean]) for name, mean in {'base': 0.1, 'passage only': 0.2, 'untrained self-edit': 0.3}.items()}
-    assert 'reproduced' in seal_knowledge.order(arms | {'rest-em, round 1': dict(right=[0.2]), 'rest-em, round 2': dict(right=[0.4])})
-    assert 'not reproduced' in seal_knowledge.order(arms | {'rest-em, round 1': dict(right=[0.3])})
+    assert 'reproduced' in seal_runs.order(arms | {'rest-em, round 1': dict(right=[0.2]), 'rest-em, round 2': dict(right=[0.4])})
+    assert 'not reproduced' in seal_runs.order(arms | {'rest-em, round 1': dict(right=[0.3])})
 
 
 def test_differences_are_paired():
     untrained = np.random.default_rng(0).uniform(size=50)
-    found = seal_knowledge.summary({'untrained self-edit': untrained, 'base': untrained - 0.25})
+    found = seal_runs.summary({'untrained self-edit': untrained, 'base': untrained - 0.25})
     np.testing.assert_allclose(found['base']['above_untrained'], [-0.25] * 3)
     low, high = found['base']['right'][1:]
     assert high - low > 0.05
