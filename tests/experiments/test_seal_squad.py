@@ -1,0 +1,143 @@
+"""SEAL with a pre-trained model: a tiny checkpoint from the command line, its parts, and bad input."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import seal_squad
+from experiments.seal_world import Budget
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig
+from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.pretrained import save_pretrained
+from nested_jax.models.sampling import generate
+from nested_jax.seal.buckets import Candidate
+from nested_jax.seal.inner_loop import learn_all
+from nested_jax.seal.lora import merge
+from tests.data.test_pretrained_tokenizer import make
+from tests.models.small_models import random_params
+
+CONFIG = ModelConfig(
+    mixer='attention', num_layers=2, width=16, num_heads=2, head_dim=8, levels=(LevelConfig(24, 2048),), vocab_size=300, max_length=2048,
+    attention=AttentionConfig(num_kv_heads=1, qkv_bias=True),
+)  # fmt: skip
+TEXTS = ['the quick dogs and the lazy fox', 'the other dog', 'a fox and the other fox and the quick dog']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A model with its tokenizer, and passages."""
+    folder = make(tmp_path_factory.mktemp('model'), first='<|begin_of_text|>')
+    save_pretrained(folder, CONFIG, random_params(LanguageModel(CONFIG), dtype=np.float32))
+    fields = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(fields | dict(eos_token_id=290)))
+    ask = lambda text: [dict(question=f'who is {word}?', answer=word) for word in text.split()[1:3]]
+    passages = [dict(title=f'dogs {n}', context=text, questions=ask(text)) for n, text in enumerate(TEXTS)]
+    (folder / 'passages.json').write_text(json.dumps(passages))
+    return folder
+
+
+def arguments(folder, **changes) -> seal_squad.Args:
+    data = folder / 'passages.json'
+    sizes = dict(
+        rounds=1, contexts=2, each=2, repetitions=2, tests=3, epochs=2, edit_tokens=8, answer_tokens=4, together=4, dtype='float32'
+    )
+    return seal_squad.Args(**(dict(model=folder, data=data, test_data=data) | sizes | changes))
+
+
+@pytest.fixture(scope='module')
+def domain(folder):
+    return seal_squad.Passages(arguments(folder))
+
+
+def test_it_runs_from_the_command_line(folder, tmp_path, capsys):
+    data = str(folder / 'passages.json')
+    places = ['--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl')]
+    run = lambda model: seal_squad.main(['--smoke', '--model', model, '--data', data, '--test-data', data, '--dtype', 'float32', *places])
+    assert run(str(folder)) == 0
+    said = capsys.readouterr().out
+    assert all(arm in said for arm in ('base', 'passage only', 'shuffled', 'best of 2', 'oracle', 'rest-em, round 1', 'random, round 1'))
+    assert list(tmp_path.rglob('arms.png')) and not (tmp_path / 'rows.jsonl').exists()
+    assert run(str(tmp_path)) == 2 and 'config.json' in capsys.readouterr().err
+
+
+def test_marks_are_those_of_a_model_updated_by_itself(domain):
+    texts, edit = domain.texts('test', 3, 0), domain.coder.encode('the fox\nquick dogs').tolist()
+    params, budget = domain.start(None, 0), Budget(3e-2, 3)
+    marks = domain.learn_and_ask(params, texts, [edit, None, domain.coder.encode(' \n').tolist()], budget, [5, 6])
+    assert marks.right.shape == (3, 2) and (marks.right[2] == 0).all() and np.isneginf(marks.log_prob[2]).all()
+    sequences = domain._sequences(texts[0], edit)
+    assert [domain.coder.decode(each).decode().split('\n') for each in sequences] == [
+        ['dogs 0', 'the fox'], ['dogs 0', 'quick dogs'], ['dogs 0', TEXTS[0]],
+    ]  # fmt: skip
+    candidate = Candidate(sequences, budget.learning_rate, 3 * len(sequences), seed=6)
+    updated = merge(params, learn_all(domain._learn, params, [candidate], rows_per_step=1)[0], domain.args.inner.lora)
+    expected = []
+    for asked in texts[0].questions:
+        prompt = domain._encode(seal_squad.question_prompt(texts[0].title, asked.question))
+        gold = domain.coder.encode(f' {asked.answer}').tolist()
+        logits, _ = LanguageModel(CONFIG).apply({'params': updated}, jnp.asarray([prompt + gold]))
+        log = jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])
+        expected.append(log[np.arange(len(gold)), gold].mean())
+    np.testing.assert_allclose(marks.log_prob[0, 1], np.mean(expected), rtol=1e-4)
+    assert marks.log_prob[0, 1] != pytest.approx(domain.ask(params, texts[:1]).log_prob[0, 0], rel=1e-3)
+
+
+def test_self_edits_and_answers_are_what_the_model_writes(domain):
+    texts, params = domain.texts('test', 3, 0), domain.start(None, 0)
+    edits = domain.write(params, texts, 2, 0)
+    assert edits.shape == (3, 2, 8)
+    np.testing.assert_array_equal(edits, domain.write(params, texts, 2, 0))
+    assert (edits != domain.write(params, texts, 2, 1)).any()
+    asked = texts[0].questions[0]
+    prompt = jnp.asarray([domain._encode(seal_squad.question_prompt(texts[0].title, asked.question))])
+    answer = generate(LanguageModel(CONFIG), {'params': params}, prompt, key=jax.random.key(0), max_new_tokens=4, temperature=0.0, stop=290)
+    found = domain._text(answer[0].tolist())
+    grade = domain.args.grader
+    seal_squad.GRADERS['heard'] = lambda said, gold: float(said == found and gold == asked.answer)
+    object.__setattr__(domain.args, 'grader', 'heard')
+    assert domain.ask(params, texts[:1]).right[0, 0] == 0.5
+    object.__setattr__(domain.args, 'grader', grade)
+    del seal_squad.GRADERS['heard']
+
+
+def test_the_writer_learns_what_is_chosen(domain):
+    texts, params = domain.texts('test', 3, 0), domain.start(None, 0)
+    edits = domain.write(params, texts, 2, 0)
+    values = np.array([1.0, 0, 0, 0, 0, 0])
+    learned = domain.advance(params, domain.update('rest-em', params, texts, edits, values, 0))
+    prompt, own = domain._prompt(texts[0]), domain._own(edits[0, 0])
+
+    def log_prob(params) -> float:
+        logits, _ = LanguageModel(CONFIG).apply({'params': params}, jnp.asarray([prompt + own]))
+        return float(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])[np.arange(len(own)), own].sum())
+
+    assert log_prob(learned) > log_prob(params)
+
+
+def test_controls_and_composition(domain):
+    texts, edit = domain.texts('test', 3, 0), domain.coder.encode('the fox and\nquick dogs').tolist()
+    mixed = domain._text(domain.shuffled(edit, 0))
+    assert sorted(mixed.split()) == sorted('the fox and quick dogs'.split()) and [len(line.split()) for line in mixed.split('\n')] == [3, 2]
+    oracle = domain.oracle(texts, 0)
+    told = domain.composition(texts, oracle)
+    assert told['coverage'] == 1 and told['invalid'] == 0
+    assert len(domain._sequences(texts[0], oracle[0])) == 3
+    assert domain.composition(texts, [[], *oracle[1:]])['invalid'] == pytest.approx(1 / 3)
+
+
+def test_rounds_and_search_have_passages_of_their_own(folder):
+    domain = seal_squad.Passages(arguments(folder, contexts=2, rounds=1))
+    assert domain.texts('train', 2, 0, 1) == domain.texts('train', 2, 0, 1) and len(domain.texts('train', 2, 0, 1)) == 2
+    with pytest.raises(ValueError, match=r"data is '3 passages', allowed is at least 4"):
+        seal_squad.Passages(arguments(folder, search=True))
+    with pytest.raises(ValueError, match=r"test_data is '3 passages', allowed is at least 9"):
+        seal_squad.Passages(arguments(folder, tests=9))
+
+
+@pytest.mark.parametrize(('name', 'value'), [('prompt', 'x'), ('grader', 'x'), ('epochs', 0), ('learning_rate', 0.0), ('together', 0)])
+def test_bad_arguments_are_named(folder, name, value):
+    with pytest.raises(ValueError, match=f'{name} is .*allowed is'):
+        arguments(folder, **{name: value})
