@@ -105,12 +105,14 @@ def run_config(args: Args, seed: int) -> dict:
 class People:
     """The world of made-up people, a `Domain`."""
 
+    test_edits = 1
+
     def __init__(self, args: Args):
         self.world, self.train = World(), train_config(args.pretraining_steps)
         self.model = LanguageModel(model_config(self.world, args.learner))
         self.reader = Reader(self.model, self.world)
         self.shares = self.reader.shares
-        self.learn_and_ask = self.reader.learn_and_ask
+        self.learn_and_ask = self.test = self.reader.learn_and_ask
         self._updates = {name: make_policy_update(self.model, OuterConfig(algorithm=name)) for name in args.algorithms}
 
     def start(self, stages: Stages, seed: int) -> PyTree:
@@ -138,6 +140,10 @@ class People:
     def ask(self, params: PyTree, texts: list[Text]) -> Marks:
         """Marks (C, 1)."""
         return self.reader.ask(params, [text.person for text in texts])
+
+    def joined(self, edits: np.ndarray) -> Edit:
+        """The first one."""
+        return edits[0].tolist()
 
     def oracle(self, texts: list[Text], seed: int) -> list[Edit]:
         """The answers in question form."""

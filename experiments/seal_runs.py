@@ -71,9 +71,11 @@ class Domain(Protocol):
 
     Attributes:
         shares: real tokens among those computed, of every bucket so far.
+        test_edits: self-edits of a text that the test's updates learn from.
     """
 
     shares: list[float]
+    test_edits: int
 
     def start(self, stages: Stages, seed: int) -> PyTree:
         """Parameters of the model as it begins."""
@@ -95,6 +97,12 @@ class Domain(Protocol):
 
     def learn_and_ask(self, params: PyTree, texts: list, edits: Sequence[Edit | None], budget: Budget, repetitions: Sequence[int]) -> Marks:
         """Marks (C, P) of updates on each text and its self-edit, or on the text alone where that is None."""
+
+    def test(self, params: PyTree, texts: list, edits: Sequence[Edit | None], budget: Budget, repetitions: Sequence[int]) -> Marks:
+        """The same as the test has it."""
+
+    def joined(self, edits: np.ndarray) -> Edit:
+        """What the test makes of self-edits (M, tokens) of one text."""
 
     def oracle(self, texts: list, seed: int) -> list[Edit]:
         """Self-edits that hold all answers."""
@@ -190,17 +198,18 @@ class Run:
         choice = self.marks(f'{folder}/test/choice', lambda: self.domain.learn_and_ask(params, again, flat, budget, [CHOICE_START]))
         order = np.stack([mark.reshape(len(texts), -1) for mark in choice], -1)
         best = [max(range(self.args.each), key=lambda m: tuple(order[c, m])) for c in range(len(texts))]
+        untrained = [self.domain.joined(written) for written in many]
         arms = {
             'passage only': [None] * len(texts),
-            'untrained self-edit': many[:, 0],
-            'shuffled self-edit': [self.domain.shuffled(edit.tolist(), self.seed) for edit in many[:, 0]],
+            'untrained self-edit': untrained,
+            'shuffled self-edit': [self.domain.shuffled(edit, self.seed) for edit in untrained],
             f'best of {self.args.each} untrained': [written[m] for written, m in zip(many, best, strict=True)],
             'oracle edit': self.domain.oracle(texts, self.seed),
         }
         base = self.marks('test/base', lambda: self.domain.ask(params, texts)).right[:, 0]
         found = {'base': base}
         for arm, edits in arms.items():
-            ask = functools.partial(self.domain.learn_and_ask, params, texts, edits, budget, [TEST_START])
+            ask = functools.partial(self.domain.test, params, texts, edits, budget, [TEST_START])
             found[arm] = self.marks(f'{folder}/test/{arm.replace(" ", "-")}', ask).right[:, 0]
         return found
 
@@ -211,8 +220,9 @@ class Run:
             name = f'{_stage_name(budget)}/{algorithm}-{index}'
             with progress(f'{budget}: {algorithm}, round {index}'):
                 params, told = self.round(params, budget, algorithm, index, name)
-                edits = self.edits(f'{name}/test-edits', params, texts, 1, 1)[:, 0]
-                ask = functools.partial(self.domain.learn_and_ask, params, texts, budget=budget, repetitions=[TEST_START])
+                many = self.edits(f'{name}/test-edits', params, texts, self.domain.test_edits, 1)
+                edits = [self.domain.joined(written) for written in many]
+                ask = functools.partial(self.domain.test, params, texts, budget=budget, repetitions=[TEST_START])
                 arms[f'{algorithm}, round {index}'] = self.marks(f'{name}/test', functools.partial(ask, edits)).right[:, 0]
                 known = self.domain.known(params)
                 history.append(told | dict(known=known, **self.domain.composition(texts, edits)))

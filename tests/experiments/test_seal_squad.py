@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 def arguments(folder, **changes) -> seal_squad.Args:
     data = folder / 'passages.json'
     sizes = dict(
-        rounds=1, contexts=2, each=2, repetitions=2, tests=3, epochs=2, edit_tokens=8, answer_tokens=4, together=4, dtype='float32'
+        rounds=1, contexts=2, each=2, repetitions=2, tests=3, epochs=2, edit_tokens=8, answer_tokens=4, together=2, dtype='float32'
     )
     return seal_squad.Args(**(dict(model=folder, data=data, test_data=data) | sizes | changes))
 
@@ -115,6 +115,18 @@ def test_the_writer_learns_what_is_chosen(domain):
         return float(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])[np.arange(len(own)), own].sum())
 
     assert log_prob(learned) > log_prob(params)
+
+
+@pytest.mark.parametrize('setting', ['continued-lora', 'continued-full'])
+def test_continued_pretraining_learns_all_passages_together(folder, setting):
+    domain = seal_squad.Passages(arguments(folder, setting=setting))
+    texts, params = domain.texts('test', 3, 0), domain.start(None, 0)
+    first, second = (domain.coder.encode(text).tolist() for text in ('the fox\nthe dog', 'quick\n dogs'))
+    edit = domain.joined(np.array([each + [290] * (12 - len(each)) for each in (first, second)]))
+    assert [len(domain._documents(texts[0], part)) for part in (edit, None, [])] == [3, 1, 1]
+    marks = domain.test(params, texts, [edit] * 3, Budget(1.0, 1), [0, 1])
+    assert marks.right.shape == (3, 2) and np.isfinite(marks.log_prob).all()
+    assert (np.abs(marks.log_prob - domain.ask(params, texts).log_prob) > 1e-6).all()
 
 
 def test_controls_and_composition(domain):
