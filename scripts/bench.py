@@ -4,7 +4,8 @@ Every figure is checked before it is timed: the chunked memories against their t
 median of repeated, warmed-up, synchronised runs, printed with minimum and maximum, and one row of
 experiments/results/bench_<suite>.jsonl. Peers that cannot be imported are named, not passed over.
 
-Suites are the modules of scripts/benchmarks: cpu, optim, decode, seal, and scaling, which draws a picture beside its rows.
+Suites are the modules of scripts/benchmarks: cpu, optim, decode, seal, scaling, which draws a picture beside
+its rows, and gpu, which ends within nine minutes on one H100 or H200.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import jax
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
 from scripts.benchmarks.timing import Settings
 
-SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling')
-WITH_SMOKE = ('seal', 'scaling')
+SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'gpu')
+WITH_SMOKE = ('seal', 'scaling', 'gpu')
 # Of a row's metrics: what says which figure it is.
 SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'context', 'candidates')
 
@@ -37,6 +38,9 @@ def use_large_pages() -> None:
 def run_suite(name: str, settings: Settings, output: pathlib.Path) -> None:
     """Runs a suite, printing and storing a row for each figure as soon as it is there."""
     suite = importlib.import_module(f'scripts.benchmarks.{name}')
+    if name == 'gpu':  # in processes of its own, each of which wants the card
+        suite.run(settings, output)
+        return
     hardware = hardware_name(jax.devices())
     for part in suite.PARTS:
         begun = time.perf_counter()
@@ -60,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--repeats', type=int, default=5, help='runs each figure is the median of')
     parser.add_argument('--smoke', action='store_true', help=f'smallest sizes, whose numbers mean nothing: {", ".join(WITH_SMOKE)}')
     parser.add_argument('--output', type=pathlib.Path, help='file of rows; default experiments/results/bench_<suite>.jsonl')
+    parser.add_argument('--cells', nargs='+', help='of the suite gpu: run these alone, in this process')
     args = parser.parse_args(arguments)
     if args.repeats < 1:
         parser.error(f'--repeats is {args.repeats}, allowed is an integer of at least 1')
@@ -68,6 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.smoke and args.output is None:
         parser.error('--output is None, allowed with --smoke is a file: its rows are no results')
     output = args.output or ROOT / 'experiments' / 'results' / f'bench_{args.suite}.jsonl'
+    if args.cells:
+        from scripts.benchmarks import gpu
+
+        gpu.work(args.cells, Settings(args.repeats, args.smoke), output)
+        return
     run_suite(args.suite, Settings(args.repeats, args.smoke), output)
 
 
