@@ -31,8 +31,9 @@ def run(settings: Settings, output: pathlib.Path) -> None:
     command += ['--smoke'] * settings.smoke
 
     def start(names: list[str]) -> subprocess.Popen:
-        # Memory as it is needed: PyTorch's kernels share the card.
-        environment = os.environ | {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'PYTHONUNBUFFERED': '1'}
+        # Memory as it is needed, up to nearly all: PyTorch's kernels share the card.
+        memory = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92'}
+        environment = os.environ | memory | {'PYTHONUNBUFFERED': '1'}
         return subprocess.Popen([*command, '--cells', *names], stdout=subprocess.PIPE, text=True, env=environment)
 
     failed = lambda name, reason: append_row(output, failed_row(name, reason, settings, 'unknown'))

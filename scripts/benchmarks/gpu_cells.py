@@ -33,6 +33,7 @@ from nested_jax.training.step import make_train_step
 from scripts.benchmarks.timing import Settings, compile_timed, measure, num_parameters
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12}  # dense bfloat16, SXM
+TRAINING_S = 20.0  # of a model's steps: no further one begins after these
 _TINY = dict(num_layers=1, width=16, num_heads=1, head_dim=16, levels=(LevelConfig(16, 512),), vocab_size=32)
 
 
@@ -219,10 +220,12 @@ class Training(NamedTuple):
         with use_kernels('gpu' if jax.default_backend() == 'gpu' else 'plain'):
             error = check_loss(config, min(job.length, 512))
             step, sizes = job.compile(config)
-        seconds = measure(step, settings.repeats)
+        seconds = measure(step, settings.repeats, TRAINING_S)
         tokens = job.batch * job.length
         flops = flops_of(config, job.length)
-        rates = dict(tokens_per_second=tokens / seconds.median, slowest=tokens / seconds.slowest, fastest=tokens / seconds.fastest)
+        rates = dict(
+            tokens_per_second=tokens / seconds.median, slowest=tokens / seconds.slowest, fastest=tokens / seconds.fastest, runs=seconds.runs
+        )
         stats = jax.devices()[0].memory_stats() or {}
         return [
             dict(what='training', model=self.name) | job._asdict() | dict(tokens_per_step=tokens, error=error) | rates | sizes | flops
@@ -303,7 +306,7 @@ def _plain(chunk_size: int, dtype: str, precision: str) -> Cell:
 CELLS = (
     _plain(64, 'bfloat16', 'highest'),
     Cell('delta rule, flash-linear-attention', 60, fla_delta_rule),
-    _training('transformer-124m', 1024, 75, batch=512, accumulation=8, remat='none'),
+    _training('transformer-124m', 1024, 75, batch=512, accumulation=16, remat='none'),
     _training('transformer-124m', 4096, 60, remat='none'),
     _training('hope-124m', 4096, 90),
     _training('hope-linear-124m', 4096, 75),
@@ -313,7 +316,7 @@ CELLS = (
     _training('hope-linear-124m', 32_768, 75, batch=1),
     _training('transformer-124m', 32_768, 60, batch=1, remat='none'),
     _training('hope-340m', 4096, 90, batch=4),
-    _training('transformer-340m', 4096, 75, batch=4),
+    _training('transformer-340m', 4096, 75, batch=4, remat='none'),
     _training('titans-124m', 4096, 75),
     _training('hope-124m', 32_768, 90, batch=1),
     _plain(32, 'bfloat16', 'highest'),

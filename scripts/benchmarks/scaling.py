@@ -231,7 +231,7 @@ def update_point(config: ModelConfig, length: int, settings: Settings) -> dict:
         return jax.block_until_ready((updates, after))
 
     timing = measure(run, settings.repeats)
-    each = Timing(*(value / cycle for value in dataclasses.astuple(timing)))
+    each = Timing(*(value / cycle for value in dataclasses.astuple(timing)[:-1]), timing.runs)
     return of_timing(each, compiled.memory_analysis().temp_size_in_bytes, seconds, length)
 
 

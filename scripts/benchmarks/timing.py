@@ -1,6 +1,7 @@
 """What the suites of scripts/bench.py share: repeated timings, and a compiled training step."""
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -31,6 +32,7 @@ class Timing:
     fastest: float
     slowest: float
     processor: float  # of all threads
+    runs: int
 
     def as_metrics(self) -> dict[str, float]:
         """Fields of a row."""
@@ -50,16 +52,16 @@ class TooLargeError(MemoryError):
     """A program needs more memory than there is."""
 
 
-def measure(run: Callable[[], object], repeats: int) -> Timing:
-    """Times a synchronised call after one call that is not counted."""
+def measure(run: Callable[[], object], repeats: int, limit_s: float = math.inf) -> Timing:
+    """Times a synchronised call after one call that is not counted; no run but the first begins after `limit_s`."""
     run()
-    seconds, processor = [], []
-    for _ in range(repeats):
+    seconds, processor, end = [], [], time.perf_counter() + limit_s
+    while len(seconds) < repeats and (not seconds or time.perf_counter() < end):
         begun = time.perf_counter(), time.process_time()
         run()
         seconds.append(time.perf_counter() - begun[0])
         processor.append(time.process_time() - begun[1])
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), statistics.median(processor))
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), statistics.median(processor), len(seconds))
 
 
 def compile_timed(function: Callable, *args) -> tuple[jax.stages.Compiled, float]:

@@ -1,6 +1,7 @@
 """Curves of scripts/benchmarks/scaling.py: how they are climbed, fitted, checked and drawn; and each at its smallest sizes."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from scripts import bench
-from scripts.benchmarks import memories, scaling
+from scripts.benchmarks import memories, scaling, timing
 from scripts.benchmarks.timing import Settings, TooLargeError
 
 SETTINGS = Settings(repeats=1, smoke=True)
@@ -47,9 +48,14 @@ def test_a_curve_ends_where_memory_does(capsys):
     assert 'left out from 4 on: 9.0 GiB' in capsys.readouterr().out
 
 
-def test_programs_that_do_not_fit_are_not_run(monkeypatch):
-    from scripts.benchmarks import timing
+def test_no_run_begins_after_the_limit():
+    calls = []
+    found = timing.measure(lambda: calls.append(time.sleep(0.02)), 50, limit_s=0.05)
+    assert 1 <= found.runs <= 3 and len(calls) == found.runs + 1 and found.fastest <= found.median <= found.slowest
+    assert timing.measure(lambda: None, 4, limit_s=0.0).runs == 1 and timing.measure(lambda: None, 4).runs == 4
 
+
+def test_programs_that_do_not_fit_are_not_run(monkeypatch):
     monkeypatch.setattr(timing, 'free_bytes', lambda: 1000)
     with pytest.raises(TooLargeError):
         timing.compile_timed(lambda x: jnp.sort(jnp.cos(x @ x.T).ravel()), jnp.ones((64, 64)))
