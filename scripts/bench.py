@@ -26,7 +26,7 @@ from scripts.benchmarks.timing import Settings
 SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'gpu')
 WITH_SMOKE = ('seal', 'scaling', 'gpu')
 # Of a row's metrics: what says which figure it is.
-SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'context', 'candidates')
+SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'context', 'candidates', 'bptt')
 
 
 def use_large_pages() -> None:

@@ -2,16 +2,20 @@
 
 import dataclasses
 import importlib.util
+import statistics
 
 import jax
 import jax.numpy as jnp
 
-from nested_jax.config import AttentionConfig, ModelConfig
-from nested_jax.models import preset
+from nested_jax.config import AttentionConfig, InSequenceConfig, LevelConfig, ModelConfig
+from nested_jax.models import LanguageModel, preset
+from nested_jax.models.loss import model_loss
+from nested_jax.models.streaming import in_sequence_loss
 from scripts.benchmarks.memories import disagreement, memory_forms, memory_inputs
-from scripts.benchmarks.timing import Settings, measure, time_training
+from scripts.benchmarks.timing import Settings, compile_timed, measure, time_training
 
 TOKENS = 8192  # of a training step, at every length
+IN_SEQUENCE_LENGTH, IN_SEQUENCE_LEVELS = 2048, (LevelConfig(156, 512), LevelConfig(156, 2048))
 MODELS = ('transformer-tiny', 'gated-deltanet-tiny', 'titans-tiny', 'hope-linear-tiny', 'hope-tiny')
 
 
@@ -74,4 +78,44 @@ def titans_peer(settings: Settings):
     )  # fmt: skip
 
 
-PARTS = (chunked_against_reference, titans_peer, training_lengths)
+def in_sequence(settings: Settings):
+    """The gradient of a model whose levels learn within the sequence, against the same model's without: processor time, by turns.
+
+    Checked first: with a learning rate of zero the loss is the plain one.
+    """
+    for name in ('hope-attention-tiny', 'hope-linear-tiny'):
+        plain = LanguageModel(preset(name, max_length=IN_SEQUENCE_LENGTH, levels=IN_SEQUENCE_LEVELS))
+        tokens = jax.random.randint(jax.random.key(1), (1, IN_SEQUENCE_LENGTH), 0, 256)
+        params = jax.jit(plain.init)(jax.random.key(0), tokens[:, :16])['params']
+        for bptt in (None, 1):
+            learning = InSequenceConfig(tuple(range(plain.config.num_layers)), bptt=bptt)
+            model = LanguageModel(dataclasses.replace(plain.config, in_sequence=learning))
+            error = learns_nothing_at_rate_zero(model, plain, params, tokens)
+            losses = (
+                lambda p, plain=plain, tokens=tokens: model_loss(plain, p, tokens, tokens)[0],
+                lambda p, model=model, tokens=tokens: in_sequence_loss(model, p, tokens, tokens)[0],
+            )
+            compiled = [compile_timed(jax.grad(loss), params)[0] for loss in losses]
+            turns = [
+                [measure(lambda c=c, params=params: jax.block_until_ready(c(params)), 1).processor for c in compiled]
+                for _ in range(settings.repeats)
+            ]
+            ratios = [learned / plainly for plainly, learned in turns]
+            yield dict(
+                what='in-sequence learning', model=name, length=IN_SEQUENCE_LENGTH, bptt=bptt, error=error, ratio=statistics.median(ratios),
+                lowest_ratio=min(ratios), highest_ratio=max(ratios),
+                temporary_ratio=compiled[1].memory_analysis().temp_size_in_bytes / compiled[0].memory_analysis().temp_size_in_bytes,
+            )  # fmt: skip
+
+
+def learns_nothing_at_rate_zero(model: LanguageModel, plain: LanguageModel, params, tokens: jax.Array) -> float:
+    """Relative difference of the loss at a learning rate of zero from the plain model's; RuntimeError at 1e-4 or more."""
+    still = jax.jit(lambda p: in_sequence_loss(model, p, tokens, tokens, learning_rates=0.0)[0])
+    expected = float(jax.jit(lambda p: model_loss(plain, p, tokens, tokens)[0])(params))
+    error = abs(float(still(params)) - expected) / expected
+    if not error < 1e-4:
+        raise RuntimeError(f'at a learning rate of zero the loss differs from the plain one by {error:.1e}')
+    return error
+
+
+PARTS = (chunked_against_reference, titans_peer, training_lengths, in_sequence)
