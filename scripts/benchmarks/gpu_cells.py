@@ -125,8 +125,10 @@ def plain_delta_rule(chunk_size: int, dtype: str, precision: str) -> Callable[[S
 def all_products(precision: str):
     """Puts another precision in the place of the highest, in the chunk-parallel forms."""
     value = jax.lax.Precision[precision.upper()]
+    jax.clear_caches()  # what was traced before has the other one
     with unittest.mock.patch.object(chunk, '_HIGHEST', value), unittest.mock.patch.object(matrix_chunks, '_HIGHEST', value):
         yield
+    jax.clear_caches()
 
 
 def kernel_row(what: str, model: str, shape: Shape, error: float) -> dict:

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_jax.memory import matrix
 from nested_jax.models import preset
 from scripts.benchmarks import gpu, gpu_cells
 from scripts.benchmarks.timing import Settings
@@ -78,6 +80,18 @@ def test_outputs_that_differ_are_not_timed():
     for wrong in (1.1, np.nan):
         with pytest.raises(RuntimeError, match='differs from the float32 reference'):
             gpu_cells.largest_error([jnp.full(3, wrong)], [jnp.ones(3)])
+
+
+def test_precision_reaches_every_product_of_the_chunks():
+    inputs = gpu_cells.delta_rule_inputs(gpu_cells.Shape(1, 64, 1, 16), jnp.float32)
+
+    def highest(precision: str) -> int:
+        rule = lambda *args: matrix.delta_rule(*args, chunk_size=16)[0]
+        with gpu_cells.all_products(precision):
+            return str(jax.make_jaxpr(lambda inputs: gpu_cells.gradients(rule, inputs))(inputs)).count('HIGHEST')
+
+    before = highest('highest')
+    assert before > 0 and highest('default') == 0 and highest('highest') == before
 
 
 OFTEN = ('delta rule, chunk 32, bfloat16, highest', 'delta rule, flash-linear-attention', 'transformer-124m at 1024', 'attention, cudnn')
