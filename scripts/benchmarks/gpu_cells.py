@@ -10,6 +10,7 @@ A small form of every cell runs on any device, to see that it works; its numbers
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import time
 import unittest.mock
@@ -148,7 +149,9 @@ def fla_delta_rule(settings: Settings) -> list[dict]:
         print('flash-linear-attention cannot be imported here: that comparison is left out', flush=True)
         return []
     import torch
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    # By name: it is no package that an extra could offer, its dependencies being those of CUDA alone.
+    chunk_gated_delta_rule = importlib.import_module('fla.ops.gated_delta_rule').chunk_gated_delta_rule
 
     def tensors(inputs):
         made = [torch.tensor(np.asarray(x, np.float32), device='cuda') for x in inputs]
