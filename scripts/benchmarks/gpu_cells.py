@@ -150,7 +150,7 @@ def fla_delta_rule(settings: Settings) -> list[dict]:
         return []
     import torch
 
-    # By name: it is no package that an extra could offer, its dependencies being those of CUDA alone.
+    # By name: no extra offers it, since it is of use with CUDA only (fla-core on the package index).
     chunk_gated_delta_rule = importlib.import_module('fla.ops.gated_delta_rule').chunk_gated_delta_rule
 
     def tensors(inputs):
