@@ -157,7 +157,7 @@ def test_every_import_is_declared():
     declared = {re.sub('[-_.]+', '-', r.name).lower() for r in requirements([*core_requirements(), *sum(offered.values(), [])])}
     distributions = importlib.metadata.packages_distributions()
     for path in SOURCES:
-        for name in {name.split('.')[0] for name in imports_of(path)} - STANDARD - {'nested_jax', 'experiments'}:
+        for name in {name.split('.')[0] for name in imports_of(path)} - STANDARD - {'nested_jax', 'experiments', 'scripts'}:
             providers = {re.sub('[-_.]+', '-', provider).lower() for provider in distributions.get(name, [name])}
             assert providers & declared, f'{relative(path)} imports {name}, which requirements.txt and the extras do not name'
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from nested_jax.config import ModelConfig, RopeScaling
 from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, split_heads
+from nested_jax.layers.kernels import attention_implementation
 
 
 class AttentionState(NamedTuple):
@@ -189,6 +190,7 @@ class Attention(nn.Module):
         """Causal attention of one document from its start; a block of queries skips the keys that none of them sees."""
         length, block = query.shape[1], self.config.attention.query_block or query.shape[1]
         window = (self.capacity - 1, 0) if length > self.capacity else None
+        implementation = attention_implementation(query.dtype)
 
         @jax.checkpoint
         def attend_block(queries, keys, values, persistent, offset):
@@ -196,8 +198,8 @@ class Attention(nn.Module):
             visible = (distance >= 0) & (distance < self.capacity)
             return attend(queries, keys, values, visible[None], persistent)
 
-        if block >= length and persistent is None:
-            return jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=window)
+        if persistent is None and (block >= length or implementation != 'xla'):
+            return jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=window, implementation=implementation)
         parts = []
         for start in range(0, length, block):
             end, first = min(start + block, length), max(start - self.capacity + 1, 0)

@@ -115,8 +115,8 @@ def delta_rule(
         log_decay: (B, T, H) g_t <= 0, -inf allowed; None for no decay.
         erase: (B, T, H) erasing strengths, beta when None; stable in (0, 2).
         state, initial, segment_ids, chunk_size: as in `linear_attention`.
-        implementation: 'jax', or 'pallas_tpu' for the kernel of `kernels/delta_rule.py`, which takes no segment_ids, float32 or bfloat16
-            and chunks of a multiple of 16.
+        implementation: 'jax', or 'pallas_tpu' for the kernel of `kernels/delta_rule.py`, which takes segment_ids where `initial` is None,
+            float32 or bfloat16 and chunks of a multiple of 16.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state in float32 (float64 for float64 inputs).
@@ -124,16 +124,16 @@ def delta_rule(
     Raises:
         ValueError: for shapes that don't fit one another, a chunk_size below 1, an unknown implementation or what it does not take.
     """
-    if _choose(implementation, segment_ids) == 'pallas_tpu':
-        common = dict(erase=erase, state=state, initial=initial, chunk_size=chunk_size)
-        return _kernels().delta_rule(q, k, v, beta, log_decay, **common)
     gates = {'beta': beta, 'log_decay': log_decay, 'erase': erase}
-    chunk_size = check_arguments(q, k, v, gates, state, initial, segment_ids, chunk_size, grid=False)
+    size = check_arguments(q, k, v, gates, state, initial, segment_ids, chunk_size, grid=False)
+    if _choose(implementation, None if initial is None else segment_ids) == 'pallas_tpu':
+        log_decay = _forget_segments(log_decay, beta, segment_ids)
+        return _kernels().delta_rule(q, k, v, beta, log_decay, erase=erase, state=state, initial=initial, chunk_size=size)
     if q.shape[1] == 1:
         return delta_rule_reference(q, k, v, beta, log_decay, erase=erase, state=state, initial=initial, segment_ids=segment_ids)
     beta, erase = (gate.astype(_wide(q, k, v)) for gate in (beta, beta if erase is None else erase))
     rule = Rule(log_decay, beta, erase if log_decay is None else erase * decay_factors(log_decay, k))
-    return run_chunks(rule, q, k, v, state, initial, segment_ids, chunk_size)
+    return run_chunks(rule, q, k, v, state, initial, segment_ids, size)
 
 
 def delta_rule_reference(
@@ -193,7 +193,7 @@ def delta_gradient_descent(
         initial, segment_ids: as in `linear_attention`. A segment that begins inside a chunk reads `initial` as its anchor until the chunk
             ends, so its result depends on where it lies on the grid.
         chunk_size: tokens computed in parallel, and the grid of 'chunk' and 'anchor', which counts from the first call's first token.
-        implementation: as in `delta_rule`; 'pallas_tpu' takes gradient='token' and read='running' only.
+        implementation: as in `delta_rule`; 'pallas_tpu' takes gradient='token' and read='running' only, and no segment_ids.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state in float32 (float64 for float64 inputs): a `MemoryState` with
@@ -304,12 +304,20 @@ def _check_options(objective: str, gradient: str, read: str) -> bool:
 
 
 def _choose(implementation: str, segment_ids: jax.Array | None) -> str:
-    """Raise ValueError for an unknown implementation, or one that takes no segments where there are some; return it."""
+    """Raise ValueError for an unknown implementation, or a kernel with segments that it does not take; return it."""
     if implementation not in ('jax', 'pallas_tpu'):
         raise ValueError(f"implementation must be one of ('jax', 'pallas_tpu'), got {implementation!r}")
     if implementation == 'pallas_tpu' and segment_ids is not None:
         raise ValueError("segment_ids must be None with implementation 'pallas_tpu', got an array")
     return implementation
+
+
+def _forget_segments(log_decay: jax.Array | None, beta: jax.Array, segment_ids: jax.Array | None) -> jax.Array | None:
+    """(B, T, H) decays under which the delta rule forgets all at each segment's first token: it decays before it erases."""
+    if segment_ids is None:
+        return log_decay
+    begins = jnp.diff(_segment_count(segment_ids), axis=1, prepend=0) > 0
+    return jnp.where(begins[..., None], -jnp.inf, jnp.zeros(beta.shape, jnp.float32) if log_decay is None else log_decay)
 
 
 def _kernels():

@@ -44,6 +44,7 @@ class TrainConfig:
     spike_sigma: float | None = added(None)  # with 'skip': nor a loss or gradient norm so far above the last 128
     max_skips: int = added(10)  # with 'skip': so many in a row go back to the last checkpoint and pass over the batches since
     watchdog_s: float | None = added(None)  # a step that takes longer ends the process, with all stacks on standard error; None: no limit
+    kernels: Literal['plain', 'gpu', 'tpu'] = added('plain')  # what layers compute with: see nested_jax.layers.kernels
     output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
 
     def __post_init__(self):
@@ -70,6 +71,7 @@ class TrainConfig:
         self._check('accumulation', self.batch_size % self.accumulation == 0, f'a divisor of batch_size={self.batch_size}')
         self._check('seed', 0 <= self.seed < 2**32, 'an integer from 0 to below 2**32')
         self._check('on_nonfinite', self.on_nonfinite in ('abort', 'skip'), "'abort' or 'skip'")
+        self._check('kernels', self.kernels in ('plain', 'gpu', 'tpu'), "'plain', 'gpu' or 'tpu'")
         for name in ('spike_sigma', 'watchdog_s'):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, 'a number above 0 or None')
         self._check('spike_sigma', self.spike_sigma is None or self.on_nonfinite == 'skip', "None unless on_nonfinite='skip'")
@@ -90,6 +92,12 @@ def check_devices(config: TrainConfig, num_devices: int) -> None:
     if config.batch_size % (config.accumulation * num_devices):
         allowed = f'a multiple of accumulation x devices = {config.accumulation} x {num_devices}'
         raise ValueError(f'train.batch_size is {config.batch_size}, allowed is {allowed}')
+
+
+def check_kernels(config: TrainConfig, num_devices: int) -> None:
+    """Raises ValueError for kernels that do not split over so many devices."""
+    if config.kernels == 'tpu' and num_devices > 1:
+        raise ValueError(f"train.kernels is 'tpu', allowed is 'plain' on {num_devices} devices, over which those do not split")
 
 
 def check_model(config: TrainConfig, model: ModelConfig, vocab_size: int) -> None:

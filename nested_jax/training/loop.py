@@ -24,11 +24,12 @@ import rich.console
 from nested_jax.config import ModelConfig
 from nested_jax.data import Dataset, batch_iterator, check_same_data, data_identity, evaluation_batches, training_batches
 from nested_jax.evaluation.perplexity import HeldOut, evaluate
+from nested_jax.layers.kernels import use_kernels
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
-from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder, lock_folder
+from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, lock_folder
 from nested_jax.training.faults import faults_of_environment
 from nested_jax.training.goodput import Ledger, summary
 from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
@@ -85,6 +86,7 @@ def train(
     devices = list(devices or jax.devices())
     sizes = choose_mesh(mesh, model_config, len(devices))
     check_devices(config, batch_shares(sizes))
+    check_kernels(config, len(devices))
     check_model(config, model_config, data.tokenizer.vocab_size)
     claim_folder(config.output, run_config)
     placement = Placement.on(make_mesh(sizes, devices))
@@ -186,7 +188,7 @@ class _Trainer:
         replicated = self.placement.replicated
         step = jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, replicated))
         eval_step = jax.jit(make_eval_step(self.loss_function), out_shardings=replicated)
-        with jax.set_mesh(self.placement.mesh):  # what the model splits its rows over
+        with jax.set_mesh(self.placement.mesh), use_kernels(self.config.kernels):  # the mesh: what the model splits its rows over
             self.step_function = step.lower(*self.arguments(self.batches[0])).compile()
             self.eval_step = eval_step.lower(self.state.params, self.place(self.during[0])).compile()
         self.progress.say(f'compiled in {time.monotonic() - began:.1f} s')

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from nested_jax.memory import matrix
 from nested_jax.memory.kernels import delta_rule as kernels
@@ -82,6 +83,24 @@ def test_initial_state_shared_heads_and_erase():
     close(call(kernels, interpret=True), call(matrix), 1e-4)
 
 
+@pytest.mark.parametrize('decays', [True, False])
+def test_segments_are_forgotten(decays):
+    *args, log_decay, state = arguments()
+    ids = jnp.asarray([[0] * 16 + [1] * 3 + [0] * 22, [4] * 41])
+    weight = jnp.cos(jnp.arange(BATCH * TIME * HEADS * DIM_V, dtype=jnp.float32)).reshape(BATCH, TIME, HEADS, DIM_V)
+
+    def loss(args, implementation):
+        *tokens, decay, state = args
+        decay = decay if decays else None
+        y, last = matrix.delta_rule(*tokens, decay, state=state, segment_ids=ids, chunk_size=CHUNK, implementation=implementation)
+        return jnp.sum(weight * y) + jnp.sum(jnp.sin(last))
+
+    value = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    with pltpu.force_tpu_interpret_mode():
+        got = value((*args, log_decay, state), 'pallas_tpu')
+    close(got, value((*args, log_decay, state), 'jax'), 1e-4)
+
+
 def test_bad_arguments():
     args = arguments()[:4]
     with pytest.raises(ValueError, match='chunk_size must be a multiple of 16, got 24'):
@@ -109,7 +128,10 @@ def test_bad_choice():
     args = arguments()[:5]
     with pytest.raises(ValueError, match="implementation must be one of .*, got 'triton'"):
         matrix.delta_rule(*args, implementation='triton')
+    segments = dict(segment_ids=jnp.zeros((BATCH, TIME), int), implementation='pallas_tpu')
     with pytest.raises(ValueError, match='segment_ids must be None'):
-        matrix.delta_rule(*args, segment_ids=jnp.zeros((BATCH, TIME), int), implementation='pallas_tpu')
+        matrix.delta_rule(*args, initial=jnp.zeros((HEADS, DIM_K, DIM_V)), **segments)
+    with pytest.raises(ValueError, match='segment_ids must be None'):
+        matrix.delta_gradient_descent(*args, **segments)
     with pytest.raises(ValueError, match="takes gradient='token' and read='running', got 'chunk'"):
         matrix.delta_gradient_descent(*args, gradient='chunk', implementation='pallas_tpu')

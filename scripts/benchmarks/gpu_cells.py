@@ -1,0 +1,332 @@
+"""What the suite 'gpu' measures, a cell at a time, the most telling first; each is checked before it is timed.
+
+Floating-point operations are stated in two ways. Model FLOPs of a token are six for each parameter of a matrix product, the head's too,
+and those of causal attention, half of the square, forward and backward; writes and reads of memories count nothing. Algorithmic FLOPs are
+the matrix products of the traced gradient of the plain program: with the inner gradients, the whole square of attention, and what the
+backward pass computes again. MFU is the former's share of the card's peak in dense bfloat16.
+
+A small form of every cell runs on any device, to see that it works; its numbers mean nothing.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import time
+import unittest.mock
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nested_jax.config import LevelConfig, ModelConfig
+from nested_jax.layers.kernels import use_kernels
+from nested_jax.memory import chunk, matrix, matrix_chunks
+from nested_jax.models import LanguageModel, preset
+from nested_jax.models.loss import model_loss
+from nested_jax.training.compiled import matrix_flops
+from nested_jax.training.config import TrainConfig
+from nested_jax.training.optimizer import make_optimizer
+from nested_jax.training.state import init_state
+from nested_jax.training.step import make_train_step
+from scripts.benchmarks.timing import Settings, compile_timed, measure, num_parameters
+
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12}  # dense bfloat16, SXM
+TRAINING_S = 20.0  # of a model's steps: no further one begins after these
+_TINY = dict(num_layers=1, width=16, num_heads=1, head_dim=16, levels=(LevelConfig(16, 512),), vocab_size=32)
+
+
+class Cell(NamedTuple):
+    """One measurement."""
+
+    name: str
+    budget_s: float  # after which it is given up
+    run: Callable[[Settings], list[dict]]
+
+
+# Kernels. Shapes are (batch, time, heads, dim)
+
+
+class Shape(NamedTuple):
+    """Of queries, keys and values."""
+
+    batch: int
+    time: int
+    heads: int
+    dim: int
+
+
+SHAPES = (Shape(8, 4096, 12, 64), Shape(2, 16_384, 16, 128))  # of the 124m presets, and one that flash-linear-attention publishes
+
+
+def shapes(settings: Settings) -> tuple[Shape, ...]:
+    """Of this run."""
+    return (Shape(1, 64, 1, 16),) if settings.smoke else SHAPES
+
+
+def delta_rule_inputs(shape: Shape, dtype) -> tuple[jax.Array, ...]:
+    """Queries and keys of norm 1 and values in `dtype`; beta and log decays in float32."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    rows = lambda key: jax.random.normal(key, shape)
+    unit = lambda x: (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(dtype)
+    gate = lambda key: jax.random.uniform(key, shape[:3])
+    return unit(rows(keys[0])), unit(rows(keys[1])), rows(keys[2]).astype(dtype), gate(keys[3]), jnp.log1p(-0.1 * gate(keys[4]))
+
+
+def delta_rule_reference(shape: Shape) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
+    """Inputs of at most 256 tokens, and the outputs and gradients of the token-by-token form in float32."""
+    inputs = delta_rule_inputs(shape._replace(batch=1, time=min(shape.time, 256)), jnp.float32)
+    rule = lambda *args: matrix.delta_rule_reference(*args)[0]
+    with jax.default_matmul_precision('highest'):
+        return inputs, jax.jit(lambda inputs: [rule(*inputs), *gradients(rule, inputs)])(inputs)
+
+
+def gradients(rule: Callable, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Those of the sum of a rule's squared outputs with respect to every input."""
+    return jax.grad(lambda inputs: jnp.sum(rule(*inputs).astype(jnp.float32) ** 2))(inputs)
+
+
+def largest_error(got, expected) -> float:
+    """Over arrays, the largest difference relative to the array's largest value; RuntimeError at 5e-2, more than bfloat16 explains."""
+    wide = lambda x: np.asarray(x, np.float32)
+    error = max(
+        float(np.abs(wide(a) - wide(b)).max() / np.abs(wide(b)).max()) for a, b in zip(got, expected, strict=True)
+    )  # NaN is no number below the limit either
+    if not error < 5e-2:
+        raise RuntimeError(f'differs from the float32 reference by {error:.1e}')
+    return error
+
+
+def plain_delta_rule(chunk_size: int, dtype: str, precision: str) -> Callable[[Settings], list[dict]]:
+    """The plain-JAX form, forward and backward. `precision` is that of the products that are otherwise computed at the highest."""
+
+    def run(settings: Settings) -> list[dict]:
+        return [one(shape, settings) for shape in shapes(settings)]
+
+    def one(shape: Shape, settings: Settings) -> dict:
+        rule = lambda *args: matrix.delta_rule(*args, chunk_size=chunk_size)[0]
+        inputs, expected = delta_rule_reference(shape)
+        as_given = lambda inputs: (*(x.astype(dtype) for x in inputs[:3]), *inputs[3:])
+        both = jax.jit(lambda inputs: [rule(*inputs), *gradients(rule, inputs)])
+        with all_products(precision):
+            error = largest_error(both(as_given(inputs)), expected)
+            inputs = delta_rule_inputs(shape, dtype)
+            forward, _ = compile_timed(lambda inputs: rule(*inputs), inputs)
+            backward, seconds = compile_timed(lambda inputs: gradients(rule, inputs), inputs)
+        return kernel_row('gated delta rule', f'jax, chunk {chunk_size}, {dtype}, {precision}', shape, error) | kernel_times(
+            lambda: jax.block_until_ready(forward(inputs)), lambda: jax.block_until_ready(backward(inputs)), settings
+        ) | dict(temporary_mib=backward.memory_analysis().temp_size_in_bytes / 2**20, compile_s=seconds)  # fmt: skip
+
+    return run
+
+
+@contextlib.contextmanager
+def all_products(precision: str):
+    """Puts another precision in the place of the highest, in the chunk-parallel forms."""
+    value = jax.lax.Precision[precision.upper()]
+    jax.clear_caches()  # what was traced before has the other one
+    with unittest.mock.patch.object(chunk, '_HIGHEST', value), unittest.mock.patch.object(matrix_chunks, '_HIGHEST', value):
+        yield
+    jax.clear_caches()
+
+
+def kernel_row(what: str, model: str, shape: Shape, error: float) -> dict:
+    """What says which kernel it is."""
+    return dict(what=what, model=model, **shape._asdict(), tokens=shape.batch * shape.time, error=error)
+
+
+def kernel_times(forward: Callable, backward: Callable, settings: Settings) -> dict:
+    """Milliseconds of a synchronised forward pass, and of a forward and backward one."""
+    first, both = measure(forward, settings.repeats), measure(backward, settings.repeats)
+    return dict(forward_ms=1e3 * first.median, both_ms=1e3 * both.median, fastest_ms=1e3 * both.fastest, slowest_ms=1e3 * both.slowest)
+
+
+def fla_delta_rule(settings: Settings) -> list[dict]:
+    """flash-linear-attention's Triton kernel, checked against our reference."""
+    if any(importlib.util.find_spec(name) is None for name in ('torch', 'fla')):
+        print('flash-linear-attention cannot be imported here: that comparison is left out', flush=True)
+        return []
+    import torch
+
+    # By name: no extra offers it, since it is of use with CUDA only (fla-core on the package index).
+    chunk_gated_delta_rule = importlib.import_module('fla.ops.gated_delta_rule').chunk_gated_delta_rule
+
+    def tensors(inputs):
+        made = [torch.tensor(np.asarray(x, np.float32), device='cuda') for x in inputs]
+        return [x.to(torch.bfloat16).requires_grad_() for x in made[:3]] + [x.requires_grad_() for x in made[3:]]
+
+    def rule(q, k, v, beta, log_decay):
+        return chunk_gated_delta_rule(q=q, k=k, v=v, g=log_decay, beta=beta, scale=1.0)[0]
+
+    def synchronised(function):
+        def call():
+            function()
+            torch.cuda.synchronize()
+
+        return call
+
+    rows = []
+    for shape in shapes(settings):
+        inputs, expected = delta_rule_reference(shape)
+        given = tensors(inputs)
+        y = rule(*given)
+        got = [y, *torch.autograd.grad((y.float() ** 2).sum(), given)]
+        error = largest_error([x.detach().float().cpu().numpy() for x in got], expected)
+        given = tensors(delta_rule_inputs(shape, jnp.bfloat16))
+        backward = lambda given=given: torch.autograd.grad((rule(*given).float() ** 2).sum(), given)
+        times = kernel_times(synchronised(lambda given=given: rule(*given)), synchronised(backward), settings)
+        rows.append(kernel_row('gated delta rule', 'flash-linear-attention', shape, error) | times)
+    return rows
+
+
+def attention(implementation: str) -> Callable[[Settings], list[dict]]:
+    """Causal softmax attention in bfloat16."""
+
+    def run(settings: Settings) -> list[dict]:
+        name = implementation if jax.default_backend() == 'gpu' else 'xla'
+        attend = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=name)
+        plain = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='xla')
+        both = lambda rule: jax.jit(lambda inputs: [rule(*inputs), *gradients(rule, inputs)])
+        shape = shapes(settings)[0]
+        inputs = delta_rule_inputs(shape._replace(batch=1, time=min(shape.time, 512)), jnp.float32)[:3]
+        with jax.default_matmul_precision('highest'):
+            expected = both(plain)(inputs)
+        error = largest_error(both(attend)(tuple(x.astype(jnp.bfloat16) for x in inputs)), expected)
+        inputs = delta_rule_inputs(shape, jnp.bfloat16)[:3]
+        forward, _ = compile_timed(lambda inputs: attend(*inputs), inputs)
+        backward, seconds = compile_timed(lambda inputs: gradients(attend, inputs), inputs)
+        times = kernel_times(
+            lambda: jax.block_until_ready(forward(inputs)), lambda: jax.block_until_ready(backward(inputs)), settings
+        )  # fmt: skip
+        return [kernel_row('attention', name, shape, error) | times | dict(compile_s=seconds)]
+
+    return run
+
+
+# Training
+
+
+class Training(NamedTuple):
+    """A model's training step: AdamW at every step, in bfloat16, with the kernels of a GPU."""
+
+    name: str
+    batch: int
+    length: int
+    accumulation: int = 1
+    remat: str = 'block'
+
+    def __call__(self, settings: Settings) -> list[dict]:
+        """The row of tokens a second."""
+        job = self if not settings.smoke else self._replace(batch=2 * self.accumulation, length=32)
+        options = dict(dtype='bfloat16', max_length=job.length, remat=self.remat, scan_layers=True)
+        config = preset(self.name, **options, **(_TINY if settings.smoke else {}))
+        with use_kernels('gpu' if jax.default_backend() == 'gpu' else 'plain'):
+            error = check_loss(config, min(job.length, 512))
+            step, sizes = job.compile(config)
+        seconds = measure(step, settings.repeats, TRAINING_S)
+        tokens = job.batch * job.length
+        flops = flops_of(config, job.length)
+        rates = dict(
+            tokens_per_second=tokens / seconds.median, slowest=tokens / seconds.slowest, fastest=tokens / seconds.fastest, runs=seconds.runs
+        )
+        stats = jax.devices()[0].memory_stats() or {}
+        return [
+            dict(what='training', model=self.name) | job._asdict() | dict(tokens_per_step=tokens, error=error) | rates | sizes | flops
+            | shares(flops, rates['tokens_per_second']) | dict(device_peak_gib=stats.get('peak_bytes_in_use', 0) / 2**30)
+        ]  # fmt: skip
+
+    def compile(self, config: ModelConfig) -> tuple[Callable[[], object], dict]:
+        """A step that goes on from the last one's state, synchronised; and what it needs."""
+        model = LanguageModel(config)
+        train = TrainConfig(batch_size=self.batch, sequence_length=self.length, accumulation=self.accumulation)
+        optimizer = make_optimizer(train)
+        tokens = jax.random.randint(jax.random.key(1), (self.batch, self.length), 0, config.vocab_size)
+        state = jax.jit(lambda: init_state(lambda key: model.init(key, tokens[:1, :16])['params'], optimizer, 0))()
+        step = make_train_step(lambda params, batch: model_loss(model, params, *batch), optimizer, self.accumulation)
+        begun = time.perf_counter()
+        compiled = jax.jit(step, donate_argnums=0).lower(state, (tokens, tokens)).compile()
+        seconds, memory = time.perf_counter() - begun, compiled.memory_analysis()
+        sizes = dict(
+            compile_s=seconds, temporary_gib=memory.temp_size_in_bytes / 2**30, arguments_gib=memory.argument_size_in_bytes / 2**30,
+            parameters=num_parameters(state.params),
+        )  # fmt: skip
+        held = [state]
+        del state
+
+        def run() -> None:
+            after, metrics = compiled(held.pop(), (tokens, tokens))
+            held.append(after)
+            if not np.isfinite(float(metrics['loss'])):
+                raise RuntimeError(f'the loss is {metrics["loss"]}')
+
+        return run, sizes
+
+
+def check_loss(config: ModelConfig, length: int) -> float:
+    """Relative difference of a sequence's loss from that of the plain program in float32; RuntimeError at 1e-2 or more."""
+    tokens = jax.random.randint(jax.random.key(2), (1, length), 0, config.vocab_size)
+    wide = LanguageModel(dataclasses.replace(config, dtype='float32'))
+    params = jax.jit(wide.init)(jax.random.key(0), tokens[:, :16])['params']
+    loss = lambda model: float(jax.jit(lambda p: model_loss(model, p, tokens, tokens)[0])(params))
+    got = loss(LanguageModel(config))
+    with use_kernels('plain'), jax.default_matmul_precision('highest'):
+        expected = loss(wide)
+    error = abs(got - expected) / abs(expected)
+    if not error < 1e-2:
+        raise RuntimeError(f'the loss differs from that in float32 by {error:.1e}')
+    return error
+
+
+def flops_of(config: ModelConfig, length: int) -> dict[str, float]:
+    """Operations of a token's forward and backward pass, by both counts of the module's header."""
+    model, tokens = LanguageModel(config), jnp.zeros((1, length), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens[:, :16])['params']
+    in_products = num_parameters(params) - params['embedding'].size
+    causal = 6 * config.num_layers * config.num_heads * config.head_dim * length if config.mixer == 'attention' else 0
+    with use_kernels('plain'):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: model_loss(model, p, tokens, tokens)[0]))(params)
+    return dict(model_flops_per_token=6 * in_products + causal, algorithmic_flops_per_token=matrix_flops(jaxpr) / length)
+
+
+def shares(flops: dict[str, float], tokens_per_second: float) -> dict[str, float]:
+    """Of the card's peak; none on a device whose peak is not known."""
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in jax.devices()[0].device_kind), None)
+    if peak is None:
+        return {}
+    used = lambda name: flops[f'{name}_flops_per_token'] * tokens_per_second / peak
+    return dict(mfu=used('model'), algorithmic_utilisation=used('algorithmic'))
+
+
+def _training(name: str, length: int, budget_s: float, batch: int = 8, accumulation: int = 1, remat: str = 'block') -> Cell:
+    job = Training(name, batch, length, accumulation, remat)
+    return Cell(f'{name} at {length}', budget_s, job)
+
+
+def _plain(chunk_size: int, dtype: str, precision: str) -> Cell:
+    return Cell(f'delta rule, chunk {chunk_size}, {dtype}, {precision}', 40, plain_delta_rule(chunk_size, dtype, precision))
+
+
+CELLS = (
+    _plain(64, 'bfloat16', 'highest'),
+    Cell('delta rule, flash-linear-attention', 60, fla_delta_rule),
+    _training('transformer-124m', 1024, 75, batch=512, accumulation=16, remat='none'),
+    _training('transformer-124m', 4096, 60, remat='none'),
+    _training('hope-124m', 4096, 90),
+    _training('hope-linear-124m', 4096, 75),
+    _training('gated-deltanet-124m', 4096, 75),
+    _plain(64, 'bfloat16', 'default'),
+    Cell('attention, cudnn', 30, attention('cudnn')),
+    _training('hope-linear-124m', 32_768, 75, batch=1),
+    _training('transformer-124m', 32_768, 60, batch=1, remat='none'),
+    _training('hope-340m', 4096, 90, batch=4),
+    _training('transformer-340m', 4096, 75, batch=4, remat='none'),
+    _training('titans-124m', 4096, 75),
+    _training('hope-124m', 32_768, 90, batch=1),
+    _plain(32, 'bfloat16', 'highest'),
+    _plain(128, 'bfloat16', 'highest'),
+    _plain(128, 'bfloat16', 'default'),
+    _plain(64, 'float32', 'highest'),
+    Cell('attention, xla', 30, attention('xla')),
+)

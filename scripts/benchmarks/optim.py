@@ -1,0 +1,57 @@
+"""A step of each optimizer on the same gradients."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nested_jax import optim
+from nested_jax.models import preset
+from scripts.benchmarks.timing import Settings, compile_timed, measure
+
+
+def layer_shapes(width: int, hidden: int, layers: int) -> list[dict[str, tuple[int, int]]]:
+    """Matrices of a Transformer's layers, each a parameter of its own."""
+    layer = dict(query=(width, width), key=(width, width), value=(width, width), output=(width, width))
+    return [layer | dict(gate=(width, hidden), up=(width, hidden), down=(hidden, width)) for _ in range(layers)]
+
+
+def optimizer_step(make: Callable, shapes: list, advance: int) -> tuple[Callable[[], object], float, int]:
+    """A compiled update as a synchronised call, `advance` steps into training; compile seconds and temporary bytes."""
+    params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params)))))
+    gradients = jax.tree.map(lambda leaf, key: jax.random.normal(key, leaf.shape), params, keys)
+    optimizer = make()
+    state = optimizer.init(params)
+    update, seconds = compile_timed(optimizer.update, gradients, state, params)
+    for _ in range(advance):
+        state = update(gradients, state, params)[1]
+    return lambda: jax.block_until_ready(update(gradients, state, params)), seconds, update.memory_analysis().temp_size_in_bytes
+
+
+def optimizer_steps(settings: Settings):
+    """Cost of a step of each optimizer on the same gradients; M3's is the mean over a period of its slow momentum."""
+    period = 10
+    makers = {
+        'optax.adamw': lambda: optax.adamw(1e-3),
+        'optax.contrib.muon': lambda: optax.contrib.muon(1e-3),
+        'muon': lambda: optim.muon(1e-3),
+        'm3': lambda: optim.m3(1e-3, periods=(period,)),
+    }
+    large = preset('transformer-340m')
+    trees = {
+        '24 layers of 512': layer_shapes(512, 1408, 24),
+        '2 layers of the 340m preset': layer_shapes(large.width, large.levels[0].hidden_dim, 2),
+    }
+    for tree, shapes in trees.items():
+        for name, make in makers.items():
+            run, compile_seconds, temporary = optimizer_step(make, shapes, advance=1)
+            seconds = measure(run, settings.repeats).median
+            if name == 'm3':
+                renewing = measure(optimizer_step(make, shapes, advance=period)[0], settings.repeats).median
+                seconds = ((period - 1) * seconds + renewing) / period
+            yield dict(what='optimizer', model=name, tree=tree, step_s=seconds, compile_s=compile_seconds, temporary_mib=temporary / 2**20)
+
+
+PARTS = (optimizer_steps,)
