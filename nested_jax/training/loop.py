@@ -7,6 +7,7 @@ whole, and the half-filled window of the training loss is saved with it.
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,7 @@ from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, m
 from nested_jax.training.signals import StopSignals
 from nested_jax.training.state import TrainState, init_state
 from nested_jax.training.step import LossFunction, make_eval_step, make_train_step
+from nested_jax.training.supervisor import VARIABLE, Whereabouts
 from nested_jax.training.watchdog import Watchdog
 
 
@@ -127,6 +129,7 @@ class _Trainer:
         self.window = _Window()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
         self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None)
+        self.whereabouts, self.saved = Whereabouts(os.environ.get(VARIABLE)), 0
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -187,7 +190,7 @@ class _Trainer:
             return None
         check_same_data(restored.data['identity'], self.identity)
         self.progress.say(f'going on from step {restored.step}')
-        self.state = restored.state
+        self.state, self.saved = restored.state, restored.step
         return restored
 
     def compile(self) -> None:
@@ -224,6 +227,7 @@ class _Trainer:
             iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
             for step in range(start + 1, config.steps + 1):
                 self.watchdog.step(step)
+                self.whereabouts.say(step, self.saved)
                 with self.ledger.during('data'):
                     batch = next(iterator)
                 self.train_step(step, self.disturb(step, batch))
@@ -348,6 +352,8 @@ class _Trainer:
             cursor['guard'] = self.skips.to_json()
         with self.doing('save'):
             self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
+        self.saved = step
+        self.whereabouts.say(step, self.saved)
 
     def finish(self, heldout: HeldOut) -> None:
         """Logs the last evaluation, once however often a finished run is called again, and draws the loss curve."""
