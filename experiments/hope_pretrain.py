@@ -26,6 +26,7 @@ import tyro
 
 from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.models.presets import preset, without
+from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu, run_to_exit
 from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
 from nested_jax.training.faults import faults_of_environment
 
@@ -102,6 +103,9 @@ class Args:
     model: ModelArgs = ModelArgs()
     data: DataArgs = DataArgs()
     train: TrainConfig = TrainConfig()
+    distributed: Mode = 'auto'
+    """Which processes share a run: what SLURM, Cloud TPU, Open MPI or launch_local.py says; this one alone; as --processes says."""
+    processes: ProcessConfig = ProcessConfig()
     mesh: str | None = None
     """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp and tensor; None: all on data, of large models on fsdp."""
     smoke: bool = False
@@ -116,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         model_config, data, run_config = prepare(args)
     except (ValueError, KeyError) as error:
         return _fail(error.args[0], 2)
+    except ClusterError as error:
+        return _fail(str(error), 1)
     from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
     from nested_jax.training.loop import DivergedError, train
 
@@ -155,6 +161,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
         The model's configuration, the text, and the configuration of the run as JSON.
     """
     faults_of_environment()
+    find_cluster(args.distributed, args.processes, os.environ, has_tpu())
     fields = ('vocab_size', 'dtype', 'remat', 'scan_layers')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
     if args.model.in_sequence_blocks:
@@ -172,6 +179,9 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
         model_config = dataclasses.replace(model_config, vocab_size=data.tokenizer.vocab_size)
     check_model(args.train, model_config, data.tokenizer.vocab_size)
 
+    from nested_jax.training import distributed
+
+    distributed.join(args.distributed, args.processes)
     import jax
 
     from nested_jax.training.sharding import batch_shares, choose_mesh
@@ -270,7 +280,8 @@ def _introduce(args: Args, model_config: ModelConfig, data: 'Dataset') -> None:
 
     print(f'{args.model.preset}: {model_config.num_layers} blocks of width {model_config.width}, vocabulary {model_config.vocab_size}')
     print(f'{data.train.num_tokens:,} tokens of {data.name} to train on, {data.heldout.num_tokens:,} held out, digest {data.digest[:16]}')
-    print(f'{len(jax.devices())} {jax.devices()[0].device_kind} device(s), output in {args.train.output}', flush=True)
+    processes = f'{jax.process_count()} process(es), {len(jax.devices())} {jax.devices()[0].device_kind} device(s)'
+    print(f'{processes}, output in {args.train.output}', flush=True)
 
 
 def _command() -> str:
@@ -289,4 +300,4 @@ def _fail(message: str, code: int) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_to_exit(main)

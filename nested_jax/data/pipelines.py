@@ -13,6 +13,7 @@ padding (token 0, weight 0), which lies between the end of a document and the ne
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -102,26 +103,24 @@ class PackedRows:
 
 
 class _ProcessRows:
-    """The rows one process reads, in its order: its contiguous share of every global batch.
+    """The rows one process reads, in its order: its share of every global batch.
 
     Args:
         rows: of all processes.
         batch_size: of the global batch.
-        shard: (process_index, process_count).
+        share: which of every batch's rows.
         num_rows: where they end; the last batch is filled with padding.
     """
 
-    def __init__(self, rows: PackedRows, batch_size: int, shard: tuple[int, int], num_rows: int = _ENDLESS):
-        self._rows, self._batch_size, self._num_rows = rows, batch_size, num_rows
-        self._share = batch_size // shard[1]
-        self._offset = shard[0] * self._share
+    def __init__(self, rows: PackedRows, batch_size: int, share: tuple[int, ...], num_rows: int = _ENDLESS):
+        self._rows, self._batch_size, self._share, self._num_rows = rows, batch_size, share, num_rows
 
     def __len__(self) -> int:
-        return -(-self._num_rows // self._batch_size) * self._share
+        return -(-self._num_rows // self._batch_size) * len(self._share)
 
     def __getitem__(self, index: int) -> Batch:
-        batch, turn = divmod(int(index), self._share)
-        row = batch * self._batch_size + self._offset + turn
+        batch, turn = divmod(int(index), len(self._share))
+        row = batch * self._batch_size + self._share[turn]
         return self._rows[row] if row < self._num_rows else self._rows.empty_row()
 
 
@@ -144,12 +143,11 @@ def training_batches(
     batch_size: int,
     grid: int = 1,
     seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,
 ) -> grain.MapDataset:
     """Endless shuffled batches with random access: `training_batches(...)[step]`.
 
-    The batches of all processes, joined in their order, are the same whatever their number.
+    A global batch is the same whatever the number of processes that read a share of it each.
 
     Args:
         documents: to train on.
@@ -157,21 +155,20 @@ def training_batches(
         batch_size: rows of the global batch, B.
         grid: where documents may start (`ModelConfig.grid`).
         seed: of the shuffles.
-        process_index: which share of every batch this process reads.
-        process_count: shares; divides B. Processes that hold the same rows pass the same index.
+        share: the rows of every batch that this process reads, ascending; None: all.
 
     Returns:
-        A data set of batches (B / process_count, T).
+        A data set of batches (rows of the share, T).
 
     Raises:
-        ValueError: see `PackedRows`; for shares that do not divide the batch, and text too short for one batch.
+        ValueError: see `PackedRows`; for a share that is no part of a batch, and text too short for one batch.
     """
-    _check_shares(batch_size, process_index, process_count)
+    share = _checked_share(batch_size, share)
     rows = PackedRows(documents, length, grid=grid, seed=seed)
     if rows.rows_per_epoch < batch_size:
         held = f'{documents.num_tokens} tokens fill {rows.rows_per_epoch} rows of length={length}'
         raise ValueError(f'batch_size={batch_size}: {held}; allowed: at most {rows.rows_per_epoch}')
-    return _batched(_ProcessRows(rows, batch_size, (process_index, process_count)), batch_size // process_count)
+    return _batched(_ProcessRows(rows, batch_size, share), len(share))
 
 
 def evaluation_batches(
@@ -181,8 +178,7 @@ def evaluation_batches(
     batch_size: int,
     max_tokens: int | None = None,
     grid: int = 1,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Sequence[int] | None = None,
 ) -> grain.MapDataset:
     """Batches of held-out text in order, each token but a document's first a target exactly once.
 
@@ -194,21 +190,20 @@ def evaluation_batches(
         batch_size: rows of the global batch, B.
         max_tokens: evaluate on the rows that hold the first so many; None: on all.
         grid: see `training_batches`.
-        process_index: see `training_batches`.
-        process_count: see `training_batches`.
+        share: see `training_batches`.
 
     Returns:
-        A finite data set of batches (B / process_count, T).
+        A finite data set of batches (rows of the share, T).
 
     Raises:
         ValueError: see `training_batches`; for max_tokens below 1.
     """
-    _check_shares(batch_size, process_index, process_count)
+    share = _checked_share(batch_size, share)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f'max_tokens={max_tokens}; allowed: at least 1, or None for all')
     rows = PackedRows(documents, length, grid=grid)
     num_rows = rows.rows_per_epoch if max_tokens is None else min(rows.rows_per_epoch, -(-max_tokens // length))
-    return _batched(_ProcessRows(rows, batch_size, (process_index, process_count), num_rows), batch_size // process_count)
+    return _batched(_ProcessRows(rows, batch_size, share, num_rows), len(share))
 
 
 def batch_iterator(batches: grain.MapDataset, *, start: int = 0, threads: int = 2, prefetch: int = 8) -> grain.DatasetIterator:
@@ -237,10 +232,10 @@ def batch_iterator(batches: grain.MapDataset, *, start: int = 0, threads: int = 
     return iterator
 
 
-def _batched(rows: _ProcessRows, share: int) -> grain.MapDataset:
+def _batched(rows: _ProcessRows, size: int) -> grain.MapDataset:
     import grain
 
-    return grain.MapDataset.source(rows).batch(share)
+    return grain.MapDataset.source(rows).batch(size)
 
 
 def _rounded_up(lengths: np.ndarray, grid: int) -> np.ndarray:
@@ -256,8 +251,10 @@ def _check_layout(length: int, grid: int, seed: int | None) -> None:
         raise ValueError(f'seed={seed}; allowed: 0 to {2**32 - 1}')
 
 
-def _check_shares(batch_size: int, process_index: int, process_count: int) -> None:
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(f'batch_size={batch_size}; allowed: multiples of the {process_count} processes that share it')
-    if not 0 <= process_index < process_count:
-        raise ValueError(f'process_index={process_index}; allowed: 0 to {process_count - 1}')
+def _checked_share(batch_size: int, share: Sequence[int] | None) -> tuple[int, ...]:
+    if batch_size < 1:
+        raise ValueError(f'batch_size={batch_size}; allowed: at least 1')
+    rows = tuple(range(batch_size)) if share is None else tuple(int(row) for row in share)
+    if not rows or list(rows) != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= batch_size:
+        raise ValueError(f'share={rows}; allowed: some of the rows 0 to {batch_size - 1}, ascending')
+    return rows

@@ -39,6 +39,7 @@ def evaluate(
     batches: Iterable[dict[str, np.ndarray]],
     count_bytes: Callable[[np.ndarray, np.ndarray], int],
     place: Callable[[dict], dict] = lambda batch: batch,
+    total: Callable[[int], int] = lambda num_bytes: num_bytes,
 ) -> HeldOut:
     """Sums a model's loss over batches.
 
@@ -48,6 +49,7 @@ def evaluate(
         batches: with `targets` and `weights` among their fields, all of one shape.
         count_bytes: (targets, weights) -> bytes that those of weight 1 stand for.
         place: puts a batch on the devices.
+        total: sums the bytes of the rows that each process reads.
 
     Raises:
         ValueError: when the batches hold no target.
@@ -56,6 +58,7 @@ def evaluate(
     for batch in batches:
         sums.append(eval_step(params, place(batch)))
         num_bytes += int(count_bytes(batch['targets'], batch['weights']))
+    num_bytes = total(num_bytes)
     # Added up in float64 on the host: float32 loses bytes beyond 2**24 of them.
     nats, tokens = (math.fsum(float(value) for value in values) for values in zip(*sums, strict=True)) if sums else (0.0, 0.0)
     if not tokens or not num_bytes:

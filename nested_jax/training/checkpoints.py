@@ -9,6 +9,10 @@ One checkpoint is one folder, named by its step:
 The folder is filled under a temporary name and renamed when it is complete, so a folder named by a step is complete unless it
 was damaged later. orbax itself reads a file with a flipped bit without a word, casts dtypes silently and does not fall back;
 the checks here stand before it.
+
+The processes of a run write its arrays together, each what its devices hold, into a folder they share. Everything else is done by the
+first alone: it decides which checkpoint to read, lists the digests when all arrays are there, and gives the folder its name. Before a
+value is used, each process has read a part of the files anew, and all know that every part was as it was written.
 """
 
 import dataclasses
@@ -25,6 +29,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from nested_jax.training.config import check_same_config
+from nested_jax.training.distributed import first_says, first_to_fail, is_first, wait
 from nested_jax.training.faults import FaultPlan
 
 FORMAT = 1
@@ -32,6 +37,7 @@ PyTree = Any
 _MANIFEST = 'manifest.json'
 _META = 'meta.json'
 _TEMPORARY = '.tmp'
+_NONE = -1  # no step
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'nested_jax')
 
 
@@ -69,9 +75,10 @@ class Checkpoints:
         self.folder = pathlib.Path(folder).absolute()
         self.keep = keep
         self.faults = faults
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob('*' + _TEMPORARY):
-            shutil.rmtree(leftover)
+        if is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob('*' + _TEMPORARY):
+                shutil.rmtree(leftover)
 
     def path(self, step: int) -> pathlib.Path:
         """Folder of one step's checkpoint."""
@@ -99,43 +106,57 @@ class Checkpoints:
         try:
             self._write_all(temporary, step, state, config, data)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if is_first():
+                shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError | ValueError):  # orbax turns some of the former into the latter
                 older = self.steps()
                 stands = f'the newest checkpoint is that of step {older[-1]}' if older else 'there is no checkpoint'
                 raise SaveError(f'step {step} could not be saved in {self.folder} ({error}); {stands}') from error
             raise
-        for later in self.steps():
-            if later >= step:
-                self._delete(later, step)
-        temporary.rename(self.path(step))
+        if is_first():
+            for later in self.steps():
+                if later >= step:
+                    self._delete(later, step)
+            temporary.rename(self.path(step))
+        wait()  # no process goes on, and perhaps ends, before there is a checkpoint of what it has done
         self._reach('renamed', step)
-        self._retain(step)
+        if is_first():
+            self._retain(step)
         return self.path(step)
 
     def _write_all(self, temporary: pathlib.Path, step: int, state: PyTree, config: dict, data: dict) -> None:
         self._reach('save', step)
-        temporary.mkdir()
+        if is_first():
+            temporary.mkdir()
+        wait()
         ocp.save(temporary / 'state', state)
+        wait()
         self._reach('arrays', step)
-        meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
-        _write(temporary / _META, json.dumps(meta, indent=1))
-        _write(temporary / _MANIFEST, _manifest_text({name: _digest(temporary / name) for name in _files(temporary)}))
+        if is_first():
+            meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
+            _write(temporary / _META, json.dumps(meta, indent=1))
+            _write(temporary / _MANIFEST, _manifest_text({name: _digest(temporary / name) for name in _files(temporary)}))
         self._reach('manifest', step)
 
     def _reach(self, phase: str, step: int) -> None:
         if self.faults is not None:
             self.faults.reach(phase, step, self.path(step))
 
-    def verify(self, step: int) -> str | None:
-        """None when every byte is as it was written, else what is wrong, with the file's name."""
+    def verify(self, step: int, part: int = 0, parts: int = 1) -> str | None:
+        """None when every byte is as it was written, else what is wrong, with the file's name.
+
+        Args:
+            step: of the checkpoint.
+            part: which files to read, of each `parts` one.
+            parts: into which the reading is split.
+        """
         folder = self.path(step)
         try:
             text = (folder / _MANIFEST).read_text()
             files = json.loads(text)
             if not isinstance(files, dict) or _manifest_text(files) != text:
                 return f'{_MANIFEST} is damaged'
-            for name, digest in files.items():
+            for name, digest in list(files.items())[part::parts]:
                 if not (folder / name).is_file():
                     return f'{name} is missing'
                 if _digest(folder / name) != digest:
@@ -162,11 +183,13 @@ class Checkpoints:
             ValueError: naming the field of the configuration, or the leaf, that differs.
         """
         rejected = []
-        for step in sorted(self.steps(), key=lambda step: (prefer(step), step), reverse=True):
-            reason = self.verify(step)
-            if reason is None:
+        left = sorted(self.steps(), key=lambda step: (prefer(step), step)) if is_first() else []
+        while (step := first_says(left.pop() if left else _NONE)) != _NONE:
+            reason = self.verify(step, jax.process_index(), jax.process_count())
+            failed = first_to_fail(reason is not None)
+            if failed is None:
                 return self._load(step, like, config, tuple(rejected))
-            rejected.append(f'step {step}: {reason}')
+            rejected.append(f'step {step}: {reason or f"process {failed} says why"}')
         if rejected:
             raise DamagedCheckpointsError(
                 f'refusing to start over in {self.folder}: every checkpoint there is damaged ({"; ".join(rejected)}); '

@@ -5,6 +5,7 @@ A plan is a text, `kind@step`, `kind@first-last`, `kind@step/phase` or `kind@ste
     kill@7/arrays               SIGKILL while the checkpoint of step 7 is saved, its arrays written and nothing else
     nan_batch@4-6,exit@9=3      NaN in the batches that steps 4 to 6 of an undisturbed run read; exit code 3 before step 9
     sleep@5/save=2              a save that takes two seconds more
+    1:kill@6/renamed            SIGKILL of process 1 of several, which all have the plan; without a number, of each of them
 
 `NESTED_JAX_FAULTS` holds the plan of a process. Without one there is no plan to ask, and nothing is asked.
 
@@ -30,7 +31,7 @@ import numpy as np
 VARIABLE = 'NESTED_JAX_FAULTS'
 SAVE_PHASES = ('save', 'arrays', 'manifest', 'renamed', 'deleting')
 PHASES = ('step', *SAVE_PHASES, 'evaluate')
-_TEXT = re.compile(r'(?P<kind>\w+)@(?P<first>\d+)(-(?P<last>\d+))?(/(?P<phase>\w+))?(=(?P<value>\d+(\.\d+)?))?')
+_TEXT = re.compile(r'((?P<process>\d+):)?(?P<kind>\w+)@(?P<first>\d+)(-(?P<last>\d+))?(/(?P<phase>\w+))?(=(?P<value>\d+(\.\d+)?))?')
 _BATCH = ('nan_batch', 'inf_batch')
 
 
@@ -51,6 +52,7 @@ class Fault:
     last: int  # of the steps
     phase: str = 'step'
     value: float = 0.0  # exit: the code; sleep: seconds; flip_bit: which bit, from the start of the largest file
+    process: int | None = None  # that it happens in; None: in each
 
     def __post_init__(self):
         kinds = (*_ACTIONS, *_BATCH)
@@ -104,27 +106,35 @@ class FaultPlan:
         return batch
 
 
-def parse_faults(text: str) -> FaultPlan:
+def parse_faults(text: str, process: int = 0) -> FaultPlan:
     """Reads a plan.
+
+    Args:
+        text: of the plan.
+        process: whose faults are wanted.
 
     Raises:
         ValueError: naming the part that is no fault, or its field.
     """
-    return FaultPlan(tuple(_parse(part.strip()) for part in text.split(',')))
+    faults = tuple(_parse(part.strip()) for part in text.split(','))
+    return FaultPlan(tuple(fault for fault in faults if fault.process in (None, process)))
 
 
-def faults_of_environment() -> FaultPlan | None:
-    """The plan in `NESTED_JAX_FAULTS`; None where it is unset or empty."""
+def faults_of_environment(process: int = 0) -> FaultPlan | None:
+    """One process's plan in `NESTED_JAX_FAULTS`; None where it is unset or empty."""
     text = os.environ.get(VARIABLE, '')
-    return parse_faults(text) if text else None
+    return parse_faults(text, process) if text else None
 
 
 def _parse(text: str) -> Fault:
     found = _TEXT.fullmatch(text)
     if found is None:
-        raise ValueError(f'{VARIABLE} holds {text!r}, allowed is kind@step, kind@first-last, kind@step/phase and kind@step/phase=value')
-    first = int(found['first'])
-    return Fault(found['kind'], first, int(found['last'] or first), found['phase'] or 'step', float(found['value'] or 0))
+        raise ValueError(
+            f'{VARIABLE} holds {text!r}, allowed is kind@step, kind@first-last, kind@step/phase, kind@step/phase=value and process:kind@...'
+        )
+    first, process = int(found['first']), found['process']
+    last, value = int(found['last'] or first), float(found['value'] or 0)
+    return Fault(found['kind'], first, last, found['phase'] or 'step', value, None if process is None else int(process))
 
 
 def _raise(fault: Fault, _: Any) -> None:

@@ -50,13 +50,15 @@ class Ledger:
     """What one process, or one try of it, spends its time on.
 
     Args:
-        folder: of the run.
+        folder: of the run; None, in processes but the first, keeps nothing.
         clock: seconds that never go back.
         wall: seconds that processes share.
     """
 
-    def __init__(self, folder: str | os.PathLike, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time):
-        self._path, self._clock, self._wall = pathlib.Path(folder) / FILE, clock, wall
+    def __init__(
+        self, folder: str | os.PathLike | None, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+    ):
+        self._path, self._clock, self._wall = None if folder is None else pathlib.Path(folder) / FILE, clock, wall
         self._open()
 
     def __enter__(self) -> 'Ledger':
@@ -121,7 +123,7 @@ class Ledger:
     def _write(self, ended: str | None = None) -> None:
         self._switch(self._cause)
         self._written = self._since
-        if self._first is None:
+        if self._first is None or self._path is None:
             return
         times = dict(began=self._began, now=self._wall(), seconds=self._seconds, slow_steps=self._times.slow, stalls=self._times.stalls)
         line = json.dumps(dict(process=self._id, first_step=self._first, step=self._step, ended=ended, **times))

@@ -9,11 +9,8 @@ import dataclasses
 import math
 import os
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 import jax
@@ -21,23 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from nested_jax.config import ModelConfig
+from nested_jax.config import ModelConfig, as_dict
 from nested_jax.data import Dataset, batch_iterator, check_same_data, data_identity, evaluation_batches, training_batches
 from nested_jax.evaluation.perplexity import HeldOut, evaluate
+from nested_jax.evaluation.rows import config_digest
 from nested_jax.layers.kernels import use_kernels
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
 from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, lock_folder
+from nested_jax.training.distributed import check_same, first_then_others, is_first, total
 from nested_jax.training.faults import faults_of_environment
 from nested_jax.training.goodput import Ledger, summary
 from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
 from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
 from nested_jax.training.optimizer import make_optimizer, warmup_cosine
-from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh
+from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh, process_rows
+from nested_jax.training.signals import StopSignals
 from nested_jax.training.state import TrainState, init_state
 from nested_jax.training.step import LossFunction, make_eval_step, make_train_step
+from nested_jax.training.supervisor import VARIABLE, Whereabouts
 from nested_jax.training.watchdog import Watchdog
 
 
@@ -69,6 +70,10 @@ def train(
 
     SIGINT or SIGTERM ends the run after the step in hand, with a checkpoint; a second one ends the process at once.
 
+    In a run of several processes (`distributed.join`), all of them call this with the same arguments, and `config.output` is a folder that
+    they share. Each reads its rows of every batch and writes its part of every checkpoint; all take the same decisions, which follow
+    from sums over all of them. The first alone writes and prints the rest.
+
     Args:
         config: the run's settings.
         model_config: of the model; its vocabulary holds the tokenizer's.
@@ -80,6 +85,7 @@ def train(
 
     Raises:
         ValueError: for settings that don't fit each other, or don't fit the folder.
+        ClusterError: when processes differ in what they are to do, or the first failed where the others wait for it.
         DivergedError: at the first step whose loss or gradient is not finite; nothing of it is saved.
         DamagedCheckpointsError: when the folder has checkpoints and all are damaged.
     """
@@ -88,9 +94,12 @@ def train(
     check_devices(config, batch_shares(sizes))
     check_kernels(config, len(devices))
     check_model(config, model_config, data.tokenizer.vocab_size)
-    claim_folder(config.output, run_config)
+    first_then_others(lambda: claim_folder(config.output, run_config))
     placement = Placement.on(make_mesh(sizes, devices))
-    with lock_folder(config.output), Progress(config.steps, console=console) as progress:
+    with contextlib.ExitStack() as stack:
+        first_then_others(lambda: stack.enter_context(lock_folder(config.output)) if is_first() else None)
+        console = console if is_first() else rich.console.Console(quiet=True)
+        progress = stack.enter_context(Progress(config.steps, console=console))
         return _Trainer(config, model_config, data, run_config, placement, progress).run()
 
 
@@ -106,19 +115,23 @@ class _Trainer:
         self.optimizer = make_optimizer(config, level_periods(model_config, config.sequence_length))
         self.schedule = warmup_cosine(config)
         self.loss_function = make_loss(self.model)
-        self.faults = faults_of_environment()
+        self.faults = faults_of_environment(jax.process_index())
         self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults)
         self.placement = place
         layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model_config.grid)
-        self.count_bytes = data.tokenizer.count_bytes
+        self.tokenizer = data.tokenizer
         self.identity = data_identity(data, **layout, seed=config.seed)
-        self.batches = training_batches(data.train, **layout, seed=config.seed)
+        check_same('configuration or text', int(config_digest(dict(train=as_dict(config), data=self.identity))[:15], 16))
+        share, self.own_rows = process_rows(place.rows, config.batch_size, jax.process_index())
+        self.batches = training_batches(data.train, **layout, seed=config.seed, share=share)
         self.during, self.final = (
-            evaluation_batches(data.heldout, **layout, max_tokens=count) for count in (config.eval_tokens, config.final_eval_tokens)
+            evaluation_batches(data.heldout, **layout, max_tokens=count, share=share)
+            for count in (config.eval_tokens, config.final_eval_tokens)
         )
         self.window = _Window()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
-        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder)
+        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None)
+        self.whereabouts, self.saved = Whereabouts(os.environ.get(VARIABLE)), 0
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -146,7 +159,8 @@ class _Trainer:
         heldout = self.evaluate(self.final)
         self.finish(heldout)
         self.ledger.close('finished')
-        self.progress.say(str(summary(self.folder)))
+        if is_first():
+            self.progress.say(str(summary(self.folder)))
         return self.result(heldout, None)
 
     @contextlib.contextmanager
@@ -171,12 +185,14 @@ class _Trainer:
         if self.skips is not None:
             self.skips.load(cursor.get('guard'))
         self.window = _Window(**cursor.get('window', {}))
+        if not is_first():
+            self.window.num_bytes = 0  # what was read before counts once, in the first process
         if restored is None:
             self.state = fresh()
             return None
         check_same_data(restored.data['identity'], self.identity)
         self.progress.say(f'going on from step {restored.step}')
-        self.state = restored.state
+        self.state, self.saved = restored.state, restored.step
         return restored
 
     def compile(self) -> None:
@@ -203,21 +219,22 @@ class _Trainer:
                 except GoBack as found:
                     start = self.go_back(found.step)
 
-    def steps(self, start: int, stop: 'StopSignals') -> int | None:
+    def steps(self, start: int, stop: StopSignals) -> int | None:
         """Runs the steps after `start`; returns the signal that ended them early, if one did."""
         config = self.config
-        with MetricLog(self.folder, start) as self.log:
+        with MetricLog(self.folder if is_first() else None, start) as self.log:
             self.write_passed_over(start)
             self.progress.start_at(start)
             self.ledger.step(start)
             iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
             for step in range(start + 1, config.steps + 1):
                 self.watchdog.step(step)
+                self.whereabouts.say(step, self.saved)
                 with self.ledger.during('data'):
                     batch = next(iterator)
                 self.train_step(step, self.disturb(step, batch))
                 self.ledger.step(step)
-                received, last = stop.received, step == config.steps
+                received, last = stop.reached(), step == config.steps
                 if last or step % config.log_every == 0:
                     self.write(step)
                 if not last and step % config.eval_every == 0:
@@ -246,7 +263,7 @@ class _Trainer:
 
     def write_passed_over(self, step: int) -> None:
         """One line of the log for each time of going back to this step; a resumed run goes back again, and finds the line there."""
-        for first, end in self.skips.passed_over if self.skips else ():
+        for first, end in self.skips.passed_over if self.skips and is_first() else ():
             record = dict(step=step, passed_over_from=first, passed_over_to=end)
             if first == step and record not in read_metrics(self.log.path):
                 self.log.write(**record)
@@ -301,6 +318,7 @@ class _Trainer:
         """One line of the log and of the screen, then a new window."""
         self.settle()
         window, self.window = self.window, _Window()
+        window.num_bytes = total(window.num_bytes)
         counted = {} if self.skips is None else dict(skipped_steps=window.skipped)
         if not window.tokens:
             self.log.write(step, **counted)
@@ -322,7 +340,7 @@ class _Trainer:
         with self.doing('evaluate'):
             if self.faults is not None:
                 self.faults.reach('evaluate', int(self.state.step))
-            return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place)
+            return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place, total)
 
     def save(self, step: int) -> None:
         self.settle()
@@ -330,14 +348,19 @@ class _Trainer:
             if self.skips is not None:
                 raise GoBack(step)
             raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
-        cursor = dict(identity=self.identity, window=dataclasses.asdict(self.window))
+        window = dataclasses.asdict(self.window) | dict(num_bytes=total(self.window.num_bytes))
+        cursor = dict(identity=self.identity, window=window)
         if self.skips is not None:
             cursor['guard'] = self.skips.to_json()
         with self.doing('save'):
             self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
+        self.saved = step
+        self.whereabouts.say(step, self.saved)
 
     def finish(self, heldout: HeldOut) -> None:
         """Logs the last evaluation, once however often a finished run is called again, and draws the loss curve."""
+        if not is_first():
+            return
         records = read_metrics(self.folder / 'metrics.jsonl')
         if not any(record['step'] == self.config.steps and 'heldout_bits_per_byte' in record for record in records):
             with MetricLog(self.folder, self.config.steps) as self.log:
@@ -346,7 +369,11 @@ class _Trainer:
         loss_curve(records, self.folder / 'loss.png')
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return jax.device_put(batch, self.placement.rows)
+        return self.placement.place(batch, self.config.batch_size)
+
+    def count_bytes(self, targets: np.ndarray, weights: np.ndarray) -> int:
+        """Bytes that targets of weight 1 stand for, in the rows that are this process's to count."""
+        return self.tokenizer.count_bytes(targets[self.own_rows], weights[self.own_rows])
 
     def result(self, heldout: HeldOut | None, stopped_by: int | None) -> Result:
         return Result(self.model, self.state, int(self.state.step), heldout, stopped_by, self.path, self.start, self.rejected)
@@ -358,7 +385,7 @@ class _Window:
 
     nats: float = 0.0
     tokens: float = 0.0
-    num_bytes: int = 0
+    num_bytes: int = 0  # of the rows that this process counts
     seconds: float = 0.0
     grad_norm: float = 0.0  # of the last step
     skipped: int = 0  # steps that changed nothing
@@ -371,27 +398,6 @@ class _Window:
         self.tokens += tokens
         self.num_bytes += num_bytes
         self.grad_norm = grad_norm
-
-
-class StopSignals:
-    """While open, notes SIGINT and SIGTERM instead of dying; the second one ends the process with 128 + its number."""
-
-    def __init__(self):
-        self.received: int | None = None
-
-    def __enter__(self) -> 'StopSignals':
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self._before = {number: signal.signal(number, self._note) for number in signals}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
 
 
 def make_loss(model: LanguageModel) -> LossFunction:

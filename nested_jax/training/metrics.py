@@ -18,11 +18,14 @@ class MetricLog:
     """Appends one JSON object a line to <folder>/metrics.jsonl, flushed, and the same scalars to <folder>/tensorboard.
 
     Args:
-        folder: made when absent.
+        folder: made when absent; None, in processes but the first, keeps nothing.
         step: steps done so far; lines of later steps, written after the checkpoint that is being resumed, are dropped.
     """
 
-    def __init__(self, folder: str | os.PathLike, step: int = 0):
+    def __init__(self, folder: str | os.PathLike | None, step: int = 0):
+        self._file = None
+        if folder is None:
+            return
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / 'metrics.jsonl'
@@ -32,6 +35,8 @@ class MetricLog:
 
     def write(self, step: int, **metrics: float) -> None:
         """Writes the metrics of one step."""
+        if self._file is None:
+            return
         self._file.write(json.dumps(dict(step=step, **metrics)) + '\n')
         self._file.flush()
         for name, value in metrics.items():
@@ -39,8 +44,9 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
     def __enter__(self) -> 'MetricLog':
         return self

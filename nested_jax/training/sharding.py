@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -212,6 +213,16 @@ class Placement:
         """Devices that have rows of their own: a batch has to be a multiple of it."""
         return batch_shares(dict(self.mesh.shape))
 
+    def place(self, rows: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+        """Global arrays (B, ...) of the rows that each process holds (`process_rows`), arrays (rows, ...) in host memory.
+
+        Args:
+            rows: of this process.
+            batch_size: B.
+        """
+        whole = lambda local: (batch_size, *local.shape[1:])
+        return {name: jax.make_array_from_process_local_data(self.rows, local, whole(local)) for name, local in rows.items()}
+
     def params(self, params: PyTree) -> PyTree:
         """A NamedSharding for each parameter of a `LanguageModel`, arrays or shapes."""
         sizes = dict(self.mesh.shape)
@@ -232,3 +243,21 @@ class Placement:
 def batch_shares(sizes: dict[str, int]) -> int:
     """Shares a batch is split into on a mesh of these sizes."""
     return math.prod(size for name, size in sizes.items() if name in BATCH_AXES)
+
+
+def process_rows(sharding: NamedSharding, batch_size: int, process: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a batch that one process's devices hold.
+
+    Args:
+        sharding: of the batch's rows.
+        batch_size: of the global batch.
+        process: its index.
+
+    Returns:
+        The rows, ascending, and which of them (bool) no process of a lower index holds too: those are its to count.
+    """
+    owner, held = np.full(batch_size, np.iinfo(np.int64).max), np.zeros(batch_size, bool)
+    for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
+        owner[rows] = np.minimum(owner[rows], device.process_index)
+        held[rows] |= device.process_index == process
+    return np.flatnonzero(held), owner[held] == process

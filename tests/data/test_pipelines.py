@@ -1,5 +1,6 @@
 """Packing and batches: nothing lost, nothing twice, the same for any number of processes, exact at any step."""
 
+import hashlib
 import json
 
 import grain
@@ -117,11 +118,35 @@ def test_shuffle_is_frozen(documents):
 def test_global_batches_do_not_depend_on_the_number_of_processes(documents, process_count):
     arguments = dict(length=8, batch_size=8, grid=4, seed=5)
     whole = pipelines.training_batches(documents, **arguments)
-    parts = [pipelines.training_batches(documents, **arguments, process_index=i, process_count=process_count) for i in range(process_count)]
+    parts = [pipelines.training_batches(documents, **arguments, share=share) for share in np.split(np.arange(8), process_count)]
     for step in range(12):  # some epochs
         batches = [part[step] for part in parts]
         assert batches[0]['tokens'].shape == (8 // process_count, 8)
         assert_same({name: np.concatenate([batch[name] for batch in batches]) for name in whole[0]}, whole[step])
+
+
+def hashes(documents, start, stop, shares):
+    """A hash of the tokens of each global batch, put together from what each process reads of it."""
+    read = [
+        pipelines.batch_iterator(pipelines.training_batches(documents, length=8, batch_size=8, seed=5, share=share), start=start)
+        for share in shares
+    ]
+    found = []
+    for _ in range(start, stop):
+        whole = np.full((8, 8), -1, np.int32)
+        for share, iterator in zip(shares, read, strict=True):
+            whole[np.array(share)] = next(iterator)['tokens']
+        found.append(hashlib.sha256(whole.tobytes()).hexdigest())
+    return found
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(documents):
+    """R4: also where a process's rows do not lie side by side, as those of a TPU host in a torus do not."""
+    whole = hashes(documents, 0, 9, [range(8)])
+    assert len(set(whole)) == 9
+    split = lambda count: np.split(np.arange(8), count)
+    mixed = hashes(documents, 0, 3, split(2)) + hashes(documents, 3, 5, split(8)) + hashes(documents, 5, 7, split(4))
+    assert mixed + hashes(documents, 7, 9, [(0, 1, 4, 5), (2, 3, 6, 7)]) == whole
 
 
 def test_batches_run_through_epochs_without_a_gap(documents):
@@ -176,9 +201,7 @@ def test_evaluation_of_the_first_tokens(documents):
 def test_evaluation_is_shared_by_processes(documents, process_count):
     arguments = dict(length=16, batch_size=4)
     whole = pipelines.evaluation_batches(documents, **arguments)
-    parts = [
-        pipelines.evaluation_batches(documents, **arguments, process_index=i, process_count=process_count) for i in range(process_count)
-    ]
+    parts = [pipelines.evaluation_batches(documents, **arguments, share=share) for share in np.split(np.arange(4), process_count)]
     assert {len(part) for part in parts} == {len(whole)}
     for step in range(len(whole)):
         joined = {name: np.concatenate([part[step][name] for part in parts]) for name in whole[0]}
@@ -198,9 +221,12 @@ def test_no_text_at_all():
         (dict(length=12, grid=8), 'length=12; allowed: multiples of the grid 8'),
         (dict(grid=0), 'multiples of the grid 0'),
         (dict(seed=-1), 'seed=-1; allowed: 0 to 4294967295'),
-        (dict(batch_size=6, process_count=4), 'batch_size=6; allowed: multiples of the 4 processes'),
-        (dict(batch_size=0), 'batch_size=0'),
-        (dict(process_index=2, process_count=2), 'process_index=2; allowed: 0 to 1'),
+        (dict(batch_size=0), 'batch_size=0; allowed: at least 1'),
+        (dict(share=()), r'share=\(\); allowed: some of the rows 0 to 3, ascending'),
+        (dict(share=(2, 4)), r'share=\(2, 4\); allowed: some of the rows 0 to 3'),
+        (dict(share=(1, 0)), r'share=\(1, 0\)'),
+        (dict(share=(1, 1)), r'share=\(1, 1\)'),
+        (dict(share=(-1, 1)), r'share=\(-1, 1\)'),
         (dict(batch_size=1000), f'batch_size=1000: {TOTAL} tokens fill 34 rows of length=8; allowed: at most 34'),
     ],
 )

@@ -438,17 +438,3 @@ def test_younger_settings_are_in_a_configuration_only_when_used():
     used = dataclasses.replace(TRAIN, on_nonfinite='skip', spike_sigma=6.0)
     assert younger & set(as_dict(used)) == {'on_nonfinite', 'spike_sigma'}
     assert TrainConfig(**as_dict(used)) == used
-
-
-def test_second_signal_ends_the_process(monkeypatch):
-    codes = []
-    monkeypatch.setattr(loop.os, '_exit', codes.append)
-    handlers = lambda: [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    before = handlers()  # a process started in the background may ignore Ctrl-C
-    with loop.StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == signal.SIGINT and codes == []
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert codes == [128 + signal.SIGTERM]
-        assert handlers() != before
-    assert handlers() == before

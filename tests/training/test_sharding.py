@@ -16,7 +16,7 @@ from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.compiled import collectives, report
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.optimizer import make_optimizer
-from nested_jax.training.sharding import Placement, ShardingRules, choose_mesh, make_mesh, parse_mesh, recipe
+from nested_jax.training.sharding import Placement, ShardingRules, choose_mesh, make_mesh, parse_mesh, process_rows, recipe
 from nested_jax.training.state import init_state
 from nested_jax.training.step import make_train_step
 
@@ -204,3 +204,41 @@ def test_checkpoints_move_to_another_mesh(tmp_path):
             run.append(float(metrics['loss']))
         checkpoints.save(3 * index + 3, state, config={}, data={})
     np.testing.assert_allclose(run, alone(name)[: len(run)], rtol=1e-6)
+
+
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+class Spread:
+    """A sharding whose eight devices belong to processes, which those of a test do not."""
+
+    def __init__(self, sharding, owners):
+        self.sharding, self.owners = sharding, owners
+
+    def devices_indices_map(self, shape):
+        places = self.sharding.devices_indices_map(shape).items()
+        return {Device(self.owners[device.id]): where for device, where in places}
+
+
+@pytest.mark.parametrize('sizes', [{'data': 8}, {'replica': 2, 'data': 4}, {'fsdp': 4, 'tensor': 2}, {'tensor': 8}], ids=str)
+@pytest.mark.parametrize('owners', [(0,) * 8, (0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1, 0, 0, 1, 1), tuple(range(8))], ids=str)
+def test_processes_share_the_rows_of_a_batch(sizes, owners):
+    """Together they hold every row and count each once, also where devices of one row belong to several, or of one process lie apart."""
+    rows = Placement.on(make_mesh(sizes, jax.devices())).rows
+    counted = []
+    for process in set(owners):
+        held, own = process_rows(Spread(rows, owners), 16, process)
+        local = [where for device, where in rows.devices_indices_map((16,)).items() if owners[device.id] == process]
+        assert set(held) == {row for (where,) in local for row in range(16)[where]}
+        counted += list(held[own])
+    assert sorted(counted) == list(range(16))
+
+
+def test_rows_of_a_process_become_a_global_array():
+    placement = Placement.on(make_mesh(BOTH, jax.devices()))
+    tokens = np.arange(24).reshape(8, 3)
+    placed = placement.place(dict(tokens=tokens), 8)['tokens']
+    assert placed.sharding == placement.rows
+    np.testing.assert_array_equal(placed, tokens)

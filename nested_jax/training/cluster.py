@@ -1,0 +1,172 @@
+"""Which processes a run has: as the command line says, or as the environment of what started them does. Imports no JAX.
+
+jax.distributed reads SLURM, Open MPI and Cloud TPU itself, and where it finds nothing of them says the same as where it finds half of
+it. A run that then went on alone would be one of many that write the same folder. So what is detected here has to be joined, half an
+environment is an error, and one process is what is left when nothing says that there are more.
+
+scripts/launch_local.py says what to join in variables of its own, NESTED_JAX_COORDINATOR, _NUM_PROCESSES and _PROCESS_ID.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NoReturn
+
+from nested_jax.config import check
+
+Mode = Literal['auto', 'off', 'explicit']
+MODES = ('auto', 'off', 'explicit')
+LOCAL = ('NESTED_JAX_COORDINATOR', 'NESTED_JAX_NUM_PROCESSES', 'NESTED_JAX_PROCESS_ID')
+FAILED = 75  # exit code of a process that an error nobody expected ended
+_SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
+_OPEN_MPI = ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_MCA_orte_hnp_uri')
+
+
+class ClusterError(RuntimeError):
+    """There are other processes, and this one cannot join them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """Where the other processes are, and how long to wait for them.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    coordinator: str | None = None  # host:port at which process 0 listens; with --distributed=explicit
+    count: int | None = None  # processes; with --distributed=explicit
+    index: int | None = None  # of this one, from 0; with --distributed=explicit
+    start_s: int = 300  # until all are there
+    heartbeat_s: int = 100  # without a heartbeat after which a process counts as dead, and the others end
+    shutdown_s: int = 300  # that a process which has finished waits for the others
+
+    def __post_init__(self):
+        host, _, port = (self.coordinator or 'host:1').rpartition(':')
+        holds = dict(
+            coordinator=(bool(host) and port.isdecimal() and 0 < int(port) < 2**16, 'host:port'),
+            count=(self.count is None or self.count >= 1, 'an integer of at least 1'),
+            index=(self.index is None or 0 <= self.index < (self.count or 2**31), f'from 0 to below count={self.count}'),
+        )
+        holds |= {name: (getattr(self, name) >= 1, 'an integer of at least 1') for name in ('start_s', 'heartbeat_s', 'shutdown_s')}
+        for name, (hold, allowed) in holds.items():
+            check(hold, f'processes.{name}', getattr(self, name), allowed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Processes to join."""
+
+    name: str  # what said that they exist
+    count: int | None  # None: only jax.distributed can find out
+    arguments: dict[str, Any]  # of jax.distributed.initialize
+
+
+def find_cluster(mode: Mode, config: ProcessConfig, environment: Mapping[str, str], on_tpu: bool) -> Cluster | None:
+    """What this process belongs to; None where it is the only one.
+
+    Args:
+        mode: 'explicit': what `config` says. 'auto': what the environment says. 'off': this process is alone, whatever that is.
+        config: coordinator, count and index go with 'explicit' only.
+        environment: variables of the process.
+        on_tpu: whether the machine has a TPU, see `has_tpu`.
+
+    Raises:
+        ValueError: for another mode, and a `config` that does not fit it.
+        ClusterError: for an environment that says there are more processes and not how to join them.
+    """
+    check(mode in MODES, 'distributed', mode, f'one of {", ".join(MODES)}')
+    given = {name: getattr(config, name) for name in ('coordinator', 'count', 'index')}
+    for name, value in given.items():
+        allowed = 'a value, with distributed=explicit' if value is None else 'None, unless distributed=explicit'
+        check((value is None) != (mode == 'explicit'), f'processes.{name}', value, allowed)
+    if mode == 'explicit':
+        return _told('the command line', *given.values())
+    return None if mode == 'off' else _detect(environment, on_tpu)
+
+
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips and their library."""
+    chips = [*pathlib.Path('/dev').glob('accel[0-9]*'), *pathlib.Path('/dev/vfio').glob('[0-9]*')]
+    return bool(chips) and importlib.util.find_spec('libtpu') is not None
+
+
+def _detect(environment: Mapping[str, str], on_tpu: bool) -> Cluster | None:
+    if any(name in environment for name in LOCAL):
+        _require('scripts/launch_local.py', environment, LOCAL)
+        coordinator, count, index = (environment[name] for name in LOCAL)
+        return _told('scripts/launch_local.py', coordinator, _number(environment, LOCAL[1]), _number(environment, LOCAL[2]))
+    hosts = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
+    if hosts:
+        return _tpu_with(hosts, environment)
+    for name, method, variables, size in (
+        ('SLURM', 'slurm', _SLURM, 'SLURM_NTASKS'),
+        ('Open MPI', 'ompi', _OPEN_MPI, 'OMPI_COMM_WORLD_SIZE'),
+    ):
+        if size in environment and _number(environment, size) > 1:
+            _require(name, environment, variables)
+            return Cluster(name, _number(environment, size), dict(cluster_detection_method=method))
+    if on_tpu and 'TPU_SKIP_MDS_QUERY' not in environment:
+        return Cluster('Cloud TPU', None, {})  # its metadata server, which jax.distributed asks, knows the other hosts
+    return None
+
+
+def _tpu_with(hosts: str, environment: Mapping[str, str]) -> Cluster | None:
+    """The hosts of all slices, one process on each."""
+    slices = _number(environment, 'MEGASCALE_NUM_SLICES') if environment.get('MEGASCALE_NUM_SLICES') else 1
+    count = len(hosts.split(',')) * slices
+    if count == 1:
+        return None
+    needed = ('TPU_WORKER_ID',) if slices == 1 else ('TPU_WORKER_ID', 'MEGASCALE_SLICE_ID', 'MEGASCALE_COORDINATOR_ADDRESS')
+    _require('Cloud TPU', environment, needed)
+    return Cluster('Cloud TPU', count, {})
+
+
+def _told(name: str, coordinator: str, count: int, index: int) -> Cluster | None:
+    if not 0 <= index < count:
+        raise ClusterError(f'{name} says that this is process {index} of {count}, allowed is 0 to {count - 1}')
+    arguments = dict(coordinator_address=coordinator, num_processes=count, process_id=index, cluster_detection_method='deactivate')
+    return Cluster(name, count, arguments) if count > 1 else None
+
+
+def _require(name: str, environment: Mapping[str, str], variables: tuple[str, ...]) -> None:
+    missing = [variable for variable in variables if not environment.get(variable)]
+    if missing:
+        raise ClusterError(
+            f'{name} says that there are several processes, but {", ".join(missing)} is not set: '
+            'start every process through it (srun, mpirun), or one alone with --distributed=off'
+        )
+
+
+def _number(environment: Mapping[str, str], variable: str) -> int:
+    if not environment[variable].isdecimal():
+        raise ClusterError(f'{variable} is {environment[variable]!r}, allowed is an integer')
+    return int(environment[variable])
+
+
+def run_to_exit(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with main's exit code.
+
+    Where there are other processes, one that failed ends at once: an ordinary exit waits for them, and they wait for it.
+    """
+    try:
+        code = main()
+    except Exception:
+        if not _joined():
+            raise
+        traceback.print_exc()
+        code = FAILED
+    if code and _joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _joined() -> bool:
+    jax = sys.modules.get('jax')
+    return jax is not None and jax.distributed.is_initialized()
