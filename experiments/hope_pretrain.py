@@ -4,8 +4,9 @@ The default trains hope-linear-tiny on the embedded corpus (the text of the runn
 with its held-out bits per byte beside those of an n-gram, of xz and of a Transformer of equal size, a sample, a loss curve and a
 checkpoint. It takes hope with matrix memories, since MLP memories read about 0.4 times as many tokens in the same minutes.
 
-Ctrl-C saves and stops with exit code 130 (SIGTERM: 143); the same command goes on from there and ends with the same numbers.
-Exit code 2 says that the input was wrong, 1 that the run failed, 76 that a step took longer than --train.watchdog-s.
+Ctrl-C saves and stops with exit code 130 (SIGTERM: 143; both 0 in each of several processes); the same command goes on from there and
+ends with the same numbers. Exit code 2 says that the input was wrong, 1 that the run failed, 76 that a step took longer than
+--train.watchdog-s, 75 that one of several processes failed otherwise, as they do when another one has. scripts/README.md has the pods.
 
     python -m experiments.hope_pretrain --model.preset transformer-tiny --train.output runs/transformer
     python -m experiments.hope_pretrain --data.corpus ~/texts --data.tokenizer bpe:8192 --train.steps 5000
@@ -123,19 +124,21 @@ def main(argv: list[str] | None = None) -> int:
     except ClusterError as error:
         return _fail(str(error), 1)
     from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
+    from nested_jax.training.distributed import several
     from nested_jax.training.loop import DivergedError, train
 
     _introduce(args, model_config, data)
     try:
         result = train(args.train, model_config, data, run_config, mesh=args.mesh)
-    except (DivergedError, DamagedCheckpointsError, SaveError) as error:
+    except (ClusterError, DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail(f'stopped; the same command goes on from the last checkpoint in {args.train.output}', 130)
     if result.stopped_by is not None:
         name = signal.Signals(result.stopped_by).name
-        print(f'{name}: saved step {result.step} to {result.checkpoint}; the same command goes on from there:\n  {_command()}', flush=True)
-        return 128 + result.stopped_by
+        _print(f'{name}: saved step {result.step} to {result.checkpoint}; the same command goes on from there:\n  {_command()}')
+        # Where a launcher or a scheduler stopped several processes, all is well with each of them.
+        return 0 if several() else 128 + result.stopped_by
     report(args, data, run_config, result, time.monotonic() - began)
     return 0
 
@@ -189,13 +192,18 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     check_devices(args.train, batch_shares(choose_mesh(args.mesh, model_config, len(jax.devices()))))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
     settings = {'model': as_dict(model_config), 'data': text, 'train': as_dict(args.train)}
-    claim_folder(args.train.output, settings)
+    distributed.first_then_others(lambda: claim_folder(args.train.output, settings))
     return model_config, data, settings
 
 
 def report(args: Args, data: 'Dataset', run_config: dict, result: 'Result', wall_s: float) -> None:
-    """Adds the run's row to its results.jsonl, prints how it compares, and a sample."""
-    heldout, folder = result.heldout, pathlib.Path(args.train.output)
+    """Adds the run's row to its results.jsonl, prints how it compares, and a sample: the first process, while the others go home."""
+    from nested_jax.training.distributed import is_first, leave
+
+    heldout, folder, text, first = result.heldout, pathlib.Path(args.train.output), sample(data, result), is_first()
+    leave()
+    if not first:
+        return
     store_row(folder / 'results.jsonl', args, run_config, result, wall_s)
     print(f'\nbits per byte of the held-out text ({heldout.num_bytes:,} bytes; lower is better)')
     print(f'  {args.model.name:<25} {heldout.bits_per_byte:.4f}   perplexity {heldout.perplexity:.3f} per token')
@@ -203,7 +211,7 @@ def report(args: Args, data: 'Dataset', run_config: dict, result: 'Result', wall
         print('  ' + stored_transformer(args, data.digest))
     for name, value in ({} if args.smoke else _yardsticks(data)).items():
         print(f'  {name:<26}{value:.4f}')
-    print(f'\na sample, from the bar on:\n{sample(data, result)}\n')
+    print(f'\na sample, from the bar on:\n{text}\n')
     for name, path in (('loss curve', folder / 'loss.png'), ('checkpoint', result.checkpoint), ('results', folder / 'results.jsonl')):
         print(f'{name:<12}{path}', flush=True)
 
@@ -278,10 +286,20 @@ def _yardsticks(data: 'Dataset') -> dict[str, float]:
 def _introduce(args: Args, model_config: ModelConfig, data: 'Dataset') -> None:
     import jax
 
+    if jax.process_index():
+        return
     print(f'{args.model.preset}: {model_config.num_layers} blocks of width {model_config.width}, vocabulary {model_config.vocab_size}')
     print(f'{data.train.num_tokens:,} tokens of {data.name} to train on, {data.heldout.num_tokens:,} held out, digest {data.digest[:16]}')
     processes = f'{jax.process_count()} process(es), {len(jax.devices())} {jax.devices()[0].device_kind} device(s)'
     print(f'{processes}, output in {args.train.output}', flush=True)
+
+
+def _print(text: str) -> None:
+    """By one of several processes."""
+    from nested_jax.training.distributed import is_first
+
+    if is_first():
+        print(text, flush=True)
 
 
 def _command() -> str:

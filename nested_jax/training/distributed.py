@@ -60,6 +60,11 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
+def several() -> bool:
+    """Whether there are other processes."""
+    return jax.process_count() > 1
+
+
 def is_first() -> bool:
     """Whether this is process 0, which writes and prints what a run writes and prints once."""
     return jax.process_index() == 0
@@ -67,7 +72,7 @@ def is_first() -> bool:
 
 def gather(value: int) -> list[int]:
     """The value of each process, of 64 bits with sign; none is known before all have said theirs."""
-    if jax.process_count() == 1:
+    if not several():
         return [value]
     # As bytes: JAX has no int64 unless asked to.
     stacked = multihost_utils.process_allgather(np.asarray([value], np.int64).view(np.uint8))
