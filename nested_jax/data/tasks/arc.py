@@ -69,11 +69,12 @@ def answer(pairs: Sequence[Pair]) -> int:
 
 
 def decode(tokens: Sequence[int]) -> Grid | None:
-    """The grid that an answer says, up to NEXT or its end; None when it is not rows of one length."""
+    """The grid that an answer says up to NEXT; None when it has no end, or is not rows of one length."""
     tokens = list(tokens)
-    tokens = tokens[: tokens.index(NEXT)] if NEXT in tokens else tokens
+    if NEXT not in tokens:
+        return None
     rows: list[list[int]] = [[]]
-    for token in tokens:
+    for token in tokens[: tokens.index(NEXT)]:
         if token == ROW:
             rows.append([])
         elif CELL <= token < VOCAB_SIZE:
