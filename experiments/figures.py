@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import context_use, formal_languages, haystack_runs, language_modeling, mad
 from experiments.racing import interval
+from experiments.seal_continual_tables import draw_continual
 from experiments.seal_tables import draw_seal
 from experiments.tables import group
 from experiments.text_tables import full_runs
@@ -78,6 +79,7 @@ FIGURES: dict[str, Callable[[list[dict], pathlib.Path], None]] = {
     'cms_levels': draw_levels,
     'context_use': draw_context,
     'seal_knowledge': draw_seal,
+    'seal_continual': draw_continual,
 }
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import optimizer_race
 from experiments.figures import FIGURES
 from experiments.racing import interval
+from experiments.seal_continual_tables import continual_table
 from experiments.seal_tables import seal_table
 from experiments.tables import babilong_table, language_table, mad_table, needle_table
 from experiments.text_tables import ablation_table, context_table, language_modeling_table, levels_table, probe_table
@@ -45,8 +46,9 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     context = context_table(read_rows(results / 'context_use.jsonl'))
     made = [pretraining_table(pretraining), models, ablation_table(ablated), probe_table(ablated), levels, context]
     seal = seal_table(read_rows(results / 'seal_knowledge.jsonl'))
+    streams = continual_table(read_rows(results / 'seal_continual.jsonl'))
     chips = tpu_table(read_rows(results / 'compile_for_tpu.jsonl'))
-    made += [speeds, parity, languages, mad, needles, stories, race, seal, chips]
+    made += [speeds, parity, languages, mad, needles, stories, race, seal, streams, chips]
     return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 

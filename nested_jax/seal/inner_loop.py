@@ -19,6 +19,7 @@ import optax
 from nested_jax.config import check
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
+from nested_jax.optim.levels import Periods, by_level
 from nested_jax.seal.buckets import Batch, Candidate, buckets
 from nested_jax.seal.lora import LoraConfig, attach, init_lora
 from nested_jax.training.optimizer import clip_by_global_norm
@@ -61,24 +62,12 @@ def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[[PyTr
         model: whose parameters stay as they are.
         config: shared settings.
     """
-    optimizer = optax.chain(
-        clip_by_global_norm(config.clip_norm), optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay)
-    )  # fmt: skip
-    loss = functools.partial(_loss, model, config)
+    optimizer = inner_optimizer(config)
+    step = descent_step(optimizer, jax.value_and_grad(functools.partial(_loss, model, config)))
 
     def start(params: PyTree, seed: jax.Array) -> tuple:
         adapters = init_lora(params, jax.random.key(seed), config.lora)
         return adapters, optimizer.init(adapters), jnp.zeros(())
-
-    def step(index: jax.Array, params: PyTree, candidate: Batch, carry: tuple) -> tuple:
-        adapters, state, last = carry
-        rows = candidate.rows[index % candidate.rows.shape[0]]
-        value, gradient = jax.value_and_grad(loss)(adapters, params, candidate, rows)
-        updates, new_state = optimizer.update(gradient, state, adapters)
-        rate = candidate.learning_rate * (1 - index / jnp.maximum(candidate.steps, 1))
-        new = jax.tree.map(lambda leaf, update: leaf - rate * update, adapters, updates)
-        keep = functools.partial(jnp.where, index < candidate.steps)
-        return jax.tree.map(keep, (new, new_state, value), (adapters, state, last))
 
     @jax.jit
     def run(params: PyTree, batch: Batch) -> Learned:
@@ -88,6 +77,41 @@ def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[[PyTr
         return Learned(adapters, last)
 
     return run
+
+
+def inner_optimizer(config: InnerConfig, periods: Periods | None = None) -> optax.GradientTransformation:
+    """AdamW behind clipping, without the learning rate: its updates times that are subtracted.
+
+    Args:
+        config: shared settings.
+        periods: steps between two updates of each part of what is learned, as `optim.by_level` takes them; None: every step.
+    """
+    adamw = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(config.weight_decay))
+    return optax.chain(clip_by_global_norm(config.clip_norm), adamw if periods is None else by_level(adamw, periods))
+
+
+def descent_step(optimizer: optax.GradientTransformation, value_and_gradient: Callable[..., tuple[jax.Array, PyTree]]) -> Callable:
+    """Builds (index, context, candidate, carry) -> carry: one step of one candidate; after its own last one nothing changes.
+
+    Args:
+        optimizer: its updates times the candidate's learning rate, which falls linearly to zero, are subtracted.
+        value_and_gradient: (learned, context, candidate, rows (N,) that the step reads) -> loss and gradient.
+
+    Returns:
+        The step; the carry is (learned, the optimizer's state, the last loss).
+    """
+
+    def step(index: jax.Array, context: PyTree, candidate: Batch, carry: tuple) -> tuple:
+        learned, state, last = carry
+        rows = candidate.rows[index % candidate.rows.shape[0]]
+        value, gradient = value_and_gradient(learned, context, candidate, rows)
+        updates, new_state = optimizer.update(gradient, state, learned)
+        rate = candidate.learning_rate * (1 - index / jnp.maximum(candidate.steps, 1))
+        new = jax.tree.map(lambda leaf, update: leaf - rate * update, learned, updates)
+        keep = functools.partial(jnp.where, index < candidate.steps)
+        return jax.tree.map(keep, (new, new_state, value), (learned, state, last))
+
+    return step
 
 
 def learn_all(
@@ -104,31 +128,56 @@ def learn_all(
 
 def _loss(model: LanguageModel, config: InnerConfig, adapters: PyTree, params: PyTree, candidate: Batch, rows: jax.Array) -> jax.Array:
     """Mean over the real tokens of a step's rows."""
-    tokens, targets = candidate.tokens[rows], candidate.targets[rows]
-    segment_ids, weights = candidate.segment_ids[rows], candidate.weights[rows] * (rows >= 0)[:, None]
-    learner = _Adapted(model, attach(params, adapters, config.lora))
-    total, count = model_loss(learner, params, tokens, targets, segment_ids, weights)
+    read = read_rows(candidate, rows)
+    learner = Learner(model, attach(params, adapters, config.lora))
+    total, count = token_loss(learner, params, read)
     if config.kl_to_base:
-        base, _ = model.apply({'params': params}, tokens, segment_ids=segment_ids)
-        new, _ = learner.apply({'params': params}, tokens, segment_ids=segment_ids)
-        total += config.kl_to_base * (_kl(jax.lax.stop_gradient(base), new) * weights).sum()
+        base = jax.lax.stop_gradient(logits_of(Learner(model, {'params': params}), read))
+        total += config.kl_to_base * (kl_divergence(base, logits_of(learner, read)) * read.weights).sum()
     return total / jnp.maximum(count, 1.0)
 
 
-def _kl(base: jax.Array, new: jax.Array) -> jax.Array:
-    """KL divergence from logits (..., V) to logits (..., V), (...)."""
-    known, log = jax.nn.log_softmax(base), jax.nn.log_softmax(new)
-    return (jnp.exp(known) * (known - log)).sum(-1)
+class Read(NamedTuple):
+    """What a step reads."""
+
+    tokens: jax.Array  # (N, T) int32
+    targets: jax.Array  # (N, T) int32
+    weights: jax.Array  # (N, T) float32
+    segment_ids: jax.Array  # (N, T) int32
 
 
-class _Adapted(NamedTuple):
-    """A model that is applied with adapters wherever it is applied."""
+def read_rows(candidate: Batch, rows: jax.Array) -> Read:
+    """Rows (N,) of a candidate; one of -1 has no weight."""
+    weights = candidate.weights[rows] * (rows >= 0)[:, None]
+    return Read(candidate.tokens[rows], candidate.targets[rows], weights, candidate.segment_ids[rows])
+
+
+class Learner(NamedTuple):
+    """A model that is applied with its own variables, adapters among them, wherever it is applied."""
 
     model: LanguageModel
     variables: PyTree
 
     def apply(self, _: PyTree, *args: Any, **options: Any) -> Any:
+        """What the model computes, whatever parameters are handed over."""
         return self.model.apply(self.variables, *args, **options)
 
     def head(self, params: PyTree) -> jax.Array:
+        """As the model's."""
         return self.model.head(params)
+
+
+def token_loss(learner: Learner, params: PyTree, read: Read) -> tuple[jax.Array, jax.Array]:
+    """Sum of the losses of a step's tokens in nats, and of their weights; `params` hold the head."""
+    return model_loss(learner, params, read.tokens, read.targets, read.segment_ids, read.weights)
+
+
+def logits_of(learner: Learner, read: Read) -> jax.Array:
+    """(N, T, V)."""
+    return learner.apply(None, read.tokens, segment_ids=read.segment_ids)[0]
+
+
+def kl_divergence(base: jax.Array, new: jax.Array) -> jax.Array:
+    """KL divergence from logits (..., V) to logits (..., V), (...)."""
+    known, log = jax.nn.log_softmax(base), jax.nn.log_softmax(new)
+    return (jnp.exp(known) * (known - log)).sum(-1)
