@@ -53,7 +53,7 @@ class Learned(NamedTuple):
     loss: jax.Array  # (K,) float32 nats a token before the candidate's last step, 0 without a step
 
 
-def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[[PyTree, Batch], Learned]:
+def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[..., Learned]:
     """Builds (parameters, batch) -> `Learned`, compiled once for each shape of a bucket, whatever the numbers of steps.
 
     The weights are held once whatever K is: only adapters, their moments and the activations are by candidate.
@@ -61,17 +61,20 @@ def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[[PyTr
     Args:
         model: whose parameters stay as they are.
         config: shared settings.
+
+    Returns:
+        The loop. A third argument, adapters without an axis in front, is what all candidates start from in place of fresh ones.
     """
     optimizer = inner_optimizer(config)
-    step = descent_step(optimizer, jax.value_and_grad(functools.partial(_loss, model, config)))
+    step = descent_step(optimizer, jax.value_and_grad(functools.partial(candidate_loss, model, config)))
 
-    def start(params: PyTree, seed: jax.Array) -> tuple:
-        adapters = init_lora(params, jax.random.key(seed), config.lora)
+    def start(params: PyTree, given: PyTree | None, seed: jax.Array) -> tuple:
+        adapters = init_lora(params, jax.random.key(seed), config.lora) if given is None else given
         return adapters, optimizer.init(adapters), jnp.zeros(())
 
     @jax.jit
-    def run(params: PyTree, batch: Batch) -> Learned:
-        carry = jax.vmap(start, (None, 0))(params, batch.seed)
+    def run(params: PyTree, batch: Batch, given: PyTree | None = None) -> Learned:
+        carry = jax.vmap(start, (None, None, 0))(params, given, batch.seed)
         advance = lambda index, carry: jax.vmap(step, (None, None, 0, 0))(index, params, batch, carry)
         adapters, _, last = jax.lax.fori_loop(0, batch.steps.max(), advance, carry)
         return Learned(adapters, last)
@@ -126,8 +129,10 @@ def learn_all(
     return adapters
 
 
-def _loss(model: LanguageModel, config: InnerConfig, adapters: PyTree, params: PyTree, candidate: Batch, rows: jax.Array) -> jax.Array:
-    """Mean over the real tokens of a step's rows."""
+def candidate_loss(
+    model: LanguageModel, config: InnerConfig, adapters: PyTree, params: PyTree, candidate: Batch, rows: jax.Array
+) -> jax.Array:
+    """What a step makes smaller: the mean over the real tokens of its rows (N,), of one candidate of a batch."""
     read = read_rows(candidate, rows)
     learner = Learner(model, attach(params, adapters, config.lora))
     total, count = token_loss(learner, params, read)
