@@ -32,8 +32,8 @@ from nested_jax.training.distributed import check_same, first_then_others, is_fi
 from nested_jax.training.faults import faults_of_environment
 from nested_jax.training.goodput import Ledger, summary
 from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
-from nested_jax.training.metrics import MetricLog, Progress, loss_curve, read_metrics
-from nested_jax.training.optimizer import make_optimizer, warmup_cosine
+from nested_jax.training.metrics import LossWindow, MetricLog, Progress, loss_curve, read_metrics
+from nested_jax.training.optimizer import level_periods, make_optimizer, warmup_cosine
 from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh, process_rows
 from nested_jax.training.signals import StopSignals
 from nested_jax.training.state import TrainState, init_state
@@ -128,7 +128,7 @@ class _Trainer:
             evaluation_batches(data.heldout, **layout, max_tokens=count, share=share)
             for count in (config.eval_tokens, config.final_eval_tokens)
         )
-        self.window = _Window()
+        self.window = LossWindow()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
         self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None)
         self.whereabouts, self.saved = Whereabouts(os.environ.get(VARIABLE)), 0
@@ -184,7 +184,7 @@ class _Trainer:
         cursor = restored.data if restored else {}
         if self.skips is not None:
             self.skips.load(cursor.get('guard'))
-        self.window = _Window(**cursor.get('window', {}))
+        self.window = LossWindow(**cursor.get('window', {}))
         if not is_first():
             self.window.num_bytes = 0  # what was read before counts once, in the first process
         if restored is None:
@@ -317,7 +317,7 @@ class _Trainer:
     def write(self, step: int) -> None:
         """One line of the log and of the screen, then a new window."""
         self.settle()
-        window, self.window = self.window, _Window()
+        window, self.window = self.window, LossWindow()
         window.num_bytes = total(window.num_bytes)
         counted = {} if self.skips is None else dict(skipped_steps=window.skipped)
         if not window.tokens:
@@ -379,27 +379,6 @@ class _Trainer:
         return Result(self.model, self.state, int(self.state.step), heldout, stopped_by, self.path, self.start, self.rejected)
 
 
-@dataclasses.dataclass
-class _Window:
-    """Sums of the training loss since the last line of the log."""
-
-    nats: float = 0.0
-    tokens: float = 0.0
-    num_bytes: int = 0  # of the rows that this process counts
-    seconds: float = 0.0
-    grad_norm: float = 0.0  # of the last step
-    skipped: int = 0  # steps that changed nothing
-
-    def add(self, step: int, metrics: dict[str, jax.Array], num_bytes: int) -> None:
-        loss, grad_norm, tokens = (float(metrics[name]) for name in ('loss', 'grad_norm', 'tokens'))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(f'at step {step} the loss is {loss} and the norm of the gradient {grad_norm}; the step is not saved')
-        self.nats += loss * tokens
-        self.tokens += tokens
-        self.num_bytes += num_bytes
-        self.grad_norm = grad_norm
-
-
 def make_loss(model: LanguageModel) -> LossFunction:
     """The next-token loss of a batch of the data pipeline, (params, batch) -> (sum of nats, number of targets).
 
@@ -411,15 +390,6 @@ def make_loss(model: LanguageModel) -> LossFunction:
         return objective(model, params, batch['tokens'], batch['targets'], batch['segment_ids'], batch['weights'])
 
     return loss
-
-
-def level_periods(model_config: ModelConfig, sequence_length: int) -> dict[str, int]:
-    """CMS level's name -> tokens between its updates across steps.
-
-    A level that is updated within the sequences is left out: what steps change are its initial weights, at every step.
-    """
-    inside = lambda period: model_config.in_sequence is not None and period < sequence_length
-    return {f'level_{index}': level.period for index, level in enumerate(model_config.levels) if not inside(level.period)}
 
 
 _all_finite = jax.jit(all_finite)

@@ -1,5 +1,6 @@
 """Where a run's numbers go: JSON lines, TensorBoard, a line on the screen, a picture."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,10 +9,35 @@ import time
 from types import TracebackType
 from typing import Any
 
+import jax
 import rich.console
 import rich.progress
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
+
+from nested_jax.training.guard import DivergedError
+
+
+@dataclasses.dataclass
+class LossWindow:
+    """Sums of the training loss since the last line of the log."""
+
+    nats: float = 0.0
+    tokens: float = 0.0
+    num_bytes: int = 0  # of the rows that this process counts
+    seconds: float = 0.0
+    grad_norm: float = 0.0  # of the last step
+    skipped: int = 0  # steps that changed nothing
+
+    def add(self, step: int, metrics: dict[str, jax.Array], num_bytes: int) -> None:
+        """Adds a step; raises DivergedError where its loss or gradient is not finite."""
+        loss, grad_norm, tokens = (float(metrics[name]) for name in ('loss', 'grad_norm', 'tokens'))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(f'at step {step} the loss is {loss} and the norm of the gradient {grad_norm}; the step is not saved')
+        self.nats += loss * tokens
+        self.tokens += tokens
+        self.num_bytes += num_bytes
+        self.grad_norm = grad_norm
 
 
 class MetricLog:

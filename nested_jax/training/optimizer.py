@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.config import ModelConfig
 from nested_jax.optim.levels import by_level, steps_of
 from nested_jax.training.config import TrainConfig
 
@@ -82,3 +83,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def level_periods(model_config: ModelConfig, sequence_length: int) -> dict[str, int]:
+    """CMS level's name -> tokens between its updates across steps.
+
+    A level that is updated within the sequences is left out: what steps change are its initial weights, at every step.
+    """
+    inside = lambda period: model_config.in_sequence is not None and period < sequence_length
+    return {f'level_{index}': level.period for index, level in enumerate(model_config.levels) if not inside(level.period)}

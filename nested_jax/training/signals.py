@@ -53,8 +53,9 @@ class StopSignals:
 @functools.cache
 def _handler_of_jax() -> Callable[[int], None] | None:
     """What JAX does about SIGTERM, asked of the system before Python replaces it: it stores a flag that a thread of JAX looks at."""
-    if signal.getsignal(signal.SIGTERM) is not None:  # one of Python's
+    if callable(signal.getsignal(signal.SIGTERM)):  # one of Python's; it knows nothing of others
         return None
     find = ctypes.pythonapi.PyOS_getsig
     find.argtypes, find.restype = [ctypes.c_int], ctypes.c_void_p
-    return ctypes.CFUNCTYPE(None, ctypes.c_int)(find(signal.SIGTERM))
+    address = find(signal.SIGTERM)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(address) if address else None

@@ -17,8 +17,7 @@ from nested_jax.models.pretrained import load_pretrained
 from nested_jax.models.streaming import init_stream, read
 from nested_jax.optim.levels import by_level
 from nested_jax.training.config import TrainConfig
-from nested_jax.training.loop import level_periods
-from nested_jax.training.optimizer import make_optimizer
+from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.state import TrainState
 from nested_jax.training.step import make_train_step
 from tests.models import pretrained_goldens as goldens

@@ -1,0 +1,111 @@
+"""Several processes on this machine: they lose nothing to a kill, stop together, and one process goes on with as many devices."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from nested_jax.training.cluster import LOCAL
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.multiprocess
+SIZES = {
+    'model.preset': 'transformer-tiny', 'train.steps': 6, 'train.batch-size': 4, 'train.sequence-length': 32, 'train.checkpoint-every': 2,
+    'train.eval-every': 3, 'train.eval-tokens': 128, 'train.final-eval-tokens': 128, 'train.warmup-steps': 2, 'train.log-every': 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """With texts to learn."""
+    folder, draw = tmp_path_factory.mktemp('launch'), random.Random(0)
+    (folder / 'text').mkdir()
+    for index in range(40):
+        (folder / 'text' / f'{index}.txt').write_text(' '.join(draw.choices(['one', 'two', 'three', 'four'], k=300)))
+    return folder
+
+
+def start(folder: pathlib.Path, name: str, processes: int, devices: int, faults: str = '') -> subprocess.Popen:
+    options = [f'--{key}={value}' for key, value in SIZES.items()]
+    paths = [f'--data.corpus={folder / "text"}', f'--train.output={folder / name}']
+    job = [sys.executable, '-m', 'experiments.hope_pretrain', *options, *paths]
+    counts = ['--processes', str(processes), '--devices', str(devices), '--logs', str(folder / f'{name}-logs')]
+    own = {
+        'NESTED_JAX_FAULTS': faults,
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'} | own
+    command = [sys.executable, ROOT / 'scripts/launch_local.py', *counts, '--', *job]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def losses(folder: pathlib.Path) -> dict[int, float]:
+    records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+    return {record['step']: record['loss'] for record in records if 'loss' in record}
+
+
+@pytest.fixture(scope='module')
+def undisturbed(folder):
+    """Losses of two processes that nothing happens to."""
+    finish(start(folder, 'undisturbed', 2, 2))
+    found = losses(folder / 'undisturbed')
+    assert sorted(found) == [1, 2, 3, 4, 5, 6] and found[6] < found[1]
+    return found
+
+
+def kill(launcher: subprocess.Popen, index: int) -> None:
+    """SIGKILL for one of the launcher's processes."""
+    of_index = f'{LOCAL[2]}={index}'.encode()
+    found = [int(path.parent.name) for path in pathlib.Path('/proc').glob('[0-9]*/environ') if of_index in variables(path)]
+    assert found and launcher.poll() is None
+    os.kill(min(found), signal.SIGKILL)
+
+
+def variables(path: pathlib.Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b'\0')
+    except OSError:  # of another user, or ended
+        return []
+
+
+def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
+    metrics = folder / 'metrics.jsonl'
+    while process.poll() is None and not (metrics.exists() and step in losses(folder)):
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize('index', [1, pytest.param(0, marks=pytest.mark.exhaustive)])
+def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(folder, undisturbed, index):
+    name = f'killed-{index}'
+    process = start(folder, name, 2, 2, faults='1:sleep@6=5')
+    wait_for_step(process, folder / name, 5)
+    kill(process, index)
+    said = finish(process)
+    assert 'ended with code 137' in said and 'started again, from step 4' in said
+    assert losses(folder / name) == undisturbed
+
+
+def test_stopped_together_and_gone_on_with_by_one_process(folder, undisturbed):
+    process = start(folder, 'stopped', 2, 2, faults='1:sleep@4=8')
+    wait_for_step(process, folder / 'stopped', 3)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process)
+    done = max(losses(folder / 'stopped'))
+    assert f'saved step {done}' in said and 3 <= done < 6
+    assert f'going on from step {done}' in finish(start(folder, 'stopped', 1, 4))
+    found = losses(folder / 'stopped')
+    np.testing.assert_allclose([found[step] for step in range(1, 7)], [undisturbed[step] for step in range(1, 7)], rtol=1e-6)
