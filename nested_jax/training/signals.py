@@ -16,7 +16,7 @@ class StopSignals:
     """While open, notes SIGINT and SIGTERM instead of dying; the second one ends the process with 128 + its number.
 
     Where there are other processes, JAX has a handler of its own for SIGTERM, which tells them; a signal is noted and passed on to it.
-    Such a handler cannot be put back from Python, so that the one of this class stays after it is closed.
+    JAX's cannot be put back from Python, so that in this case the handlers of this class stay after it is closed.
     """
 
     def __init__(self):
@@ -30,7 +30,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.items() if self._pass_on is None else ():
             if handler is not None:
                 signal.signal(number, handler)
 

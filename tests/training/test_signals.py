@@ -15,6 +15,15 @@ def handlers():
     return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+@pytest.fixture(autouse=True)
+def restored():
+    """Handlers as they were."""
+    before = dict(zip((signal.SIGINT, signal.SIGTERM), handlers(), strict=True))
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_second_signal_ends_the_process(monkeypatch):
     codes = []
     monkeypatch.setattr(signals.os, '_exit', codes.append)
@@ -42,3 +51,5 @@ def test_other_processes_are_told_and_all_stop_when_jax_says_so(monkeypatch, num
     with StopSignals() as stop:  # a process that got no signal
         steps.clear()
         assert [stop.reached() for _ in range(3)] == [None, None, signal.SIGTERM]
+    os.kill(os.getpid(), signal.SIGTERM)  # while the run's end is written
+    assert stop.received == signal.SIGTERM and told == [signal.SIGTERM] * 2
