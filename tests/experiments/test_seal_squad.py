@@ -52,6 +52,7 @@ def domain(folder):
     return seal_squad.Passages(arguments(folder))
 
 
+@pytest.mark.slow
 def test_it_runs_from_the_command_line(folder, tmp_path, capsys):
     data = str(folder / 'passages.json')
     places = ['--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl')]

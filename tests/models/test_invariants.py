@@ -249,7 +249,8 @@ def test_gated_deltanet_does_not_depend_on_chunks(x64, monkeypatch):
     ids = np.repeat(np.array([[1, 2, 3]], np.int32), [70, 3, 77], axis=1)
     run = lambda params: model.apply({'params': params}, tokens, segment_ids=ids)[0]
     chunked = jax.jit(lambda params: run(params))(params)
-    monkeypatch.setattr(nested_jax.layers.gated_delta_rule, 'delta_rule', delta_rule_reference)
+    by_tokens = lambda *args, chunk_size, implementation, **options: delta_rule_reference(*args, chunk_size=chunk_size, **options)
+    monkeypatch.setattr(nested_jax.layers.gated_delta_rule, 'delta_rule', by_tokens)
     np.testing.assert_allclose(chunked, jax.jit(lambda params: run(params))(params), rtol=0, atol=1e-10)
 
 
