@@ -6,7 +6,7 @@ checkpoint. It takes hope with matrix memories, since MLP memories read about 0.
 
 Ctrl-C saves and stops with exit code 130 (SIGTERM: 143; both 0 in each of several processes); the same command goes on from there and
 ends with the same numbers. Exit code 2 says that the input was wrong, 1 that the run failed, 76 that a step took longer than
---train.watchdog-s, 75 that one of several processes failed otherwise, as they do when another one has. scripts/README.md has the pods.
+--train.watchdog-s, 75 that one of several processes failed otherwise, as they do when another one has.
 
     python -m experiments.hope_pretrain --model.preset transformer-tiny --train.output runs/transformer
     python -m experiments.hope_pretrain --data.corpus ~/texts --data.tokenizer bpe:8192 --train.steps 5000

@@ -1,4 +1,4 @@
-"""Knowledge incorporation with a pre-trained model and real passages: `python -m experiments.seal_squad --model M --data D --tests-data T`.
+"""Knowledge incorporation with a pre-trained model and real passages: `python -m experiments.seal_squad --model M --data D --test-data T`.
 
 Table 2, arXiv:2506.10943v2, single passage, of Qwen2.5-7B on 200 passages of SQuAD's development set (974 questions, marked by GPT-4.1):
 base 32.7 %, passage only 33.5, untrained self-edits 39.7, GPT-4.1's 46.3, SEAL after one round 43.7 and after two 47.0.

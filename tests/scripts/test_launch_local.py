@@ -67,19 +67,17 @@ def undisturbed(folder):
     return found
 
 
-def kill(launcher: subprocess.Popen, index: int) -> None:
-    """SIGKILL for one of the launcher's processes."""
-    of_index = f'{LOCAL[2]}={index}'.encode()
-    found = [int(path.parent.name) for path in pathlib.Path('/proc').glob('[0-9]*/environ') if of_index in variables(path)]
-    assert found and launcher.poll() is None
-    os.kill(min(found), signal.SIGKILL)
+def tell(launcher: subprocess.Popen, index: int, number: int) -> None:
+    """A signal for one of the launcher's processes, not for itself."""
+    own = f'{LOCAL[2]}={index}'.encode()
+    (process,) = (pid for pid in children(launcher) if own in pathlib.Path(f'/proc/{pid}/environ').read_bytes().split(b'\0'))
+    os.kill(process, number)
 
 
-def variables(path: pathlib.Path) -> list[bytes]:
-    try:
-        return path.read_bytes().split(b'\0')
-    except OSError:  # of another user, or ended
-        return []
+def children(launcher: subprocess.Popen) -> list[int]:
+    """Of the launcher, whatever else runs: other tests have processes of the same index."""
+    tasks = pathlib.Path(f'/proc/{launcher.pid}/task').iterdir()
+    return [int(pid) for task in tasks for pid in (task / 'children').read_text().split()]
 
 
 def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
@@ -93,7 +91,7 @@ def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(folder, 
     name = f'killed-{index}'
     process = start(folder, name, 2, 2, faults='1:sleep@6=5')
     wait_for_step(process, folder / name, 5)
-    kill(process, index)
+    tell(process, index, signal.SIGKILL)
     said = finish(process)
     assert 'ended with code 137' in said and 'started again, from step 4' in said
     assert losses(folder / name) == undisturbed
@@ -102,7 +100,7 @@ def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(folder, 
 def test_stopped_together_and_gone_on_with_by_one_process(folder, undisturbed):
     process = start(folder, 'stopped', 2, 2, faults='1:sleep@4=8')
     wait_for_step(process, folder / 'stopped', 3)
-    process.send_signal(signal.SIGTERM)
+    tell(process, 1, signal.SIGTERM)
     said = finish(process)
     done = max(losses(folder / 'stopped'))
     assert f'saved step {done}' in said and 3 <= done < 6
