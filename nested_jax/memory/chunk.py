@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from nested_jax.memory.products import inner, outer, product
 from nested_jax.memory.rows import scale_rows
+from nested_jax.memory.triangular import invert_unit_lower, solve_unit_lower
 
 # exp(-1e4) is exactly zero, and sums of it stay finite: a retention of zero may be given as a log of -inf.
 _LOG_ZERO = -1e4
@@ -285,80 +286,3 @@ def _like(rest: jax.Array, weight: jax.Array) -> jax.Array:
 def _start(kept: jax.Array, value: jax.Array, rest: jax.Array | None) -> jax.Array:
     """What retention leaves of the rows `value` when they decay to `rest` (zero when None)."""
     return scale_rows(value, kept) if rest is None else rest + scale_rows(value - rest, kept)
-
-
-@jax.custom_vjp
-def invert_unit_lower(strict: jax.Array) -> jax.Array:
-    """Inverse of I + `strict`.
-
-    By substitution on CPU and by block doubling elsewhere, both free of powers of `strict`, which overflow with
-    correlated keys. The derivative is written out: the stock one of a batched triangular solve stalls in jaxlib 0.10.2 on CPU.
-
-    Args:
-        strict: (..., C, C) strictly lower triangular, float32 or float64.
-
-    Returns:
-        (..., C, C) unit lower triangular inverse.
-    """
-    return jax.lax.platform_dependent(strict, cpu=_invert_by_substitution, default=_invert_by_doubling)
-
-
-def _invert_by_substitution(strict: jax.Array) -> jax.Array:
-    eye = jnp.broadcast_to(jnp.eye(strict.shape[-1], dtype=strict.dtype), strict.shape)
-    return jax.lax.linalg.triangular_solve(strict + eye, eye, left_side=True, lower=True, unit_diagonal=True)
-
-
-def _invert_by_doubling(strict: jax.Array) -> jax.Array:
-    """Diagonal blocks of 1, 2, 4, ... rows: with both halves inverted, X <- X - X L X for the block L below the diagonal."""
-    size = strict.shape[-1]
-    row = jnp.arange(size)
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=strict.dtype), strict.shape)
-    block = 1
-    while block < size:
-        pair, half = row // (2 * block), row // block % 2
-        below = (pair[:, None] == pair[None]) & (half[:, None] == 1) & (half[None] == 0)
-        corner = jnp.matmul(jnp.where(below, strict, 0.0), inverse, precision=_HIGHEST)
-        inverse -= jnp.matmul(inverse, corner, precision=_HIGHEST)
-        block *= 2
-    return inverse
-
-
-def _invert_forward(strict: jax.Array) -> tuple[jax.Array, jax.Array]:
-    inverse = invert_unit_lower(strict)
-    return inverse, inverse
-
-
-def _invert_backward(inverse: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    return (-jnp.tril(inner(outer(inverse, cotangent, _HIGHEST), inverse, _HIGHEST), -1),)
-
-
-invert_unit_lower.defvjp(_invert_forward, _invert_backward)
-
-
-@jax.custom_vjp
-def solve_unit_lower(strict: jax.Array, rows: jax.Array) -> jax.Array:
-    """(I + `strict`)^-1 `rows`. The derivative is written out because it needs no product of two inverses.
-
-    Args:
-        strict: (..., C, C) strictly lower triangular, float32 or float64.
-        rows: (..., C, D).
-
-    Returns:
-        (..., C, D).
-    """
-    return jnp.matmul(invert_unit_lower(strict), rows, precision=_HIGHEST)
-
-
-def _solve_forward(strict: jax.Array, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    inverse = invert_unit_lower(strict)
-    solved = jnp.matmul(inverse, rows, precision=_HIGHEST)
-    return solved, (inverse, solved)
-
-
-def _solve_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    inverse, solved = saved
-    rows = outer(inverse, cotangent, _HIGHEST)
-    return -jnp.tril(inner(rows, solved, _HIGHEST), -1), rows
-
-
-solve_unit_lower.defvjp(_solve_forward, _solve_backward)

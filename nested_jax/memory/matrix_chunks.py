@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.memory import grid
-from nested_jax.memory.chunk import chunk_decays, solve_unit_lower
+from nested_jax.memory.chunk import chunk_decays
+from nested_jax.memory.triangular import solve_unit_lower
 
 # On CPU, chunks go in groups of about this many key elements, rematerialised one by one: the working set stays in the
 # cache, so that the cost of a token does not grow with the length.
