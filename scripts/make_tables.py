@@ -1,4 +1,6 @@
-"""Writes the README's tables and the figures from the rows in experiments/results: `python scripts/make_tables.py`.
+"""Writes the tables of both READMEs and the figures from the rows in experiments/results: `python scripts/make_tables.py`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` in README.md or experiments/results/README.md; here is what is made.
 
 Runs of one model, number of tokens, learning rate and text are one line: the mean over seeds, and the sample standard deviation.
 Only runs evaluated on the whole held-out text count, and of each model and number of tokens the learning rate with the best mean. The
@@ -10,6 +12,7 @@ import argparse
 import collections
 import json
 import pathlib
+import re
 import statistics
 import sys
 
@@ -25,31 +28,33 @@ from experiments.tables import babilong_table, language_table, mad_table, needle
 from experiments.text_tables import ablation_table, context_table, language_modeling_table, levels_table, probe_table
 from nested_jax.evaluation.rows import best_runs, mean_bits_per_byte, read_rows
 
-README, RESULTS = ROOT / 'README.md', ROOT / 'experiments' / 'results'
+RESULTS = ROOT / 'experiments' / 'results'
+PAGES = ROOT / 'README.md', RESULTS / 'README.md'
 VERDICTS = dict(better='+', worse='−', equal='=')
-BEGIN, END = '<!-- made by scripts/make_tables.py -->\n', '<!-- end -->'
+PLACE = re.compile(r'(?<=<!-- table: )([a-z_]+)( -->\n).*?(?=<!-- end -->)', re.DOTALL)
 
 
-def tables(results: pathlib.Path = RESULTS) -> str:
-    """All tables as Markdown."""
-    pretraining = best_runs(read_rows(results / 'hope_pretrain.jsonl'))
-    speeds = speed_table(read_rows(results / 'bench_cpu.jsonl'))
-    parity = parity_table(read_rows(results / 'parity.jsonl'))
-    race = race_table(read_rows(results / 'optimizer_race.jsonl'))
-    languages = language_table(read_rows(results / 'formal_languages.jsonl'))
-    mad = mad_table(read_rows(results / 'mad.jsonl'))
-    needles = needle_table(read_rows(results / 'needle.jsonl'))
-    stories = babilong_table(read_rows(results / 'babilong.jsonl'))
-    models = language_modeling_table(read_rows(results / 'language_modeling.jsonl'))
-    ablated = read_rows(results / 'ablations.jsonl')
-    levels = levels_table(read_rows(results / 'cms_levels.jsonl'))
-    context = context_table(read_rows(results / 'context_use.jsonl'))
-    made = [pretraining_table(pretraining), models, ablation_table(ablated), probe_table(ablated), levels, context]
-    seal = seal_table(read_rows(results / 'seal_knowledge.jsonl'))
-    streams = continual_table(read_rows(results / 'seal_continual.jsonl'))
-    chips = tpu_table(read_rows(results / 'compile_for_tpu.jsonl'))
-    made += [speeds, parity, languages, mad, needles, stories, race, seal, streams, chips]
-    return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
+def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
+    """Lines of every table by its name, which but for the first two is that of its file of rows; none where nothing was run."""
+    rows = lambda name: read_rows(results / f'{name}.jsonl')
+    return {
+        'hope_pretrain': pretraining_table(best_runs(rows('hope_pretrain'))),
+        'probes': probe_table(rows('ablations')),
+        'language_modeling': language_modeling_table(rows('language_modeling')),
+        'ablations': ablation_table(rows('ablations')),
+        'cms_levels': levels_table(rows('cms_levels')),
+        'context_use': context_table(rows('context_use')),
+        'bench_cpu': speed_table(rows('bench_cpu')),
+        'parity': parity_table(rows('parity')),
+        'formal_languages': language_table(rows('formal_languages')),
+        'mad': mad_table(rows('mad')),
+        'needle': needle_table(rows('needle')),
+        'babilong': babilong_table(rows('babilong')),
+        'optimizer_race': race_table(rows('optimizer_race')),
+        'seal_knowledge': seal_table(rows('seal_knowledge')),
+        'seal_continual': continual_table(rows('seal_continual')),
+        'compile_for_tpu': tpu_table(rows('compile_for_tpu')),
+    }
 
 
 def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:
@@ -136,22 +141,26 @@ def _spread(runs: list[dict]) -> str:
     return f'{mean_bits_per_byte(runs):.3f} ± {statistics.stdev(values):.3f} ({len(values)} seeds)'
 
 
-def insert(text: str, made: str) -> str:
-    """The text with what stands between the marks replaced."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + made + END + rest.split(END, 1)[1]
+def insert(text: str, made: dict[str, list[str]]) -> str:
+    """The text with each table in its place.
+
+    Raises:
+        KeyError: of a place whose table is not made.
+    """
+    return PLACE.sub(lambda place: ''.join(place.groups()) + ''.join(f'{line}\n' for line in made[place[1]] or ['Not run yet.']), text)
 
 
 def main() -> int:
-    """Rewrites the README and draws the figures, or with --check says whether it is up to date by the exit code."""
+    """Rewrites the pages and draws the figures, or with --check says whether they are up to date by the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true', help='change nothing; exit code 1 when the README is out of date')
+    parser.add_argument('--check', action='store_true', help='change nothing; exit code 1 when a page is out of date')
     arguments = parser.parse_args()
-    text = README.read_text()
-    made = insert(text, tables())
+    made = tables()
+    pages = {page: insert(page.read_text(), made) for page in PAGES}
     if arguments.check:
-        return int(made != text)
-    README.write_text(made)
+        return int(any(page.read_text() != text for page, text in pages.items()))
+    for page, text in pages.items():
+        page.write_text(text)
     for name, draw in FIGURES.items():
         if rows := read_rows(RESULTS / f'{name}.jsonl'):
             draw(rows, RESULTS / f'{name}.png')

@@ -75,5 +75,21 @@ def test_compiled_steps_are_the_latest_of_each_mesh(make_tables):
     assert make_tables.tpu_table([]) == []
 
 
-def test_the_readme_is_up_to_date():
+def test_a_table_stands_in_its_place(make_tables):
+    text = 'Before.\n<!-- table: a -->\nold\n<!-- end -->\nBetween.\n<!-- table: b -->\n<!-- end -->\nAfter.\n'
+    made = make_tables.insert(text, {'a': ['| x |', '| y |'], 'b': []})
+    assert made == (
+        'Before.\n<!-- table: a -->\n| x |\n| y |\n<!-- end -->\nBetween.\n<!-- table: b -->\nNot run yet.\n<!-- end -->\nAfter.\n'
+    )
+    assert make_tables.insert(made, {'a': ['| x |', '| y |'], 'b': []}) == made
+    with pytest.raises(KeyError, match='a'):
+        make_tables.insert(text, {})
+
+
+def test_every_table_has_its_place(make_tables):
+    places = {place[1] for page in make_tables.PAGES for place in make_tables.PLACE.finditer(page.read_text())}
+    assert places == set(make_tables.tables())
+
+
+def test_the_pages_are_up_to_date():
     assert subprocess.run([sys.executable, 'scripts/make_tables.py', '--check'], cwd=ROOT).returncode == 0
