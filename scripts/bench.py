@@ -4,7 +4,7 @@ Every figure is checked before it is timed: the chunked memories against their t
 median of repeated, warmed-up, synchronised runs, printed with minimum and maximum, and one row of
 experiments/results/bench_<suite>.jsonl. Peers that cannot be imported are named, not passed over.
 
-Suites are the modules of scripts/benchmarks: cpu, optim, decode, seal, scaling, which draws a picture beside
+Suites are the modules of scripts/benchmarks: cpu, optim, decode, seal, checkpoint, scaling, which draws a picture beside
 its rows, and gpu, which ends within nine minutes on one H100 or H200.
 """
 
@@ -23,8 +23,8 @@ import jax
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
 from scripts.benchmarks.timing import Settings
 
-SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'gpu')
-WITH_SMOKE = ('seal', 'scaling', 'gpu')
+SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'checkpoint', 'gpu')
+WITH_SMOKE = ('seal', 'scaling', 'checkpoint', 'gpu')
 # Of a row's metrics: what says which figure it is.
 SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'context', 'candidates', 'bptt')
 

@@ -120,7 +120,7 @@ def claim_folder(folder: str | os.PathLike, run_config: dict) -> None:
     """Writes the configuration into a new output folder.
 
     Raises:
-        ValueError: naming the first field in which the folder's configuration is another one.
+        ValueError: naming the first field in which the folder's configuration is another one, or the folder that cannot be written.
     """
     path = pathlib.Path(folder) / 'config.json'
     if path.exists():
@@ -130,10 +130,13 @@ def claim_folder(folder: str | os.PathLike, run_config: dict) -> None:
             raise ValueError(f'{path} is damaged ({error}); restore it or use another output folder') from error
         check_same_config(saved, run_config, folder)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(json.dumps(run_config, indent=1))
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(run_config, indent=1))
+        temporary.replace(path)
+    except OSError as error:
+        raise ValueError(f'train.output is {str(folder)!r}, allowed is a folder that can be written ({error})') from error
 
 
 @contextlib.contextmanager

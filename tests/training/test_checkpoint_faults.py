@@ -1,5 +1,6 @@
 """Saves that are cut off: by SIGKILL in every phase, by a write that the system refuses, by a fault. The older checkpoint stands."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from nested_jax.training.checkpoints import Checkpoints, SaveError
+from nested_jax.training.config import claim_folder
 from nested_jax.training.faults import InjectedError, parse_faults
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -122,3 +124,22 @@ def test_slow_disk_is_waited_for(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, 2, parse_faults('sleep@1/arrays=5'))
     checkpoints.save(1, like(), config={}, data={})
     assert slept == [5.0] and checkpoints.verify(1) is None
+
+
+def test_folder_that_may_not_be_written_is_said_in_a_line(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / 'run', 2)
+    checkpoints.save(1, like(), config={}, data={})
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patch:  # not by its mode: root may write anywhere
+        patch.setattr(pathlib.Path, 'mkdir', refuse)
+        with pytest.raises(SaveError, match='step 2 could not be saved in .*Permission denied.*; the newest checkpoint is that of step 1'):
+            checkpoints.save(2, like(), config={}, data={})
+        with pytest.raises(ValueError, match='train.output is .*new., allowed is a folder that can be written .*Permission denied'):
+            claim_folder(tmp_path / 'new', {})
+    (tmp_path / 'file').touch()
+    with pytest.raises(ValueError, match='train.output is .*file/run., allowed is a folder that can be written .*Not a directory'):
+        claim_folder(tmp_path / 'file' / 'run', {})
+    assert checkpoints.restore(like()).step == 1

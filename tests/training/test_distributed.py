@@ -1,5 +1,8 @@
 """Which processes a run has, read off faked environments: what is detected is joined or is an error, never left alone in silence."""
 
+import os
+import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -140,3 +143,43 @@ def test_a_process_alone_ends_as_usual(ending, code):
     program = f'from nested_jax.training.cluster import run_to_exit\ndef main():\n    {ending}\nrun_to_exit(main)'
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == code and ('KeyError' in done.stderr) == (code == 1)
+
+
+JOIN = """
+import sys
+import jax
+from nested_jax.training import distributed
+distributed.join()
+print(jax.process_index(), jax.process_count(), len(jax.devices()), distributed.gather(10 + jax.process_index()), distributed.first_says(5))
+distributed.leave()
+"""
+
+
+SLURM_STEP = dict(SLURM_STEP_NODELIST='localhost', SLURM_NTASKS='2')
+# JAX takes the machine for a TPU worker, and asks no metadata server, which is not there.
+TPU_WORKER = dict(
+    JAX_FORCE_TPU_INIT='1', TPU_WORKER_HOSTNAMES='localhost,localhost',
+    MEGASCALE_COORDINATOR_ADDRESS='localhost', MEGASCALE_NUM_SLICES='1', MEGASCALE_SLICE_ID='0',
+)  # fmt: skip
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    'name, own, variables', [('SLURM', ['SLURM_PROCID', 'SLURM_LOCALID'], SLURM_STEP), ('Cloud TPU', ['TPU_WORKER_ID'], TPU_WORKER)]
+)
+def test_processes_of_a_faked_cluster_find_one_another(name, own, variables):
+    """Through JAX's own reading of the variables: the host and, under SLURM, the port are in them."""
+    port = random.randrange(4096)  # JAX's for SLURM: the job's number, in the last 4096
+    places = dict(SLURM_JOB_ID=str(port)) if name == 'SLURM' else dict(JAX_COORDINATOR_PORT=str(61440 + port))
+    shared = os.environ | variables | places | dict(JAX_NUM_CPU_DEVICES='2', JAX_PLATFORMS='cpu')
+    options = dict(cwd=pathlib.Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [subprocess.Popen([sys.executable, '-c', JOIN], env=shared | dict.fromkeys(own, str(index)), **options) for index in range(2)]
+    try:
+        for index, process in enumerate(started):
+            said, complained = process.communicate(timeout=60)
+            assert process.returncode == 0, complained
+            assert said.splitlines()[-1] == f'{index} 2 4 [10, 11] 5'
+            assert f'joining the 2 processes that {name} says there are' in complained
+    finally:
+        for process in started:
+            process.kill()
