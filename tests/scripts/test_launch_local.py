@@ -32,8 +32,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder: pathlib.Path, name: str, processes: int, devices: int, faults: str = '') -> subprocess.Popen:
-    options = [f'--{key}={value}' for key, value in SIZES.items()]
+def start(folder: pathlib.Path, name: str, processes: int, devices: int, faults: str = '', **more: str) -> subprocess.Popen:
+    options = [f'--{key}={value}' for key, value in (SIZES | more).items()]
     paths = [f'--data.corpus={folder / "text"}', f'--train.output={folder / name}']
     job = [sys.executable, '-m', 'experiments.hope_pretrain', *options, *paths]
     counts = ['--processes', str(processes), '--devices', str(devices), '--logs', str(folder / f'{name}-logs')]
@@ -107,3 +107,17 @@ def test_stopped_together_and_gone_on_with_by_one_process(folder, undisturbed):
     assert f'going on from step {done}' in finish(start(folder, 'stopped', 1, 4))
     found = losses(folder / 'stopped')
     np.testing.assert_allclose([found[step] for step in range(1, 7)], [undisturbed[step] for step in range(1, 7)], rtol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(folder, undisturbed):
+    """The decision follows from sums over all: otherwise parameters would part, and steps after it with them."""
+    skip = {'train.on-nonfinite': 'skip'}
+    finish(start(folder, 'nan', 2, 2, faults='1:nan_batch@3', **skip))
+    found = losses(folder / 'nan')
+    assert sorted(found) == [1, 2, 4, 5, 6]
+    np.testing.assert_allclose([found[1], found[2]], [undisturbed[1], undisturbed[2]], rtol=1e-6)
+    records = map(json.loads, (folder / 'nan' / 'metrics.jsonl').read_text().splitlines())
+    assert {record['step']: record['skipped_steps'] for record in records if 'skipped_steps' in record} == {
+        step: int(step == 3) for step in range(1, 7)
+    }
+    assert np.isfinite(list(found.values())).all() and found[4] != undisturbed[4]

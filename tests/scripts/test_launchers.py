@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from experiments.hope_pretrain import parse
+from nested_jax.training.config import check_devices
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / 'scripts/README.md').read_text()
 COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.S) for line in block.splitlines()]
@@ -183,6 +186,11 @@ def test_pod_commands_of_the_readme_are_understood():
         start = next(index for index, word in enumerate(words) if word.startswith('scripts/'))
         name, *arguments = words[start:]
         assert commands_of(name.removeprefix('scripts/'), *arguments), words
+        if '--' in arguments:
+            args = parse(arguments[arguments.index('--') + 1 :])
+            check_devices(
+                args.train, {'launch_slurm.sbatch': 16, 'launch_tpu.sh': 64, 'launch_gke_xpk.sh': 512}[name.removeprefix('scripts/')]
+            )
 
 
 @pytest.mark.multiprocess
@@ -195,8 +203,7 @@ def test_local_command_of_the_readme_runs(tmp_path):
     python = sys.executable
     small = ['--model.preset=transformer-tiny', f'--data.corpus={tmp_path / "text"}', f'--train.output={tmp_path / "run"}']
     words = [python, *shlex.split(own), f'--logs={tmp_path / "logs"}', '--', python, *shlex.split(job), *small]
-    environment = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
-    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr
     assert '2 process(es), 4 cpu device(s)' in ended.stdout and 'bits per byte of the held-out text' in ended.stdout
     assert (tmp_path / 'run/checkpoints/00000004/manifest.json').exists() and (tmp_path / 'logs/attempt-1-process-1.log').exists()
