@@ -164,7 +164,10 @@ class LanguageModel(nn.Module):
         return flat.reshape(*tokens.shape, self.config.vocab_size), state
 
     def hidden(self, tokens: jax.Array, state=None, *, segment_ids: jax.Array | None = None, update: bool = True):
-        """As a call, but returns the normed (B, T, width) rows that the head would read, in the compute dtype."""
+        """As a call, but returns the normed (B, T, width) rows that the head would read, in the compute dtype.
+
+        Of a stretch of the sequence inside of `nested_jax.layers.sequence.split`, where there is no state to go on with.
+        """
         _check_tokens(tokens, segment_ids)
         _check_state(tokens, state)
         state = self.init_state(tokens.shape[0]) if state is None and not update else state
