@@ -28,7 +28,7 @@ import tyro
 from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.models.presets import preset, without
 from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu, run_to_exit
-from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+from nested_jax.training.config import TrainConfig, check_devices, check_model, check_sequence, claim_folder
 from nested_jax.training.faults import faults_of_environment
 
 if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
@@ -108,7 +108,7 @@ class Args:
     """Which processes share a run: what SLURM, Cloud TPU, Open MPI or launch_local.py says; this one alone; as --processes says."""
     processes: ProcessConfig = ProcessConfig()
     mesh: str | None = None
-    """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp and tensor; None: all on data, of large models on fsdp."""
+    """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp, sequence and tensor; None: data, for large models fsdp."""
     smoke: bool = False
     """Other defaults for --train, for a run of a few seconds, to see that everything works; its numbers mean nothing."""
 
@@ -189,7 +189,9 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
 
     from nested_jax.training.sharding import batch_shares, choose_mesh
 
-    check_devices(args.train, batch_shares(choose_mesh(args.mesh, model_config, len(jax.devices()))))
+    sizes = choose_mesh(args.mesh, model_config, len(jax.devices()))
+    check_devices(args.train, batch_shares(sizes))
+    check_sequence(args.train, model_config, sizes.get('sequence', 1))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
     settings = {'model': as_dict(model_config), 'data': text, 'train': as_dict(args.train)}
     distributed.first_then_others(lambda: claim_folder(args.train.output, settings))

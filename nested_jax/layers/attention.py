@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nested_jax.config import ModelConfig, RopeScaling
-from nested_jax.layers.common import Context, Projection, RMSNorm, ShortConvolution, split_heads
+from nested_jax.layers import sequence
+from nested_jax.layers.common import CONVOLUTION_WIDTH, Context, Projection, RMSNorm, ShortConvolution, split_heads
 from nested_jax.layers.kernels import attention_implementation
 
 
@@ -154,9 +155,11 @@ class Attention(nn.Module):
             norms = {name: RMSNorm(config.norm_epsilon, name=f'{name}_norm') for name in ('query', 'key')}
         split = lambda name, rows: norms.get(name, lambda x: x)(split_heads(rows, heads[name]))
         rows = {name: project(x) for name, project in projections.items()}
-        convolution = None
+        convolution, split_over = None, state is None and sequence.is_split()
         if config.attention.short_convolution:
             before = (None,) * 3 if state is None else state.convolution
+            if split_over:
+                before = (sequence.tokens_before(x, context.segment_ids, CONVOLUTION_WIDTH - 1) for x in rows.values())
             rows, convolution = _convolve(rows, before, context.segment_ids)
         query, key, value = (split(name, rows[name]) for name in heads)
         persistent = None
@@ -166,12 +169,16 @@ class Attention(nn.Module):
         position = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         if context.position is not None:
             position += context.position[:, None]
+        if split_over:
+            position += sequence.first_token(x.shape[1])
         theta, scaling = config.attention.rope_theta, config.attention.rope_scaling
         query, key = (rotate(rows, position, theta, scaling) for rows in (query, key))
         segment_id = jnp.zeros(x.shape[:2], jnp.int32) if context.segment_ids is None else context.segment_ids
         new = AttentionState(key, value, position, segment_id, jnp.ones(x.shape[:2], bool), convolution)
         known = new if state is None else _append(state, new)
-        y = self._attend(query, known, new, persistent, masked=state is not None or context.segment_ids is not None)
+        if split_over:
+            known = AttentionState(*sequence.gather(new[:-1]), convolution)
+        y = self._attend(query, known, new, persistent, masked=state is not None or split_over or context.segment_ids is not None)
         if self.has_output:
             y = Projection(config.width, dtype, scale=(2 * config.num_layers) ** -0.5, name='output')(y.reshape(*x.shape[:2], -1))
         return y, _last(known, self.capacity) if context.update else state

@@ -4,15 +4,14 @@
 None for axes that are never split.
 """
 
-import math
 import re
 
 import jax
 from jax.sharding import AxisType
 
+from nested_jax.layers.mesh import BATCH_AXES, batch_axes
+
 Axes = tuple[str | None, ...]
-# Mesh axes that the rows of a batch are split over, outermost first.
-BATCH_AXES = ('replica', 'data', 'fsdp')
 
 # First match wins; the path is that of the parameter, without the leading 'blocks/'.
 _RULES: tuple[tuple[str, Axes], ...] = (
@@ -79,12 +78,8 @@ def split_rows(x: jax.Array) -> jax.Array:
 
     XLA would else be free to lay activations out as the parameters they meet, whole rows on every device.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    names = tuple(name for name in BATCH_AXES if kinds.get(name) == AxisType.Auto)
-    if not names or x.shape[0] % math.prod(mesh.shape[name] for name in names):
-        return x
-    return jax.lax.with_sharding_constraint(x, jax.P(names))
+    names = batch_axes(x.shape[0])
+    return jax.lax.with_sharding_constraint(x, jax.P(names)) if names else x
 
 
 def gather_width(table: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
+from nested_jax.layers import sequence
 from nested_jax.layers.atlas import Atlas
 from nested_jax.layers.attention import Attention
 from nested_jax.layers.channel import ContinuumMLP
@@ -78,11 +80,22 @@ class Block(nn.Module):
         x, first = split_rows(rows.x), rows.first
         mixer = TOKEN_MIXERS[self.config.mixer](self.config, name='mixer')
         normed = RMSNorm(self.config.norm_epsilon, name='mixer_norm')(x)
-        if first is None:
-            y, state = mixer(normed, state, context)
+        if sequence.is_split() and self.config.mixer != 'attention':
+            module, variables = mixer.unbind()
+            call = lambda variables, *given: _mix(functools.partial(module.apply, variables), *given)
+            mixed = sequence.pass_state(call, variables, Rows(normed, first), context.segment_ids)
         else:
-            y, state, first = mixer(normed, state, context, first)
-        return Rows(split_rows(ContinuumMLP(self.config, name='channel')(split_rows(x + y))), first), state
+            mixed, state = _mix(mixer, Rows(normed, first), state, context)
+        return Rows(split_rows(ContinuumMLP(self.config, name='channel')(split_rows(x + mixed.x))), mixed.first), state
+
+
+def _mix(mixer: Callable, rows: Rows, state, context: Context) -> tuple[Rows, object]:
+    """Rows of a token mixer's outputs, and its state after them."""
+    if rows.first is None:
+        y, state = mixer(rows.x, state, context)
+        return Rows(y, None), state
+    y, state, first = mixer(rows.x, state, context, rows.first)
+    return Rows(y, first), state
 
 
 class HybridBlock(nn.Module):
@@ -151,7 +164,10 @@ class LanguageModel(nn.Module):
         return flat.reshape(*tokens.shape, self.config.vocab_size), state
 
     def hidden(self, tokens: jax.Array, state=None, *, segment_ids: jax.Array | None = None, update: bool = True):
-        """As a call, but returns the normed (B, T, width) rows that the head would read, in the compute dtype."""
+        """As a call, but returns the normed (B, T, width) rows that the head would read, in the compute dtype.
+
+        Of a stretch of the sequence inside of `nested_jax.layers.sequence.split`, where there is no state to go on with.
+        """
         _check_tokens(tokens, segment_ids)
         _check_state(tokens, state)
         state = self.init_state(tokens.shape[0]) if state is None and not update else state
@@ -213,7 +229,9 @@ def _documents(segment_ids: jax.Array | None) -> jax.Array | None:
     """(B, T) documents begun in this call up to each token: an id that comes back is another document."""
     if segment_ids is None:
         return None
-    return jnp.cumsum(jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    whole = sequence.gather(segment_ids)
+    begun = jnp.cumsum(jnp.pad(whole[:, 1:] != whole[:, :-1], ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+    return sequence.stretch(begun, segment_ids.shape[1])
 
 
 def close_state(state, layers, context: Context, tokens: jax.Array, segment_ids: jax.Array | None):

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from nested_jax.layers import sequence
+
 
 def next_token_loss(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array | None = None, *, vocab_chunk: int = 8192
@@ -64,7 +66,7 @@ def _check(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.
 
 
 def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids=None, weights=None) -> tuple[jax.Array, jax.Array]:
-    """Sum of a language model's next-token losses over a batch.
+    """Sum of a language model's next-token losses over a batch, whose sequences are split where the mesh has an axis `sequence`.
 
     Args:
         model: a `LanguageModel`.
@@ -75,7 +77,15 @@ def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids
 
     Returns:
         The sum in nats and the sum of the weights, float32 scalars.
+
+    Raises:
+        ValueError: for a length that does not split over the mesh (`sequence.split`).
     """
+    rows = (tokens, targets, segment_ids, weights)
+    return sequence.split(lambda params, rows: _rows_loss(model, params, *rows), params, rows, grid=model.config.grid)
+
+
+def _rows_loss(model, params, tokens, targets, segment_ids, weights) -> tuple[jax.Array, jax.Array]:
     hidden, _ = model.apply({'params': params}, tokens, segment_ids=segment_ids, method='hidden')
     flat = None if weights is None else weights.reshape(-1)
     total = next_token_loss(hidden.reshape(-1, hidden.shape[-1]), model.head(params), targets.reshape(-1), flat)

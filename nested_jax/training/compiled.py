@@ -17,6 +17,7 @@ _HEAD = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \(.*\{$')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\(')
 _CALLS = re.compile(r'(?:body|condition|to_apply|calls|true_computation|false_computation|branch_computations)=\{?([^},]+(?:, %[\w.-]+)*)')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
+_BY_HAND = re.compile(r'op_name="[^"]*/(?:ppermute|psum|all_gather|psum_scatter|reduce_scatter)"')
 _CONDITION = re.compile(r'condition=%?([\w.-]+)')
 _CONSTANT = re.compile(r' = s32\[\]\S* constant\((\d+)\)')
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
@@ -44,7 +45,8 @@ def collectives(text: str) -> list[Collective]:
     all that are of one channel count as one. Such parts may stand in a loop that the collective overlaps with, as one of each block's
     parameters does with the scan over the chunks, so those in kernels named async_collective_fusion say how often it runs only where
     no other does, and then the one that runs least often. A sum of which each device keeps a part stands as an all-reduce in a kernel
-    named all-reduce-scatter; it is a reduce-scatter here, with the arrays that go in.
+    named all-reduce-scatter; it is a reduce-scatter here, with the arrays that go in. Those that a function calls by name, in a
+    `jax.shard_map`, have one channel all of them, and each counts.
     """
     bodies, entry = _computations(text)
     runs = _runs(bodies, entry)
@@ -55,7 +57,8 @@ def collectives(text: str) -> list[Collective]:
             if match:
                 each, channel = _collective(match, name, runs[name]), _CHANNEL.search(line)
                 # Kernels of the name have channel 1 all of them, which another collective has too.
-                key = channel[1] if channel and 'all-reduce-scatter' not in name else (name, line)
+                alone = not channel or 'all-reduce-scatter' in name or _BY_HAND.search(line)
+                key = (name, line) if alone else channel[1]
                 channels[key][name.startswith('async_collective_fusion')].append(each)
     often = lambda each: each.runs
     return [max(whole, key=often) if whole else min(parts, key=often) for whole, parts in channels.values()]

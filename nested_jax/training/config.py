@@ -94,6 +94,13 @@ def check_devices(config: TrainConfig, num_devices: int) -> None:
         raise ValueError(f'train.batch_size is {config.batch_size}, allowed is {allowed}')
 
 
+def check_sequence(config: TrainConfig, model: ModelConfig, num_devices: int) -> None:
+    """Raises ValueError unless a sequence splits into as many stretches as devices, each of whole chunks."""
+    if config.sequence_length % (num_devices * model.grid):
+        allowed = f"a multiple of the mesh's sequence x the model's chunk grid = {num_devices} x {model.grid}"
+        raise ValueError(f'train.sequence_length is {config.sequence_length}, allowed is {allowed}')
+
+
 def check_kernels(config: TrainConfig, num_devices: int) -> None:
     """Raises ValueError for kernels that do not split over so many devices."""
     if config.kernels == 'tpu' and num_devices > 1:

@@ -7,6 +7,7 @@ the layout of its result, in every layer, and the kernels' custom derivatives do
 The mesh axes, outermost first:
     replica, data   copies of the parameters, each with its share of the batch
     fsdp            a share of the batch, and of every parameter, which is gathered when it is used
+    sequence        a stretch of each sequence, by hand (`nested_jax.layers.sequence`); whole parameters and optimizer state
     tensor          a share of the heads, of the hidden units and of the vocabulary
 """
 
@@ -22,14 +23,16 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from nested_jax.config import ModelConfig
-from nested_jax.models.axes import BATCH_AXES, Axes, logical_axes
+from nested_jax.layers import sequence
+from nested_jax.layers.mesh import BATCH_AXES
+from nested_jax.models.axes import Axes, logical_axes
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.optim.sharding import state_shardings
 from nested_jax.training.state import TrainState
 
 PyTree = Any
 Names = tuple[str, ...]
-MESH_AXES = (*BATCH_AXES, 'tensor')
+MESH_AXES = (*BATCH_AXES, sequence.AXIS, 'tensor')
 # Bytes of float32 parameters, gradients and AdamW's two moments that every device may hold whole.
 _REPLICATED_BYTES = 2**30
 
@@ -104,7 +107,7 @@ def _that_divide(wanted: list[Names], shape: tuple[int, ...], sizes: dict[str, i
 
 
 def recipe(mesh_axes: Names) -> ShardingRules:
-    """The rules for a mesh with these axes: data parallel, FSDP, tensor parallel, and what is combined of them.
+    """The rules for a mesh with these axes: data parallel, FSDP, tensor parallel, combined, and with sequences split or not.
 
     FSDP splits the model's width, tensor parallelism what lies across it: columns of the projections into a block, rows of those out
     of it, so that a block has one sum over `tensor` for its mixer and one for each level.
@@ -163,8 +166,15 @@ def choose_mesh(text: str | None, config: ModelConfig, num_devices: int) -> dict
 
 
 def check_mesh(config: ModelConfig, sizes: dict[str, int]) -> None:
-    """Raises ValueError unless `tensor` divides the heads: a head is never cut."""
-    tensor = sizes.get('tensor', 1)
+    """Raises ValueError unless `tensor` divides the heads, since a head is never cut, and the model's sequences can be split.
+
+    States that are handed on have all heads, which `tensor` would split.
+    """
+    tensor, stretches = sizes.get('tensor', 1), sizes.get(sequence.AXIS, 1)
+    if stretches > 1 and config.in_sequence is not None:
+        raise ValueError(f'mesh has sequence={stretches}, allowed is 1 where levels are updated within a sequence')
+    if stretches > 1 and tensor > 1 and set(config.unit) != {'attention'}:
+        raise ValueError(f'mesh has sequence={stretches} and tensor={tensor}, allowed is one of them, except for attention alone')
     heads = {'num_heads': config.num_heads, 'attention.num_kv_heads': config.num_kv_heads}
     if 'mamba2' in config.unit:
         heads['state_space heads'] = config.state_space_heads

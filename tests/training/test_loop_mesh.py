@@ -75,7 +75,15 @@ def test_a_mesh_that_does_not_fit_leaves_no_trace(data, tmp_path):
         ('fsdp=3', "mesh is 'fsdp=3', 3 devices"),
         ('tensor=4', 'mesh has tensor=4'),
         ('fsdp=8', 'train.batch_size is 4'),
+        ('sequence=3', 'train.sequence_length is 16'),
     ):
         with pytest.raises(ValueError, match=message):
-            train(tmp_path, data, 8 if mesh == 'fsdp=8' else 4, mesh)
+            train(tmp_path, data, {'fsdp=8': 8, 'sequence=3': 3}.get(mesh, 4), mesh)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.exhaustive
+def test_split_sequences_are_trained_and_evaluated_as_whole_ones(data, tmp_path):
+    whole, split = train(tmp_path / 'whole', data, 1), train(tmp_path / 'split', data, 4, 'data=2,sequence=2')
+    assert split.step == whole.step == TRAIN.steps
+    np.testing.assert_allclose(split.heldout.bits_per_byte, whole.heldout.bits_per_byte, rtol=1e-6)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_jax.config import InSequenceConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.presets import preset, preset_names
 from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.compiled import collectives, report
-from nested_jax.training.config import TrainConfig
+from nested_jax.training.config import TrainConfig, check_sequence
 from nested_jax.training.optimizer import make_optimizer
 from nested_jax.training.sharding import Placement, ShardingRules, choose_mesh, make_mesh, parse_mesh, process_rows, recipe
 from nested_jax.training.state import init_state
@@ -28,6 +29,9 @@ MESHES = {
     'fsdp': FSDP,
     'fsdp-tensor': BOTH,
     'data-fsdp-tensor': {'data': 2, 'fsdp': 2, 'tensor': 2},
+    'sequence': {'sequence': 4},
+    'data-sequence': {'data': 2, 'sequence': 4},
+    'fsdp-sequence': {'fsdp': 4, 'sequence': 2},
 }
 STEPS = 20
 # Twenty steps of float32 take RetNet's roundings to 2e-5; in float64 its losses are the same.
@@ -116,7 +120,7 @@ def test_rules_that_collide_are_refused():
         ShardingRules(mlp=('model',))
     with pytest.raises(ValueError, match='rules.batch is .*each once'):
         ShardingRules(batch=('data', 'data'))
-    with pytest.raises(ValueError, match="the mesh has an axis 'model', allowed are replica, data, fsdp, tensor"):
+    with pytest.raises(ValueError, match="the mesh has an axis 'model', allowed are replica, data, fsdp, sequence, tensor"):
         recipe(('data', 'model'))
 
 
@@ -134,6 +138,15 @@ def test_meshes_are_chosen():
     assert choose_mesh(None, preset('transformer-340m'), 8) == {'fsdp': 8}
     with pytest.raises(ValueError, match='mesh has tensor=8, allowed is a divisor of num_heads=4'):
         choose_mesh('tensor=8', hope, 8)
+    assert choose_mesh('tensor=2,sequence=4', preset('transformer-tiny'), 8) == {'tensor': 2, 'sequence': 4}
+    with pytest.raises(ValueError, match='mesh has sequence=4 and tensor=2, allowed is one of them, except for attention alone'):
+        choose_mesh('sequence=4,tensor=2', hope, 8)
+    in_sequence = preset('hope-tiny', in_sequence=InSequenceConfig((3,)))
+    with pytest.raises(ValueError, match='mesh has sequence=8, allowed is 1 where levels are updated within a sequence'):
+        choose_mesh('sequence=8', in_sequence, 8)
+    check_sequence(TRAIN, hope, 4)
+    with pytest.raises(ValueError, match="sequence_length is 64, allowed is a multiple of the mesh's sequence x .* grid = 8 x 16"):
+        check_sequence(TRAIN, hope, 8)
     mesh = make_mesh({'tensor': 2, 'data': 4}, jax.devices())
     assert dict(mesh.shape) == {'data': 4, 'tensor': 2} and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
@@ -150,8 +163,12 @@ def share(tree, shardings):
     return sum(jax.tree.leaves(ours)) / sum(jax.tree.leaves(jax.tree.map(lambda leaf: size(leaf, leaf.shape), tree)))
 
 
-@pytest.mark.parametrize('sizes', [FSDP, BOTH], ids=str)
-@pytest.mark.parametrize('name', ['hope-tiny', 'hope-linear-tiny', 'transformer-tiny', 'titans-tiny', 'mamba2-tiny', 'hope-1.3b'])
+SHARED = ('hope-tiny', 'hope-linear-tiny', 'transformer-tiny', 'titans-tiny', 'mamba2-tiny', 'hope-1.3b')
+SHARES = [(name, sizes) for name in SHARED for sizes in (FSDP, BOTH)]
+SHARES_OF_OTHERS = [(name, FSDP) for name in preset_names() if name.endswith('-tiny') and name not in SHARED]
+
+
+@pytest.mark.parametrize(('name', 'sizes'), [*SHARES, *marked(SHARES_OF_OTHERS, pytest.mark.exhaustive)], ids=str)
 def test_every_device_holds_its_share(name, sizes):
     placement, params = Placement.on(make_mesh(sizes, jax.devices())), shapes_of(name)
     periods = {f'level_{index}': 512 * 2**index for index in range(4)}  # slow levels keep sums of gradients
