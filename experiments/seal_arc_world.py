@@ -125,7 +125,7 @@ class Solver:
     def base(self, params: PyTree, task: Task) -> np.ndarray:
         """(3,) marks of the model as it is, in the order of `MEASURES`."""
         read, write = functools.partial(self._read_plain, params), functools.partial(self._write_plain, params)
-        return _marks(task, _complete(read, write, questions(task)))
+        return np.array(_marks(task, _complete(read, write, questions(task))))
 
     def rewards(self, params: PyTree, task: Task, edits: Sequence[Configuration], seed: int) -> np.ndarray:
         """(K, 3) marks of the model after the update of each configuration, in the order of `MEASURES`.
