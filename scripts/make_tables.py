@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import optimizer_race
 from experiments.figures import FIGURES
 from experiments.racing import interval
+from experiments.seal_arc_tables import arc_table
 from experiments.seal_continual_tables import continual_table
 from experiments.seal_tables import seal_table
 from experiments.tables import babilong_table, language_table, mad_table, needle_table
@@ -46,9 +47,10 @@ def tables(results: pathlib.Path = RESULTS) -> str:
     context = context_table(read_rows(results / 'context_use.jsonl'))
     made = [pretraining_table(pretraining), models, ablation_table(ablated), probe_table(ablated), levels, context]
     seal = seal_table(read_rows(results / 'seal_knowledge.jsonl'))
+    grids = arc_table(read_rows(results / 'seal_arc.jsonl'))
     streams = continual_table(read_rows(results / 'seal_continual.jsonl'))
     chips = tpu_table(read_rows(results / 'compile_for_tpu.jsonl'))
-    made += [speeds, parity, languages, mad, needles, stories, race, seal, streams, chips]
+    made += [speeds, parity, languages, mad, needles, stories, race, seal, grids, streams, chips]
     return '\n\n'.join('\n'.join(table) for table in made if table) + '\n'
 
 

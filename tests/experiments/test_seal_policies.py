@@ -78,7 +78,7 @@ def test_probabilities_are_those_of_the_models_logits(policy):
 
 def test_what_is_written_is_what_the_update_reads(policy):
     tasks = [draw_task(index, family_of(index)) for index in (0, 7)]
-    edits = write_edits(*policy, tasks, 2, 0)
+    edits = write_edits(*policy, tasks, 2, 0).copy()
     edits[0, 0] = [*WORDS[5][:3], *[DONE] * 5]
     found = samples(tasks, edits)
     learned = [row[weight > 0].tolist() for row, weight in zip(found.targets, found.weights, strict=True)]
