@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import context_use, formal_languages, haystack_runs, language_modeling, mad
 from experiments.racing import interval
+from experiments.seal_arc_tables import draw_arc
 from experiments.seal_continual_tables import draw_continual
 from experiments.seal_tables import draw_seal
 from experiments.tables import group
@@ -79,6 +80,7 @@ FIGURES: dict[str, Callable[[list[dict], pathlib.Path], None]] = {
     'cms_levels': draw_levels,
     'context_use': draw_context,
     'seal_knowledge': draw_seal,
+    'seal_arc': draw_arc,
     'seal_continual': draw_continual,
 }
 

@@ -28,7 +28,7 @@ import tyro
 from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.models.presets import preset, without
 from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu, run_to_exit
-from nested_jax.training.config import TrainConfig, check_devices, check_model, check_sequence, claim_folder
+from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
 from nested_jax.training.faults import faults_of_environment
 
 if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
@@ -191,7 +191,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
 
     sizes = choose_mesh(args.mesh, model_config, len(jax.devices()))
     check_devices(args.train, batch_shares(sizes))
-    check_sequence(args.train, model_config, sizes.get('sequence', 1))
+    check_model(args.train, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
     settings = {'model': as_dict(model_config), 'data': text, 'train': as_dict(args.train)}
     distributed.first_then_others(lambda: claim_folder(args.train.output, settings))

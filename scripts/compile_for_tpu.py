@@ -35,7 +35,7 @@ from nested_jax.config import ModelConfig, as_dict
 from nested_jax.evaluation.rows import append_row, commit, make_row
 from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
-from nested_jax.training.config import TrainConfig, check_devices, check_model, check_sequence
+from nested_jax.training.config import TrainConfig, check_devices, check_model
 from nested_jax.training.loop import make_loss
 from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh
@@ -80,8 +80,7 @@ def main() -> int:
         devices = topologies.get_topology_desc(platform='tpu', topology_name=args.topology).devices
         sizes = choose_mesh(args.mesh, config, len(devices))
         check_devices(train, batch_shares(sizes))
-        check_model(train, config, 0)
-        check_sequence(train, config, sizes.get('sequence', 1))
+        check_model(train, config, 0, sizes.get('sequence', 1))
     except (ValueError, RuntimeError) as error:  # the latter without libtpu, for an unknown topology, or while another compiles
         print(f'error: {error}', file=sys.stderr)
         return 2

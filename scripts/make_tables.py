@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import optimizer_race
 from experiments.figures import FIGURES
 from experiments.racing import interval
+from experiments.seal_arc_tables import arc_table
 from experiments.seal_continual_tables import continual_table
 from experiments.seal_tables import seal_table
 from experiments.tables import babilong_table, language_table, mad_table, needle_table
@@ -52,6 +53,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'babilong': babilong_table(rows('babilong')),
         'optimizer_race': race_table(rows('optimizer_race')),
         'seal_knowledge': seal_table(rows('seal_knowledge')),
+        'seal_arc': arc_table(rows('seal_arc')),
         'seal_continual': continual_table(rows('seal_continual')),
         'compile_for_tpu': tpu_table(rows('compile_for_tpu')),
     }

@@ -94,31 +94,24 @@ def check_devices(config: TrainConfig, num_devices: int) -> None:
         raise ValueError(f'train.batch_size is {config.batch_size}, allowed is {allowed}')
 
 
-def check_sequence(config: TrainConfig, model: ModelConfig, num_devices: int) -> None:
-    """Raises ValueError unless a sequence splits into as many stretches as devices, each of whole chunks."""
-    if config.sequence_length % (num_devices * model.grid):
-        allowed = f"a multiple of the mesh's sequence x the model's chunk grid = {num_devices} x {model.grid}"
-        raise ValueError(f'train.sequence_length is {config.sequence_length}, allowed is {allowed}')
-
-
 def check_kernels(config: TrainConfig, num_devices: int) -> None:
     """Raises ValueError for kernels that do not split over so many devices."""
     if config.kernels == 'tpu' and num_devices > 1:
         raise ValueError(f"train.kernels is 'tpu', allowed is 'plain' on {num_devices} devices, over which those do not split")
 
 
-def check_model(config: TrainConfig, model: ModelConfig, vocab_size: int) -> None:
+def check_model(config: TrainConfig, model: ModelConfig, vocab_size: int, stretches: int = 1) -> None:
     """Raises ValueError unless the model can read the run's sequences and tokens.
 
     Args:
         config: of the run.
         model: of the model.
         vocab_size: of the tokenizer.
+        stretches: devices that share a sequence, each with whole chunks.
     """
-    if config.sequence_length % model.grid:
-        raise ValueError(
-            f"train.sequence_length is {config.sequence_length}, allowed is a multiple of the model's chunk grid, {model.grid}"
-        )
+    if config.sequence_length % (stretches * model.grid):
+        allowed = f"the mesh's sequence x the model's chunk grid = {stretches} x" if stretches > 1 else "the model's chunk grid,"
+        raise ValueError(f'train.sequence_length is {config.sequence_length}, allowed is a multiple of {allowed} {model.grid}')
     if model.vocab_size < vocab_size:
         raise ValueError(f"model.vocab_size is {model.vocab_size}, allowed is at least the tokenizer's, {vocab_size}")
 

@@ -27,15 +27,7 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
-from nested_jax.training.config import (
-    TrainConfig,
-    check_devices,
-    check_kernels,
-    check_model,
-    check_sequence,
-    claim_folder,
-    lock_folder,
-)
+from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, lock_folder
 from nested_jax.training.distributed import check_same, first_then_others, is_first, total
 from nested_jax.training.faults import faults_of_environment
 from nested_jax.training.goodput import Ledger, summary
@@ -101,8 +93,7 @@ def train(
     sizes = choose_mesh(mesh, model_config, len(devices))
     check_devices(config, batch_shares(sizes))
     check_kernels(config, len(devices))
-    check_model(config, model_config, data.tokenizer.vocab_size)
-    check_sequence(config, model_config, sizes.get('sequence', 1))
+    check_model(config, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
     first_then_others(lambda: claim_folder(config.output, run_config))
     placement = Placement.on(make_mesh(sizes, devices))
     with contextlib.ExitStack() as stack:

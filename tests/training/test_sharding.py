@@ -15,7 +15,7 @@ from nested_jax.models.loss import model_loss
 from nested_jax.models.presets import preset, preset_names
 from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.compiled import collectives, report
-from nested_jax.training.config import TrainConfig, check_sequence
+from nested_jax.training.config import TrainConfig, check_model
 from nested_jax.training.optimizer import make_optimizer
 from nested_jax.training.sharding import Placement, ShardingRules, choose_mesh, make_mesh, parse_mesh, process_rows, recipe
 from nested_jax.training.state import init_state
@@ -144,9 +144,9 @@ def test_meshes_are_chosen():
     in_sequence = preset('hope-tiny', in_sequence=InSequenceConfig((3,)))
     with pytest.raises(ValueError, match='mesh has sequence=8, allowed is 1 where levels are updated within a sequence'):
         choose_mesh('sequence=8', in_sequence, 8)
-    check_sequence(TRAIN, hope, 4)
+    check_model(TRAIN, hope, 256, 4)
     with pytest.raises(ValueError, match="sequence_length is 64, allowed is a multiple of the mesh's sequence x .* grid = 8 x 16"):
-        check_sequence(TRAIN, hope, 8)
+        check_model(TRAIN, hope, 256, 8)
     mesh = make_mesh({'tensor': 2, 'data': 4}, jax.devices())
     assert dict(mesh.shape) == {'data': 4, 'tensor': 2} and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 

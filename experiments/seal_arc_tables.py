@@ -1,0 +1,72 @@
+"""The table and the figure of policies over configurations, from the rows of `experiments/seal_arc.py`."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.racing import interval
+from experiments.tables import check_same
+
+Bounds = tuple[float, float, float]  # mean, lower and upper bound
+
+
+def arc_table(rows: list[dict]) -> list[str]:
+    """Lines of a table, a column for the expected reward on each split and one for what it is above the best constant; none without rows.
+
+    Raises:
+        ValueError: naming a setting in which two seeds differ.
+    """
+    if not rows:
+        return []
+    runs = _by_seed(rows)
+    splits = runs[0]['metrics']['splits']
+    heads = [f'{split}, %' for split in splits], [f'{split}, above the best constant' for split in splits]
+    heads = [head for pair in zip(*heads, strict=True) for head in pair]
+    lines = [f'| expected vote pass@2 on test tasks (n = {len(runs)}) | ' + ' | '.join(heads) + ' |', '| --- ' * (1 + len(heads)) + '|']
+    for arm in _arms(runs):
+        cells = [_cell(_bounds(runs, split, arm, name)) for split in splits for name in ('vote', 'above_constant')]
+        lines.append(f'| {arm} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def draw_arc(rows: list[dict], path: pathlib.Path) -> None:
+    """A panel for each split, a bar for each arm, with the intervals of the table."""
+    runs = _by_seed(rows)
+    splits, names = runs[0]['metrics']['splits'], _arms(runs)
+    figure = Figure(figsize=(6 * len(splits), 1 + 0.28 * len(names)), layout='constrained')
+    for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
+        means, lows, highs = np.array([_bounds(runs, split, arm, 'vote') for arm in names]).T
+        places = np.arange(len(names))[::-1]
+        axes.barh(places, means, xerr=np.maximum([means - lows, highs - means], 0), color='C0', alpha=0.7)
+        axes.axvline(means[names.index('best constant')], color='gray', linestyle=':')
+        axes.set_yticks(places, names)
+        axes.set(title=f'{split}: {splits[split]["tasks"][1]} test tasks', xlabel='expected vote pass@2, %', xlim=(0, 102))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _by_seed(rows: Sequence[dict]) -> list[dict]:
+    """The latest row of each seed, of one configuration."""
+    for row in rows:
+        check_same(rows[0]['config'], row['config'], 'seeds of SEAL on grids')
+    return [row for _, row in sorted({row['seed']: row for row in rows}.items())]
+
+
+def _arms(runs: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(arm for row in runs for part in row['metrics']['splits'].values() for arm in part['arms']))
+
+
+def _bounds(runs: Sequence[dict], split: str, arm: str, name: str) -> Bounds:
+    """In %: over seeds, or over tasks where there is one seed or all agree, as arms without a policy do."""
+    found = [[100 * value for value in row['metrics']['splits'][split]['arms'][arm][name]] for row in runs]
+    if len(runs) == 1 or all(each == found[0] for each in found):
+        return tuple(found[0])
+    mean, half = interval([each[0] for each in found])
+    return mean, mean - half, mean + half
+
+
+def _cell(bounds: Bounds) -> str:
+    mean, low, high = bounds
+    return f'{mean:.1f} [{low:.1f}, {high:.1f}]'

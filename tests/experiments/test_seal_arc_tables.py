@@ -1,0 +1,32 @@
+"""The table and the figure of policies over configurations."""
+
+import pytest
+
+from experiments.seal_arc_tables import arc_table, draw_arc
+
+
+def row(seed: int, **changes) -> dict:
+    def arm(mean: float) -> dict:
+        return dict(vote=[mean, mean - 0.1, mean + 0.1], above_constant=[mean - 0.5, mean - 0.6, mean - 0.4])
+
+    split = dict(tasks=[4, 4], arms={'best constant': arm(0.5), 'rest-em, round 1': arm(0.4 + 0.01 * seed)})
+    return dict(seed=seed, config=dict(rounds=1, seed=seed) | changes, metrics=dict(splits={'one kind': split, 'all kinds': split}))
+
+
+def test_intervals_are_over_tasks_for_one_seed_and_over_seeds_for_more():
+    lines = arc_table([row(0)])
+    assert lines[3] == '| rest-em, round 1 | 40.0 [30.0, 50.0] | -10.0 [-20.0, 0.0] | 40.0 [30.0, 50.0] | -10.0 [-20.0, 0.0] |'
+    lines = arc_table([row(0), row(0), row(1), row(2)])
+    assert 'n = 3' in lines[0] and lines[2].startswith('| best constant | 50.0 [40.0, 60.0] |'), 'what no seed changes is over tasks'
+    assert lines[3].startswith('| rest-em, round 1 | 41.0 [38.5, 43.5] |')
+    assert arc_table([]) == []
+
+
+def test_configurations_are_not_mixed():
+    with pytest.raises(ValueError, match='rounds is 1 and 2'):
+        arc_table([row(0), row(1, rounds=2)])
+
+
+def test_the_figure(tmp_path):
+    draw_arc([row(0), row(1)], tmp_path / 'arms.png')
+    assert (tmp_path / 'arms.png').stat().st_size > 10_000
