@@ -159,6 +159,10 @@ class Ground:
         make = lambda: pretrain(self.model, self.world, train_config(args.pretraining_steps), seed)
         self.params = self.stages.tree('pretrained', make)
 
+    def stage(self, probe: Name, part: str) -> str:
+        """Name of a stage of a probe, another one for every configuration."""
+        return f'{probe}-{config_digest(cell_config(self.args, Cell("transformer", probe, self.seed)))}/{part}'
+
     def texts(self, split: str, count: int) -> list[Text]:
         """New people of a split."""
         return write_texts(self.world, count, split, self.seed)
@@ -207,7 +211,7 @@ def meta(ground: Ground) -> dict[str, Any]:
     """Where adapters start from."""
     texts, control = ground.texts('test', ground.args.tests), 'fresh adapters'
     starts = {control: None}
-    starts |= {name: ground.stages.tree(f'meta-{ground.args.meta_steps}/{steps}', functools.partial(learn_start, ground, steps))
+    starts |= {name: ground.stages.tree(ground.stage('meta', str(steps)), functools.partial(learn_start, ground, steps))
                for name, steps in (('trained without updates', 0), ('meta-learned', PROTOTYPE.steps))}  # fmt: skip
     ask = lambda start, budget: ground.reader.learn_and_ask(ground.params, texts, [None] * len(texts), budget, [0], start).right[:, 0]
     before = {name: ask(start, Budget(0.0, 0)) for name, start in starts.items()}
@@ -296,8 +300,7 @@ def _stream_rows(ground: Ground, people: list[Person]) -> np.ndarray:
 def prompts(ground: Ground) -> dict[str, Any]:
     """What is learned from self-edits of each format."""
     texts, control = ground.texts('test', ground.args.tests), 'self-edit without a header'
-    name = f'prompts-{len(texts)}'
-    written = ground.stages(name, lambda: prompted(ground, texts))
+    written = ground.stages(ground.stage('prompts', 'edits'), lambda: prompted(ground, texts))
     edits = {control: write_edits(ground.model, ground.params, texts, 1, ground.seed)[:, 0].tolist(), 'passage only': [None] * len(texts)}
     edits |= {variant: written[variant].tolist() for variant in KNOWLEDGE_PROMPTS}
     found = {}
@@ -351,16 +354,15 @@ def _draw(ground: Ground, fronts: list[list[int]], header: int, each: int, room:
 def judge_rubric(ground: Ground) -> dict[str, Any]:
     """The rubric's marks of stored self-edits beside their rewards."""
     args, texts = ground.args, ground.texts('train', ground.args.contexts)
-    name = f'rubric-{args.contexts}-{args.each}'
-    edits = ground.stages(f'{name}/edits', lambda: dict(tokens=write_edits(ground.model, ground.params, texts, args.each, ground.seed)))[
-        'tokens'
-    ]
+    edits = ground.stages(
+        ground.stage('rubric', 'edits'), lambda: dict(tokens=write_edits(ground.model, ground.params, texts, args.each, ground.seed))
+    )['tokens']
     scales = [*Rubric._fields, 'total']
     rubrics = [[mark(ground.world, text, edit) for edit in each.tolist()] for text, each in zip(texts, edits, strict=True)]
     marks = np.array([[[*told, told.total] for told in each] for each in rubrics])  # (C, M, scales)
     found = {}
     for budget in BUDGETS:
-        stage = f'{name}/rate-{budget.learning_rate:g}-steps-{budget.steps}'
+        stage = ground.stage('rubric', f'rate-{budget.learning_rate:g}-steps-{budget.steps}')
         stored = Marks(**ground.stages(stage, lambda budget=budget: _rewards(ground, texts, edits, budget)._asdict()))
         right, log_prob = (np.asarray(values).reshape(*edits.shape[:2], 2) for values in stored)
         within = {scale: _within(marks[:, :, index], right.mean(2)) for index, scale in enumerate(scales)}
