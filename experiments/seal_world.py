@@ -146,7 +146,13 @@ class Reader:
         return Marks(*(np.asarray(mark)[:, None] for mark in self._ask_plain(params, *self._questions(people))))
 
     def learn_and_ask(
-        self, params: PyTree, texts: Sequence[Text], edits: Sequence[Edit | None], budget: Budget, repetitions: Sequence[int]
+        self,
+        params: PyTree,
+        texts: Sequence[Text],
+        edits: Sequence[Edit | None],
+        budget: Budget,
+        repetitions: Sequence[int],
+        start: PyTree | None = None,
     ) -> Marks:
         """Marks of updates on each text's edit and passage, or on the passage alone where the edit is None.
 
@@ -156,6 +162,7 @@ class Reader:
             edits: (C,) tokens.
             budget: of every update.
             repetitions: (P,) seeds of adapters.
+            start: adapters that all updates start from; None: fresh ones, of the seeds.
         """
         sequences = [self._sequences(text, edit) for text, edit in zip(texts, edits, strict=True)]
         candidates = [Candidate(part, budget.learning_rate, budget.steps, seed) for part in sequences for seed in repetitions]
@@ -164,7 +171,7 @@ class Reader:
         for places, batch in buckets(candidates, grid=self._grid, shape=SHAPE):
             self.shares.append(real_share(batch))
             filled = [*places, *places[:1] * (batch.tokens.shape[0] - len(places))]
-            marks = self._ask(params, self._learn(params, batch).adapters, *self._questions([people[place] for place in filled]))
+            marks = self._ask(params, self._learn(params, batch, start).adapters, *self._questions([people[place] for place in filled]))
             found[:, places] = np.stack(marks)[:, : len(places)]
         return Marks(*found.reshape(2, len(texts), len(repetitions)))
 

@@ -1,0 +1,61 @@
+"""The probes of SEAL: a smoke run, what they are made of, and bad input."""
+
+import numpy as np
+import pytest
+
+from experiments import seal_probes
+from experiments.grid import Cell
+from experiments.seal_world import Text
+from nested_jax.data.tasks.biographies import World
+
+WORLD, RNG = World(), np.random.default_rng(0)
+PERSON = WORLD.person(RNG, 'test')
+TEXT = Text(PERSON, WORLD.passage(RNG, PERSON))
+
+
+@pytest.mark.exhaustive
+def test_a_smoke_run_answers_all_and_stores_no_row(tmp_path, capsys):
+    assert seal_probes.main(['--smoke', '--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl')]) == 0
+    said = capsys.readouterr().out
+    for arm in ('prompt, trained on its passage', 'meta-learned', 'stacked, one period', 'implications-chain-of-thought', 'rubric'):
+        assert arm in said
+    assert not (tmp_path / 'rows.jsonl').exists() and list(tmp_path.rglob('pretrained.stage'))
+
+
+def test_probes_differ_in_their_configuration_alone():
+    args = seal_probes.Args()
+    configs = [seal_probes.cell_config(args, Cell('transformer', name, 0)) for name in seal_probes.PROBES]
+    assert len({str(config) for config in configs}) == len(seal_probes.PROBES) == len(args.probes)
+    assert seal_probes.cell_config(args, Cell('transformer', 'meta', 1)) != configs[1]
+
+
+def test_only_answers_count_in_a_query():
+    support, query = seal_probes._support_and_query(WORLD, [TEXT] * 4, 3)
+    answers = {WORLD.answer(PERSON, kind) for kind in range(WORLD.attributes)}
+    assert set(query.targets[query.weights > 0].tolist()) == answers and query.weights.sum() == 4 * WORLD.attributes
+    assert support.weights.sum() == 4 * len(TEXT.passage) and set(support.steps.tolist()) == {3}
+
+
+def test_the_rubric_reads_notes_and_differences_are_paired():
+    oracle, wrong = WORLD.oracle(RNG, PERSON), [token for _ in range(4) for token in WORLD.note(RNG, PERSON, 'off-topic')]
+    told, other = (seal_probes.mark(WORLD, TEXT, edit) for edit in (oracle, wrong))
+    assert told.total > other.total and told.correctness > other.correctness == 1 and told.quality == 5
+    assert seal_probes._tell_notes(WORLD, [TEXT] * 2, [oracle, wrong]) == dict(count=4.0, true=0.5)
+    right = RNG.uniform(size=40)
+    assert seal_probes.compare({'one': right + 0.25, 'other': right}, 'other')['one']['above_control'] == pytest.approx((0.25,) * 3)
+
+
+def test_rank_correlation_is_within_passages():
+    marks, rewards = np.array([[1.0, 2, 3], [3, 2, 1], [0, 1, 2]]), np.array([[10.0, 20, 30], [3, 2, 1], [5, 5, 5]])
+    found = seal_probes._within(marks, rewards)
+    assert found['passages'] == 2 and found['mean'] == pytest.approx((1, 1, 1))
+    assert seal_probes._within(marks[2:], rewards[2:]) is None
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('probes', ()), ('tests', 1), ('contexts', 1), ('each', 1), ('meta_steps', 0), ('stream_steps', 6), ('pretraining_steps', 1)],
+)
+def test_bad_arguments_are_named(name, value):
+    with pytest.raises(ValueError, match=f'{name} is .*allowed is'):
+        seal_probes.Args(**{name: value})
