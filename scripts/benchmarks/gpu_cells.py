@@ -23,7 +23,7 @@ import numpy as np
 
 from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.layers.kernels import use_kernels
-from nested_jax.memory import chunk, matrix, matrix_chunks
+from nested_jax.memory import chunk, matrix, matrix_chunks, triangular
 from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
 from nested_jax.training.compiled import matrix_flops
@@ -127,7 +127,9 @@ def all_products(precision: str):
     """Puts another precision in the place of the highest, in the chunk-parallel forms."""
     value = jax.lax.Precision[precision.upper()]
     jax.clear_caches()  # what was traced before has the other one
-    with unittest.mock.patch.object(chunk, '_HIGHEST', value), unittest.mock.patch.object(matrix_chunks, '_HIGHEST', value):
+    with contextlib.ExitStack() as stack:
+        for module in (chunk, matrix_chunks, triangular):
+            stack.enter_context(unittest.mock.patch.object(module, '_HIGHEST', value))
         yield
     jax.clear_caches()
 
