@@ -69,7 +69,7 @@ def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids
     """Sum of a language model's next-token losses over a batch, whose sequences are split where the mesh has an axis `sequence`.
 
     Args:
-        model: a `LanguageModel`.
+        model: a `LanguageModel`, or what has its `config`, `apply` and `head`.
         params: its parameters.
         tokens, targets: (B, T) int32.
         segment_ids: (B, T) int32 documents of packed rows, or None.
