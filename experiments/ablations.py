@@ -142,10 +142,6 @@ class _ReadOnly:
 
     model: LanguageModel
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
         return self.model.apply(variables, *args, update=False, **options)
 

@@ -44,8 +44,13 @@ def is_split() -> bool:
     return axis_size(AXIS, AxisType.Manual) > 1
 
 
+def stretches() -> int:
+    """Devices that a call of `split` would share its sequences over; 1 without such an axis and inside of `split`."""
+    return axis_size(AXIS, AxisType.Auto)
+
+
 def split(function: Callable[[PyTree, PyTree], PyTree], params: PyTree, rows: PyTree, *, grid: int) -> PyTree:
-    """function(params, rows), with the rows split over the axis where the mesh of `jax.set_mesh` has one.
+    """function(params, rows), with the rows split over the axis, which the mesh of `jax.set_mesh` has.
 
     Args:
         function: of parameters and rows to sums over the rows' tokens.
@@ -56,10 +61,7 @@ def split(function: Callable[[PyTree, PyTree], PyTree], params: PyTree, rows: Py
     Raises:
         ValueError: for a T that is no multiple of n x grid.
     """
-    count = axis_size(AXIS, AxisType.Auto)
-    if count == 1:
-        return function(params, rows)
-    length = jax.tree.leaves(rows)[0].shape[1]
+    count, length = stretches(), jax.tree.leaves(rows)[0].shape[1]
     if length % (count * grid):
         raise ValueError(f'the rows have {length} tokens, allowed is a multiple of {AXIS} x grid = {count} x {grid} on this mesh')
     total = lambda params, rows: jax.lax.psum(function(params, rows), AXIS)

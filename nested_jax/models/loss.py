@@ -69,7 +69,7 @@ def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids
     """Sum of a language model's next-token losses over a batch, whose sequences are split where the mesh has an axis `sequence`.
 
     Args:
-        model: a `LanguageModel`, or what has its `config`, `apply` and `head`.
+        model: a `LanguageModel`, or where sequences are not split what has its `apply` and `head`.
         params: its parameters.
         tokens, targets: (B, T) int32.
         segment_ids: (B, T) int32 documents of packed rows, or None.
@@ -81,6 +81,8 @@ def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids
     Raises:
         ValueError: for a length that does not split over the mesh (`sequence.split`).
     """
+    if sequence.stretches() == 1:
+        return _rows_loss(model, params, tokens, targets, segment_ids, weights)
     rows = (tokens, targets, segment_ids, weights)
     return sequence.split(lambda params, rows: _rows_loss(model, params, *rows), params, rows, grid=model.config.grid)
 

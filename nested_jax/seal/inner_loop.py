@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.config import ModelConfig, check
+from nested_jax.config import check
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.optim.levels import Periods, by_level
@@ -162,11 +162,6 @@ class Learner(NamedTuple):
 
     model: LanguageModel
     variables: PyTree
-
-    @property
-    def config(self) -> ModelConfig:
-        """As the model's."""
-        return self.model.config
 
     def apply(self, _: PyTree, *args: Any, **options: Any) -> Any:
         """What the model computes, whatever parameters are handed over."""
