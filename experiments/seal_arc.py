@@ -122,7 +122,8 @@ def _run(args: Args) -> int:
         if not args.smoke and config_digest(config) in {row['config_digest'] for row in read_rows(args.results)}:
             print(f'seed {seed} has a row in {args.results}')
             continue
-        found = {split: arms(args, table, split, seed, Stages(args.runs / config_digest(config))) for split in SPLITS}
+        stages, begun = Stages(args.runs / config_digest(config)), start(args)
+        found = {split: arms(args, table, split, seed, stages, begun) for split in SPLITS}
         hardware, wall = hardware_name(jax.devices()), time.monotonic() - began
         told = dict(seed=seed, config=config, metrics=dict(splits=found), hardware=hardware, wall_s=wall)
         row = make_row(experiment=EXPERIMENT, model='transformer', **told)
@@ -153,12 +154,11 @@ def run_config(args: Args, table: Table, seed: int) -> dict:
     )  # fmt: skip
 
 
-def arms(args: Args, table: Table, split: str, seed: int, stages: Stages) -> dict[str, Any]:
-    """Expected rewards on a split's test tasks, by arm, of the policies after each round."""
+def arms(args: Args, table: Table, split: str, seed: int, stages: Stages, begun: PyTree) -> dict[str, Any]:
+    """Expected rewards on a split's test tasks, by arm, of the policies that begin as `begun`, after each round."""
     train, test = (select(table, SPLITS[split], test=half) for half in (False, True))
     found = baselines(train, test)
     policies = Policies(LanguageModel(model_config()), stages, train, test)
-    begun = start(args)
     found['untrained policy'], _ = policies.expected(f'{_name(split)}/untrained', begun)
     told = {}
     for algorithm in args.algorithms:

@@ -72,11 +72,12 @@ def build_table(params: PyTree, tasks: int, pretraining_steps: int, model_seed: 
         ValueError: when the file has rows of another learner.
     """
     solver, edits, learner = Solver(LanguageModel(model_config())), all_edits(), digest(params)
-    others = {row['metrics']['learner'] for row in read_rows(path)} - {learner}
+    rows = read_rows(path)
+    known, others = {row['config_digest'] for row in rows}, {row['metrics']['learner'] for row in rows} - {learner}
     check(not others, 'table', f'{path} with rows of learner {min(others, default="")[:12]}', f'rows of learner {learner[:12]} alone')
     for index in range(tasks):
         config, began = table_config(pretraining_steps, model_seed, index), time.monotonic()
-        if config_digest(config) in {row['config_digest'] for row in read_rows(path)}:
+        if config_digest(config) in known:
             continue
         task = draw_task(index, family_of(index))
         found, base = solver.rewards(params, task, edits, index), solver.base(params, task)

@@ -16,7 +16,7 @@ self-edits do best there is reported, and 0.003 x 16 beside it, the setting of t
 passages, of differences paired.
 
 The paper's order of arms does not come out at either, in any of three seeds; that training on the best helps and on random ones does not,
-does (README, table). A seed took 844 s of one core, other work on the second.
+does (results/README.md). A seed took 844 s of one core, other work on the second.
 
 Every stage is stored in --runs and done once: the command given again after Ctrl-C or a kill goes on where it stopped.
 """

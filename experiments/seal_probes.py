@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.smoke:
         sizes = dict(tests=4, contexts=4, each=2, meta_steps=2, stream_steps=4, pretraining_steps=4)
-        args = dataclasses.replace(args, seeds=args.seeds[:1], runs=args.runs / 'smoke', **sizes)
+        args = dataclasses.replace(args, seeds=args.seeds[:1], probes=args.probes[:1], runs=args.runs / 'smoke', **sizes)
     cells, config = make_cells(['transformer'], args.probes, args.seeds), functools.partial(cell_config, args)
     ground = functools.cache(lambda seed: Ground(args, seed))
     prepare = lambda model, name: functools.partial(_run_probe, PROBES[name], ground)

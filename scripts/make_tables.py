@@ -36,7 +36,7 @@ PLACE = re.compile(r'(?<=<!-- table: )([a-z_]+)( -->\n).*?(?=<!-- end -->)', re.
 
 
 def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
-    """Lines of every table by its name, which but for the first two is that of its file of rows; none where nothing was run."""
+    """Lines of every table by its name, which but for 'probes' is that of its file of rows; none where nothing was run."""
     rows = lambda name: read_rows(results / f'{name}.jsonl')
     return {
         'hope_pretrain': pretraining_table(best_runs(rows('hope_pretrain'))),

@@ -83,9 +83,9 @@ def gather(rows: PyTree) -> PyTree:
     return jax.shard_map(whole, in_specs=(specs,), out_specs=specs, axis_names=axes, check_vma=False)(rows) if axes else whole(rows)
 
 
-def first_token(length: int) -> jax.Array | None:
-    """() int32 tokens of the sequence before this device's stretch of `length`; None outside of `split`."""
-    return jax.lax.axis_index(AXIS) * length if is_split() else None
+def first_token(length: int) -> jax.Array:
+    """() int32 tokens of the sequence before this device's stretch of `length`. Only inside of `split`."""
+    return jax.lax.axis_index(AXIS) * length
 
 
 def stretch(rows: jax.Array, length: int) -> jax.Array:

@@ -16,7 +16,7 @@ def invert_unit_lower(strict: jax.Array) -> jax.Array:
     """Inverse of I + `strict`, by doubling the blocks that are inverted.
 
     It needs no powers of `strict`, which overflow with correlated keys, and no LAPACK, whose batched triangular solve is slower
-    on CPU and, when two of them run at once (jaxlib 0.10.2), can wait for ever.
+    on CPU, and with which hope-tiny's step could wait for ever on two cores (jaxlib 0.10.2).
 
     Args:
         strict: (..., C, C) strictly lower triangular, float32 or float64.

@@ -13,12 +13,19 @@ PERSON = WORLD.person(RNG, 'test')
 TEXT = Text(PERSON, WORLD.passage(RNG, PERSON))
 
 
-@pytest.mark.exhaustive
-def test_a_smoke_run_answers_all_and_stores_no_row(tmp_path, capsys):
-    assert seal_probes.main(['--smoke', '--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl')]) == 0
-    said = capsys.readouterr().out
-    for arm in ('prompt, trained on its passage', 'meta-learned', 'stacked, one period', 'implications-chain-of-thought', 'rubric'):
-        assert arm in said
+PROBES = {
+    'test-time': 'prompt, trained on its passage', 'meta': 'meta-learned', 'stacking': 'stacked, one period',
+    'prompts': 'implications-chain-of-thought', 'rubric': 'rubric',
+}  # fmt: skip
+# The first is the one that --smoke alone runs.
+SMOKES = [pytest.param(*each, marks=pytest.mark.exhaustive if index else pytest.mark.slow) for index, each in enumerate(PROBES.items())]
+
+
+@pytest.mark.parametrize(('probe', 'arm'), SMOKES)
+def test_a_smoke_run_answers_and_stores_no_row(probe, arm, tmp_path, capsys):
+    chosen = () if probe == 'test-time' else ('--probes', probe)
+    assert seal_probes.main(['--smoke', *chosen, '--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl')]) == 0
+    assert arm in capsys.readouterr().out
     assert not (tmp_path / 'rows.jsonl').exists() and list(tmp_path.rglob('pretrained.stage'))
 
 

@@ -62,6 +62,6 @@ def test_inverse_derivative(x64):
 
 
 def test_no_lapack():
-    """Its batched triangular solve waits for ever when two run at once (jaxlib 0.10.2)."""
+    """With its batched triangular solve a step of hope-tiny could wait for ever (jaxlib 0.10.2, two cores)."""
     program = jax.jit(jax.grad(lambda s: jnp.sum(triangular.solve_unit_lower(s, s)))).lower(jnp.zeros((2, 16, 16)))
     assert 'trsm' not in program.as_text() and 'triangular_solve' not in program.as_text()

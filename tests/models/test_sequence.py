@@ -73,6 +73,7 @@ def check_collectives(compiled, config):
     gathered = {each.shapes[0][1] for each in found if each.kind == 'all-gather'}
     tokens = (ROWS, LENGTH // 4, config.width)  # of the gradient of the table of tokens, over the batch
     assert gathered <= ({heads, tokens} if 'attention' in config.unit else {tokens})
+    assert heads in gathered or 'attention' not in config.unit
     if config.unit != ('attention',):
         scans = config.num_layers // len(config.unit)
         assert ROUNDS * scans in permuted
