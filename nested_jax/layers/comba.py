@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context
 from nested_jax.layers.gated_delta_rule import GatedDeltaRuleState
-from nested_jax.layers.kernels import delta_rule_implementation
+from nested_jax.layers.kernels import delta_rule_form
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.memory.matrix import delta_rule
 
@@ -36,11 +36,10 @@ class Comba(nn.Module):
         erase = feedback[None, None] * beta
         if not context.update:
             log_alpha, beta, erase = jnp.zeros_like(log_alpha), jnp.zeros_like(beta), jnp.zeros_like(erase)
-        size = self.config.memory.chunk_size
         y, memory = delta_rule(
             inputs.query - (correction * feedback)[None, None, :, None] * inputs.key, inputs.key, inputs.value, beta, log_alpha,
             erase=erase, state=None if state is None else state.memory, segment_ids=context.segment_ids,
-            chunk_size=size, implementation=delta_rule_implementation(x.shape[1], size, inputs.value.dtype),
+            **delta_rule_form(self.config.memory.chunk_size, inputs.key, inputs.value),
         )  # fmt: skip
         rows = block.norm(y).astype(inputs.output_gate.dtype) * jax.nn.sigmoid(inputs.output_gate)
         y = block.output_projection(rows.reshape(*x.shape[:2], -1))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context
-from nested_jax.layers.kernels import delta_rule_implementation
+from nested_jax.layers.kernels import delta_rule_form
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.memory.matrix import delta_rule
 
@@ -39,10 +39,9 @@ class GatedDeltaRule(nn.Module):
         beta = (2.0 if self.config.memory.negative_eigenvalues else 1.0) * jax.nn.sigmoid(inputs.gates['eta'])
         if not context.update:
             log_alpha, beta = None, jnp.zeros_like(beta)
-        size = self.config.memory.chunk_size
         y, memory = delta_rule(
             inputs.query, inputs.key, inputs.value, beta, log_alpha,
             state=None if state is None else state.memory, segment_ids=context.segment_ids,
-            chunk_size=size, implementation=delta_rule_implementation(x.shape[1], size, inputs.value.dtype),
+            **delta_rule_form(self.config.memory.chunk_size, inputs.key, inputs.value),
         )  # fmt: skip
         return block.output(y, inputs.output_gate), (GatedDeltaRuleState(memory, inputs.convolution) if context.update else state)

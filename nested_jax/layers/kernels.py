@@ -6,7 +6,9 @@
 It is chosen around what is traced and is no part of a model's configuration: results differ by rounding only. A layer takes a kernel for
 the calls that it can do, and plain JAX for the others:
 
-    'gpu'  softmax attention of one document from its start, in bfloat16 or float16: cuDNN's
+    'gpu'  softmax attention of one document from its start, in bfloat16 or float16: cuDNN's; and the (gated) delta rule, more than a
+           token at a time in bfloat16, with heads of 64 or 128, where there is one device: `memory/kernels/delta_rule_gpu.py`, for
+           Hopper. It does not split over devices.
     'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`,
            which has never run on a TPU yet. It does not split over devices.
 """
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 from nested_jax.config import check
 
 KernelSet = Literal['plain', 'gpu', 'tpu']
+_GPU_CHUNK = 64  # tokens; 128 takes twice as many operations and half as many steps
 # Part of the key under which jax.jit keeps what it has traced.
 _chosen = jax.make_user_context(default_value='plain')
 
@@ -42,7 +45,18 @@ def attention_implementation(dtype: jnp.dtype) -> str:
     return 'cudnn' if _chosen.value == 'gpu' and dtype in (jnp.bfloat16, jnp.float16) else 'xla'
 
 
-def delta_rule_implementation(length: int, chunk_size: int, dtype: jnp.dtype) -> str:
-    """What `nested_jax.memory.matrix.delta_rule` shall take for a call of `length` tokens with values in `dtype`."""
-    fits = length > 1 and chunk_size % 16 == 0 and dtype in (jnp.float32, jnp.bfloat16)
-    return 'pallas_tpu' if _chosen.value == 'tpu' and fits else 'jax'
+def delta_rule_form(chunk_size: int, k: jax.Array, v: jax.Array) -> dict[str, str | int]:
+    """What a call of `nested_jax.memory.matrix.delta_rule` with k and v (B, T, H, D) shall take as `implementation` and `chunk_size`.
+
+    The size of chunks does not change the result, and the GPU's kernel has its own.
+    """
+    if k.shape[1] == 1:
+        return dict(implementation='jax', chunk_size=chunk_size)
+    if _chosen.value == 'tpu' and chunk_size % 16 == 0 and v.dtype in (jnp.float32, jnp.bfloat16):
+        return dict(implementation='pallas_tpu', chunk_size=chunk_size)
+    if _chosen.value == 'gpu' and v.dtype == jnp.bfloat16 and jax.device_count() == 1:
+        from nested_jax.memory.kernels.chunk_scan import fits  # most programs need no Pallas
+
+        if fits(_GPU_CHUNK, k.shape[3], v.shape[3]):
+            return dict(implementation='pallas_gpu', chunk_size=_GPU_CHUNK)
+    return dict(implementation='jax', chunk_size=chunk_size)

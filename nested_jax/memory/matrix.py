@@ -115,8 +115,8 @@ def delta_rule(
         log_decay: (B, T, H) g_t <= 0, -inf allowed; None for no decay.
         erase: (B, T, H) erasing strengths, beta when None; stable in (0, 2).
         state, initial, segment_ids, chunk_size: as in `linear_attention`.
-        implementation: 'jax', or 'pallas_tpu' for the kernel of `kernels/delta_rule.py`, which takes segment_ids where `initial` is None,
-            float32 or bfloat16 and chunks of a multiple of 16.
+        implementation: 'jax', or 'pallas_tpu' or 'pallas_gpu' for the kernels of `kernels/delta_rule.py`, which take segment_ids where
+            `initial` is None, and the dtypes and sizes said there.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state in float32 (float64 for float64 inputs).
@@ -126,9 +126,10 @@ def delta_rule(
     """
     gates = {'beta': beta, 'log_decay': log_decay, 'erase': erase}
     size = check_arguments(q, k, v, gates, state, initial, segment_ids, chunk_size, grid=False)
-    if _choose(implementation, None if initial is None else segment_ids) == 'pallas_tpu':
-        log_decay = _forget_segments(log_decay, beta, segment_ids)
-        return _kernels().delta_rule(q, k, v, beta, log_decay, erase=erase, state=state, initial=initial, chunk_size=size)
+    platform = _choose(implementation, None if initial is None else segment_ids)
+    if platform is not None:
+        common = dict(erase=erase, state=state, initial=initial, chunk_size=size, platform=platform)
+        return _kernels().delta_rule(q, k, v, beta, _forget_segments(log_decay, beta, segment_ids), **common)
     if q.shape[1] == 1:
         return delta_rule_reference(q, k, v, beta, log_decay, erase=erase, state=state, initial=initial, segment_ids=segment_ids)
     beta, erase = (gate.astype(_wide(q, k, v)) for gate in (beta, beta if erase is None else erase))
@@ -193,7 +194,7 @@ def delta_gradient_descent(
         initial, segment_ids: as in `linear_attention`. A segment that begins inside a chunk reads `initial` as its anchor until the chunk
             ends, so its result depends on where it lies on the grid.
         chunk_size: tokens computed in parallel, and the grid of 'chunk' and 'anchor', which counts from the first call's first token.
-        implementation: as in `delta_rule`; 'pallas_tpu' takes gradient='token' and read='running' only, and no segment_ids.
+        implementation: as in `delta_rule`; kernels take gradient='token' and read='running' only, and no segment_ids.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state in float32 (float64 for float64 inputs): a `MemoryState` with
@@ -203,10 +204,11 @@ def delta_gradient_descent(
         ValueError: for an unknown option, shapes that don't fit one another, a chunk_size below 1 or what the implementation does not take.
     """
     grid = _check_options(objective, gradient, read)
-    if _choose(implementation, segment_ids) == 'pallas_tpu':
+    platform = _choose(implementation, segment_ids)
+    if platform is not None:
         if grid:
-            raise ValueError(f"implementation 'pallas_tpu' takes gradient='token' and read='running', got {gradient!r} and {read!r}")
-        common = dict(objective=objective, state=state, initial=initial, chunk_size=chunk_size)
+            raise ValueError(f"implementation {implementation!r} takes gradient='token' and read='running', got {gradient!r} and {read!r}")
+        common = dict(objective=objective, state=state, initial=initial, chunk_size=chunk_size, platform=platform)
         return _kernels().delta_gradient_descent(q, k, v, eta, log_alpha, **common)
     chunk_size = check_arguments(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, segment_ids, chunk_size, grid=grid)
     if q.shape[1] == 1:
@@ -303,13 +305,14 @@ def _check_options(objective: str, gradient: str, read: str) -> bool:
     return gradient == 'chunk' or read == 'anchor'
 
 
-def _choose(implementation: str, segment_ids: jax.Array | None) -> str:
-    """Raise ValueError for an unknown implementation, or a kernel with segments that it does not take; return it."""
-    if implementation not in ('jax', 'pallas_tpu'):
-        raise ValueError(f"implementation must be one of ('jax', 'pallas_tpu'), got {implementation!r}")
-    if implementation == 'pallas_tpu' and segment_ids is not None:
-        raise ValueError("segment_ids must be None with implementation 'pallas_tpu', got an array")
-    return implementation
+def _choose(implementation: str, segment_ids: jax.Array | None) -> str | None:
+    """The platform of the implementation's kernels, None without; ValueError for an unknown one, or for segments with kernels."""
+    platforms = {'jax': None, 'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu'}
+    if implementation not in platforms:
+        raise ValueError(f'implementation must be one of {tuple(platforms)}, got {implementation!r}')
+    if implementation != 'jax' and segment_ids is not None:
+        raise ValueError(f'segment_ids must be None with implementation {implementation!r}, got an array')
+    return platforms[implementation]
 
 
 def _forget_segments(log_decay: jax.Array | None, beta: jax.Array, segment_ids: jax.Array | None) -> jax.Array | None:

@@ -82,25 +82,25 @@ def solve_unit_lower(strict: jax.Array, rows: jax.Array) -> jax.Array:
     """(I + `strict`)^-1 `rows`. The derivative is written out because it needs no product of two inverses.
 
     Args:
-        strict: (..., C, C) strictly lower triangular, float32 or float64.
-        rows: (..., C, D).
+        strict: (..., C, C) strictly lower triangular, float32 or float64; the inverse is computed in its dtype.
+        rows: (..., C, D); products are computed in its dtype.
 
     Returns:
-        (..., C, D).
+        (..., C, D) in the dtype of `rows`.
     """
-    return jnp.matmul(invert_unit_lower(strict), rows, precision=_HIGHEST)
+    return _solve_forward(strict, rows)[0]
 
 
-def _solve_forward(strict: jax.Array, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    inverse = invert_unit_lower(strict)
+def _solve_forward(strict: jax.Array, rows: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    inverse = invert_unit_lower(strict).astype(rows.dtype)
     solved = jnp.matmul(inverse, rows, precision=_HIGHEST)
-    return solved, (inverse, solved)
+    return solved, (inverse, solved, jnp.zeros((), strict.dtype))
 
 
-def _solve_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    inverse, solved = saved
+def _solve_backward(saved: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    inverse, solved, like = saved
     rows = outer(inverse, cotangent, _HIGHEST)
-    return -jnp.tril(inner(rows, solved, _HIGHEST), -1), rows
+    return -jnp.tril(inner(rows, solved, _HIGHEST), -1).astype(like.dtype), rows
 
 
 solve_unit_lower.defvjp(_solve_forward, _solve_backward)

@@ -114,7 +114,11 @@ def work(names: list[str], settings: Settings, output: pathlib.Path, cells: tupl
             continue
         for metrics in found:
             config = dict(cell=name, model=metrics['model'], what=metrics['what'], repeats=settings.repeats)
-            config |= {key: metrics[key] for key in ('batch', 'time', 'heads', 'dim', 'length', 'accumulation', 'remat') if key in metrics}
+            config |= {
+                key: metrics[key]
+                for key in ('batch', 'time', 'heads', 'dim', 'length', 'accumulation', 'remat', 'chunk_size')
+                if key in metrics
+            }
             wall = time.monotonic() - begun
             row = make_row(
                 experiment='bench_gpu', model=metrics['model'], seed=0, config=config, metrics=metrics, hardware=hardware, wall_s=wall

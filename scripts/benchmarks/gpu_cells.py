@@ -24,6 +24,7 @@ import numpy as np
 from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.layers.kernels import use_kernels
 from nested_jax.memory import chunk, matrix, matrix_chunks, triangular
+from nested_jax.memory.kernels.chunk_scan import fits
 from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
 from nested_jax.training.compiled import matrix_flops
@@ -75,9 +76,9 @@ def delta_rule_inputs(shape: Shape, dtype) -> tuple[jax.Array, ...]:
     return unit(rows(keys[0])), unit(rows(keys[1])), rows(keys[2]).astype(dtype), gate(keys[3]), jnp.log1p(-0.1 * gate(keys[4]))
 
 
-def delta_rule_reference(shape: Shape) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
+def delta_rule_reference(shape: Shape, gated: bool = True) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
     """Inputs of at most 256 tokens, and the outputs and gradients of the token-by-token form in float32."""
-    inputs = delta_rule_inputs(shape._replace(batch=1, time=min(shape.time, 256)), jnp.float32)
+    inputs = delta_rule_inputs(shape._replace(batch=1, time=min(shape.time, 256)), jnp.float32)[: 5 if gated else 4]
     rule = lambda *args: matrix.delta_rule_reference(*args)[0]
     with jax.default_matmul_precision('highest'):
         return inputs, jax.jit(lambda inputs: [rule(*inputs), *gradients(rule, inputs)])(inputs)
@@ -103,23 +104,42 @@ def plain_delta_rule(chunk_size: int, dtype: str, precision: str) -> Callable[[S
     """The plain-JAX form, forward and backward. `precision` is that of the products that are otherwise computed at the highest."""
 
     def run(settings: Settings) -> list[dict]:
-        return [one(shape, settings) for shape in shapes(settings)]
-
-    def one(shape: Shape, settings: Settings) -> dict:
         rule = lambda *args: matrix.delta_rule(*args, chunk_size=chunk_size)[0]
-        inputs, expected = delta_rule_reference(shape)
-        as_given = lambda inputs: (*(x.astype(dtype) for x in inputs[:3]), *inputs[3:])
-        both = jax.jit(lambda inputs: [rule(*inputs), *gradients(rule, inputs)])
+        name = f'jax, chunk {chunk_size}, {dtype}, {precision}'
         with all_products(precision):
-            error = largest_error(both(as_given(inputs)), expected)
-            inputs = delta_rule_inputs(shape, dtype)
-            forward, _ = compile_timed(lambda inputs: rule(*inputs), inputs)
-            backward, seconds = compile_timed(lambda inputs: gradients(rule, inputs), inputs)
-        return kernel_row('gated delta rule', f'jax, chunk {chunk_size}, {dtype}, {precision}', shape, error) | kernel_times(
-            lambda: jax.block_until_ready(forward(inputs)), lambda: jax.block_until_ready(backward(inputs)), settings
-        ) | dict(temporary_mib=backward.memory_analysis().temp_size_in_bytes / 2**20, compile_s=seconds)  # fmt: skip
+            return [time_rule(rule, name, shape, settings, dtype=dtype) for shape in shapes(settings)]
 
     return run
+
+
+def kernel_delta_rule(gated: bool) -> Callable[[Settings], list[dict]]:
+    """With the kernel of a GPU, in chunks of 64."""
+
+    def run(settings: Settings) -> list[dict]:
+        rule = lambda *args: matrix.delta_rule(*args, implementation='pallas_gpu')[0]
+        sizes = [shape for shape in shapes(settings) if fits(64, shape.dim, shape.dim) and jax.default_backend() == 'gpu']
+        return [time_rule(rule, 'kernel', shape, settings, gated=gated) for shape in sizes]
+
+    return run
+
+
+def time_rule(rule: Callable, name: str, shape: Shape, settings: Settings, *, dtype: str = 'bfloat16', gated: bool = True) -> dict:
+    """A row of one of our forms, forward and backward, checked against the reference."""
+    inputs, expected = delta_rule_reference(shape, gated)
+    as_given = lambda inputs: (*(x.astype(dtype) for x in inputs[:3]), *inputs[3:])
+    both = jax.jit(lambda inputs: [rule(*inputs), *gradients(rule, inputs)])
+    error = largest_error(both(as_given(inputs)), expected)
+    inputs = delta_rule_inputs(shape, dtype)[: len(inputs)]
+    forward, _ = compile_timed(lambda inputs: rule(*inputs), inputs)
+    backward, seconds = compile_timed(lambda inputs: gradients(rule, inputs), inputs)
+    return kernel_row(rule_name(gated), name, shape, error) | kernel_times(
+        lambda: jax.block_until_ready(forward(inputs)), lambda: jax.block_until_ready(backward(inputs)), settings
+    ) | dict(temporary_mib=backward.memory_analysis().temp_size_in_bytes / 2**20, compile_s=seconds)  # fmt: skip
+
+
+def rule_name(gated: bool) -> str:
+    """What a row is of."""
+    return 'gated delta rule' if gated else 'delta rule'
 
 
 @contextlib.contextmanager
@@ -139,28 +159,44 @@ def kernel_row(what: str, model: str, shape: Shape, error: float) -> dict:
     return dict(what=what, model=model, **shape._asdict(), tokens=shape.batch * shape.time, error=error)
 
 
-def kernel_times(forward: Callable, backward: Callable, settings: Settings) -> dict:
+def kernel_times(forward: Callable, backward: Callable | None, settings: Settings) -> dict:
     """Milliseconds of a synchronised forward pass, and of a forward and backward one."""
-    first, both = measure(forward, settings.repeats), measure(backward, settings.repeats)
+    first = measure(forward, settings.repeats)
+    if backward is None:
+        return dict(forward_ms=1e3 * first.median, fastest_ms=1e3 * first.fastest, slowest_ms=1e3 * first.slowest)
+    both = measure(backward, settings.repeats)
     return dict(forward_ms=1e3 * first.median, both_ms=1e3 * both.median, fastest_ms=1e3 * both.fastest, slowest_ms=1e3 * both.slowest)
 
 
-def fla_delta_rule(settings: Settings) -> list[dict]:
-    """flash-linear-attention's Triton kernel, checked against our reference."""
-    if any(importlib.util.find_spec(name) is None for name in ('torch', 'fla')):
-        print('flash-linear-attention cannot be imported here: that comparison is left out', flush=True)
-        return []
+def fla_delta_rule(gated: bool, backward: bool) -> Callable[[Settings], list[dict]]:
+    """flash-linear-attention's Triton kernels, checked against our reference. `backward`: forward and backward, else forward alone.
+
+    Its gated backward pass raises with Triton 3.4 to 3.7.0 on Hopper, where it would be wrong.
+    """
+
+    def run(settings: Settings) -> list[dict]:
+        if any(importlib.util.find_spec(name) is None for name in ('torch', 'fla')):
+            print('flash-linear-attention cannot be imported here: that comparison is left out', flush=True)
+            return []
+        return [time_fla(shape, settings, gated, backward) for shape in shapes(settings)]
+
+    return run
+
+
+def time_fla(shape: Shape, settings: Settings, gated: bool, backward: bool) -> dict:
+    """A row of flash-linear-attention's kernel."""
     import torch
 
     # By name: no extra offers it, since it is of use with CUDA only (fla-core on the package index).
-    chunk_gated_delta_rule = importlib.import_module('fla.ops.gated_delta_rule').chunk_gated_delta_rule
+    module, name = ('gated_delta_rule', 'chunk_gated_delta_rule') if gated else ('delta_rule', 'chunk_delta_rule')
+    kernel = getattr(importlib.import_module(f'fla.ops.{module}'), name)
 
     def tensors(inputs):
         made = [torch.tensor(np.asarray(x, np.float32), device='cuda') for x in inputs]
         return [x.to(torch.bfloat16).requires_grad_() for x in made[:3]] + [x.requires_grad_() for x in made[3:]]
 
-    def rule(q, k, v, beta, log_decay):
-        return chunk_gated_delta_rule(q=q, k=k, v=v, g=log_decay, beta=beta, scale=1.0)[0]
+    def rule(q, k, v, beta, *log_decay):
+        return kernel(q=q, k=k, v=v, beta=beta, scale=1.0, **({'g': log_decay[0]} if gated else {}))[0]
 
     def synchronised(function):
         def call():
@@ -169,18 +205,16 @@ def fla_delta_rule(settings: Settings) -> list[dict]:
 
         return call
 
-    rows = []
-    for shape in shapes(settings):
-        inputs, expected = delta_rule_reference(shape)
-        given = tensors(inputs)
-        y = rule(*given)
-        got = [y, *torch.autograd.grad((y.float() ** 2).sum(), given)]
-        error = largest_error([x.detach().float().cpu().numpy() for x in got], expected)
-        given = tensors(delta_rule_inputs(shape, jnp.bfloat16))
-        backward = lambda given=given: torch.autograd.grad((rule(*given).float() ** 2).sum(), given)
-        times = kernel_times(synchronised(lambda given=given: rule(*given)), synchronised(backward), settings)
-        rows.append(kernel_row('gated delta rule', 'flash-linear-attention', shape, error) | times)
-    return rows
+    inputs, expected = delta_rule_reference(shape, gated)
+    gradients_of = lambda given, y: torch.autograd.grad((y.float() ** 2).sum(), given)
+    given = tensors(inputs)
+    y = rule(*given)
+    got = [y, *gradients_of(given, y)] if backward else [y]
+    error = largest_error([x.detach().float().cpu().numpy() for x in got], expected[: len(got)])
+    given = tensors(delta_rule_inputs(shape, jnp.bfloat16)[: len(inputs)])
+    both = synchronised(lambda: gradients_of(given, rule(*given))) if backward else None
+    times = kernel_times(synchronised(lambda: rule(*given)), both, settings)
+    return kernel_row(rule_name(gated), 'flash-linear-attention', shape, error) | times
 
 
 def attention(implementation: str) -> Callable[[Settings], list[dict]]:
@@ -218,12 +252,16 @@ class Training(NamedTuple):
     length: int
     accumulation: int = 1
     remat: str = 'block'
+    chunk_size: int | None = None  # of the memories; the preset's where None
 
     def __call__(self, settings: Settings) -> list[dict]:
         """The row of tokens a second."""
         job = self if not settings.smoke else self._replace(batch=2 * self.accumulation, length=32)
         options = dict(dtype='bfloat16', max_length=job.length, remat=self.remat, scan_layers=True)
         config = preset(self.name, **options, **(_TINY if settings.smoke else {}))
+        if self.chunk_size is not None:
+            memory = dataclasses.replace(config.memory, chunk_size=self.chunk_size, projection_chunk_size=self.chunk_size)
+            config = dataclasses.replace(config, memory=memory)
         with use_kernels('gpu' if jax.default_backend() == 'gpu' else 'plain'):
             error = check_loss(config, min(job.length, 512))
             step, sizes = job.compile(config)
@@ -251,8 +289,8 @@ class Training(NamedTuple):
         compiled = jax.jit(step, donate_argnums=0).lower(state, (tokens, tokens)).compile()
         seconds, memory = time.perf_counter() - begun, compiled.memory_analysis()
         sizes = dict(
-            compile_s=seconds, temporary_gib=memory.temp_size_in_bytes / 2**30, arguments_gib=memory.argument_size_in_bytes / 2**30,
-            parameters=num_parameters(state.params),
+            compile_s=seconds, from_cache=jax.config.jax_compilation_cache_dir is not None, parameters=num_parameters(state.params),
+            temporary_gib=memory.temp_size_in_bytes / 2**30, arguments_gib=memory.argument_size_in_bytes / 2**30,
         )  # fmt: skip
         held = [state]
         del state
@@ -301,9 +339,11 @@ def shares(flops: dict[str, float], tokens_per_second: float) -> dict[str, float
     return dict(mfu=used('model'), algorithmic_utilisation=used('algorithmic'))
 
 
-def _training(name: str, length: int, budget_s: float, batch: int = 8, accumulation: int = 1, remat: str = 'block') -> Cell:
-    job = Training(name, batch, length, accumulation, remat)
-    return Cell(f'{name} at {length}', budget_s, job)
+def _training(
+    name: str, length: int, budget_s: float, batch: int = 8, accumulation: int = 1, remat: str = 'block', chunk_size: int | None = None
+) -> Cell:
+    job = Training(name, batch, length, accumulation, remat, chunk_size)
+    return Cell(f'{name} at {length}' + (f', chunk {chunk_size}' if chunk_size else ''), budget_s, job)
 
 
 def _plain(chunk_size: int, dtype: str, precision: str) -> Cell:
@@ -311,15 +351,21 @@ def _plain(chunk_size: int, dtype: str, precision: str) -> Cell:
 
 
 CELLS = (
+    Cell('delta rule, kernel', 40, kernel_delta_rule(gated=True)),
     _plain(64, 'bfloat16', 'highest'),
-    Cell('delta rule, flash-linear-attention', 60, fla_delta_rule),
-    _training('transformer-124m', 1024, 75, batch=512, accumulation=16, remat='none'),
+    Cell('delta rule without gate, kernel', 40, kernel_delta_rule(gated=False)),
+    Cell('delta rule without gate, flash-linear-attention', 75, fla_delta_rule(gated=False, backward=True)),
+    Cell('delta rule forward, flash-linear-attention', 60, fla_delta_rule(gated=True, backward=False)),
     _training('transformer-124m', 4096, 60, remat='none'),
-    _training('hope-124m', 4096, 90),
-    _training('hope-linear-124m', 4096, 75),
     _training('gated-deltanet-124m', 4096, 75),
-    _plain(64, 'bfloat16', 'default'),
+    _training('hope-linear-124m', 4096, 75, batch=32, chunk_size=64),
+    _training('hope-124m', 4096, 90, batch=16, chunk_size=64),
     Cell('attention, cudnn', 30, attention('cudnn')),
+    _training('transformer-124m', 1024, 75, batch=512, accumulation=16, remat='none'),
+    _training('hope-linear-124m', 4096, 75),
+    _training('hope-124m', 4096, 90),
+    Cell('delta rule, flash-linear-attention', 60, fla_delta_rule(gated=True, backward=True)),
+    _plain(64, 'bfloat16', 'default'),
     _training('hope-linear-124m', 32_768, 75, batch=1),
     _training('transformer-124m', 32_768, 60, batch=1, remat='none'),
     _training('hope-340m', 4096, 90, batch=4),

@@ -1,13 +1,15 @@
-"""Pallas kernels for TPU: the gated delta rule and token-wise delta gradient descent, forward and backward.
+"""The gated delta rule and token-wise delta gradient descent by Pallas kernels, forward and backward: those for TPU, which are here, and
+for NVIDIA GPUs (`delta_rule_gpu.py`).
 
-Both rules are S_t = a_t S_{t-1} + k_t (rate_t v_t - erase_t S_{t-1}^T k_t)^T, y_t = S_t^T q_t. The delta rule decays S before it erases,
-so its erase is e^{g_t} times the erasing strength; DGD erases from S as it was, so its erase is 2 eta, or eta for 'dot', with no decay.
+Both rules are S_t = a_t S_{t-1} + k_t (rate_t v_t - erase_t S_{t-1}^T k_t)^T, y_t = S_t^T q_t. The delta rule decays S before it
+erases, so its erase is e^{g_t} times the erasing strength; DGD erases from S as it was, so its erase is 2 eta, or eta for 'dot', with
+no decay.
 
-The grid is (batch x heads, chunks). The state stays in VMEM from chunk to chunk, and decays, triangular solve, write and read of a chunk
-happen between one load of its tokens and one store of y. The backward kernel goes over the chunks in reverse, from the states they
-started from, and differentiates the same chunk. All products are in float32.
+On TPU the grid is (batch x heads, chunks). The state stays in VMEM from chunk to chunk, and decays, triangular solve, write and read
+of a chunk happen between one load of its tokens and one store of y. The backward kernel goes over the chunks in reverse, from the states
+they started from, and differentiates the same chunk. All products are in float32.
 
-Never run on a TPU yet: tested in interpret mode, and compiled ahead of time for v5e.
+Those for TPU have never run on one yet: tested in interpret mode, and compiled ahead of time for v5e.
 """
 
 import functools
@@ -18,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nested_jax.memory import matrix
+from nested_jax.memory.kernels import chunk_scan, delta_rule_gpu
 
 # exp(-1e4) is exactly zero, and sums of it stay finite.
 _LOG_ZERO = -1e4
@@ -35,26 +38,29 @@ def delta_rule(
     state: jax.Array | None = None,
     initial: jax.Array | None = None,
     chunk_size: int = 64,
+    platform: str = 'tpu',
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`nested_jax.memory.matrix.delta_rule` as one TPU kernel; arXiv:2412.06464v3, Eq. (10).
+    """`nested_jax.memory.matrix.delta_rule` by kernels; arXiv:2412.06464v3, Eq. (10).
 
     Args:
-        q, k, v, beta, log_decay, erase, state, initial: as there, in float32 or bfloat16. There are no segments.
-        chunk_size: tokens computed in parallel, a multiple of 16.
-        interpret: run the kernel step by step on any platform.
+        q, k, v, beta, log_decay, erase, state, initial: as there, in float32 or bfloat16. There are no segments. On 'gpu' q, k and v are
+            bfloat16, D_k is 64 or 128 and D_v a multiple of 64.
+        chunk_size: tokens computed in parallel, a multiple of 16, and 64 or 128 on 'gpu'.
+        platform: 'tpu' or 'gpu'.
+        interpret: run the kernels step by step on any platform.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state (B, H, D_k, D_v) in float32.
 
     Raises:
-        ValueError: for shapes that don't fit one another, another dtype or a chunk_size that is no multiple of 16.
+        ValueError: for shapes that don't fit one another or the platform, another dtype or chunk_size.
     """
     gates = {'beta': beta, 'log_decay': log_decay, 'erase': erase}
-    _check(q, k, v, gates, state, initial, chunk_size)
+    _check(q, k, v, gates, state, initial, chunk_size, platform)
     decay = jnp.zeros(beta.shape, jnp.float32) if log_decay is None else log_decay.astype(jnp.float32)
     erase = (beta if erase is None else erase).astype(jnp.float32) * jnp.exp(decay)
-    return _run(q, k, v, (beta, erase, decay), state, initial, chunk_size, interpret)
+    return _run(q, k, v, (beta, erase, decay), state, initial, chunk_size, platform, interpret)
 
 
 def delta_gradient_descent(
@@ -68,15 +74,16 @@ def delta_gradient_descent(
     state: jax.Array | None = None,
     initial: jax.Array | None = None,
     chunk_size: int = 64,
+    platform: str = 'tpu',
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`nested_jax.memory.matrix.delta_gradient_descent` with gradient='token' and read='running' as one TPU kernel.
+    """`nested_jax.memory.matrix.delta_gradient_descent` with gradient='token' and read='running' by kernels.
 
     Eq. (88), arXiv:2512.24695v1, transposed.
 
     Args:
-        q, k, v, eta, log_alpha, objective, state, initial: as there, in float32 or bfloat16. There are no segments.
-        chunk_size, interpret: as in `delta_rule`.
+        q, k, v, eta, log_alpha, objective, state, initial: as there, in dtypes and sizes as for `delta_rule`. There are no segments.
+        chunk_size, platform, interpret: as in `delta_rule`.
 
     Returns:
         (B, T, H, D_v) y in q's dtype, and the last state (B, H, D_k, D_v) in float32.
@@ -86,22 +93,35 @@ def delta_gradient_descent(
     """
     if objective not in ('l2', 'dot'):
         raise ValueError(f"objective must be one of ('l2', 'dot'), got {objective!r}")
-    _check(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, chunk_size)
+    _check(q, k, v, {'eta': eta, 'log_alpha': log_alpha}, state, initial, chunk_size, platform)
     gates = (eta, 2 * eta if objective == 'l2' else eta, log_alpha)
-    return _run(q, k, v, gates, state, initial, chunk_size, interpret)
+    return _run(q, k, v, gates, state, initial, chunk_size, platform, interpret)
 
 
-def _check(q, k, v, gates, state, initial, chunk_size) -> None:
+def _check(q, k, v, gates, state, initial, chunk_size, platform) -> None:
     size = matrix.check_arguments(q, k, v, gates, state, initial, None, chunk_size, grid=False)
+    if platform not in ('tpu', 'gpu'):
+        raise ValueError(f"platform must be one of ('tpu', 'gpu'), got {platform!r}")
     if size % _SUBLANES:
         raise ValueError(f'chunk_size must be a multiple of {_SUBLANES}, got {chunk_size}')
     arrays = {'q': q, 'k': k, 'v': v, 'state': state, 'initial': initial} | gates
     for name, array in arrays.items():
         if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f'{name} must be float32 or bfloat16, got {array.dtype}')
+    if platform == 'gpu':
+        _check_gpu(q, k, v, size)
 
 
-def _run(q, k, v, gates, state, initial, chunk_size, interpret) -> tuple[jax.Array, jax.Array]:
+def _check_gpu(q, k, v, size: int) -> None:
+    for name, array in {'q': q, 'k': k, 'v': v}.items():
+        if array.dtype != jnp.bfloat16:
+            raise ValueError(f"{name} must be bfloat16 on 'gpu', got {array.dtype}")
+    if not chunk_scan.fits(size, k.shape[3], v.shape[3]):
+        sizes = f'chunk_size, D_k of {chunk_scan.ROWS} and D_v a multiple of {chunk_scan.COLUMNS}'
+        raise ValueError(f"'gpu' takes {sizes}, got {size}, {k.shape[3]} and {v.shape[3]}")
+
+
+def _run(q, k, v, gates, state, initial, chunk_size, platform, interpret) -> tuple[jax.Array, jax.Array]:
     """Pad to whole chunks with tokens that write nothing, merge batch and heads, and take both apart again."""
     batch, time, heads, dim_v = v.shape
     count = -(-time // chunk_size)
@@ -116,12 +136,13 @@ def _run(q, k, v, gates, state, initial, chunk_size, interpret) -> tuple[jax.Arr
     if state is None:
         state = jnp.zeros((heads, k.shape[3], dim_v)) if initial is None else initial
     state = jnp.broadcast_to(state.astype(jnp.float32), (batch, heads, k.shape[3], dim_v))
-    y, last = _memory(rows(q), rows(k), rows(v), gates, state.reshape(batch * heads, *state.shape[2:]), interpret)
+    memory = _memory if platform == 'tpu' else delta_rule_gpu.memory
+    y, last = memory(rows(q), rows(k), rows(v), gates, state.reshape(batch * heads, *state.shape[2:]), interpret)
     y = jnp.moveaxis(y.reshape(batch, heads, -1, dim_v), 1, 2)[:, :time]
     return y, last.reshape(state.shape)
 
 
-# The kernels. r batch x heads; q, k (R, T, D_k), v (R, T, D_v), gates (R, N, 3, C) rate, erase, log decay, state (R, D_k, D_v)
+# The kernels for TPU. r batch x heads; q, k (R, T, D_k), v (R, T, D_v), gates (R, N, 3, C) rate, erase, log decay, state (R, D_k, D_v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -1,0 +1,77 @@
+"""The delta rules on NVIDIA GPUs: products over all chunks by XLA in bfloat16, and the states between chunks by a Mosaic GPU kernel.
+
+The rule is that of `delta_rule.py`, S_t = a_t S_{t-1} + k_t (rate_t v_t - erase_t S_{t-1}^T k_t)^T. What decays and triangular systems are
+computed from is float32, the systems are solved in float32, and what multiplies rows of tokens is rounded to their bfloat16.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nested_jax.memory.chunk import ChunkDecays, decay_products
+from nested_jax.memory.kernels.chunk_scan import chunk_scan
+from nested_jax.memory.triangular import solve_unit_lower
+
+_LOG_ZERO = -1e4  # exp of it is exactly zero, and sums of it stay finite
+
+
+def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Write and read whole chunks.
+
+    Args:
+        q, k: (R, N C, D_k) bfloat16; R is batch x heads.
+        v: (R, N C, D_v) bfloat16.
+        gates: (R, N, 3, C) float32 rate, erase and log decay.
+        state: (R, D_k, D_v) float32.
+        interpret: run the kernel step by step on any platform.
+
+    Returns:
+        (R, N C, D_v) y in bfloat16 and the last state (R, D_k, D_v) in float32.
+    """
+    rate, erase, log_decay = jnp.moveaxis(gates, 2, 0)
+    q, k, v = (x.reshape(*rate.shape, x.shape[-1]) for x in (q, k, v))
+    decays = _decays(jnp.maximum(log_decay, _LOG_ZERO))
+    scaled = lambda factor, x: (factor[..., None] * x).astype(x.dtype)
+    system = erase[..., None] * decays.spans_before * _inner(k, k)
+    rows = jnp.concatenate([scaled(rate, v), scaled(-erase * decays.kept_before, k)], -1)
+    u, w = jnp.split(solve_unit_lower(system, rows), [v.shape[-1]], -1)
+    keep = jnp.broadcast_to(decays.kept[..., -1:], (*rate.shape[:2], k.shape[-1]))
+    starts, written, last = chunk_scan(w, scaled(decays.spans[..., -1, :], k), u, keep, state, interpret)
+    scores = (decays.spans * _inner(q, k)).astype(q.dtype)
+    y = scaled(decays.kept, q) @ starts + scores @ written
+    return y.reshape(y.shape[0], -1, y.shape[-1]), last
+
+
+def _decays(log_decay: jax.Array) -> ChunkDecays:
+    """What is left between tokens of a chunk, (..., C)."""
+    spans = _spans(log_decay)
+    return ChunkDecays(jnp.exp(log_decay[..., :1]) * spans[..., :, 0], spans, None, None, None, spans)
+
+
+@jax.custom_vjp
+def _spans(log_decay: jax.Array) -> jax.Array:
+    """Products (..., C, C) of decays; its derivative sums along rows, where XLA's sum along columns is slow on GPUs."""
+    return decay_products(log_decay)[1]
+
+
+def _spans_backward(spans: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    lower = jnp.tril(jnp.ones(spans.shape[-2:], spans.dtype))
+    later = jnp.matmul(lower.T, cotangent * spans, precision=jax.lax.Precision.HIGHEST)  # sums over the tokens from i on
+    return (jnp.sum(jnp.tril(later, -1), -1),)
+
+
+_spans.defvjp(lambda log_decay: (_spans(log_decay),) * 2, _spans_backward)
+
+
+@jax.custom_vjp
+def _inner(rows: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Inner products (..., C, C) of all pairs of rows in float32; its derivative multiplies in the rows' dtype."""
+    return jnp.einsum('...td,...jd->...tj', rows, inputs, preferred_element_type=jnp.float32)
+
+
+def _inner_backward(factors: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows, inputs = factors
+    cotangent = cotangent.astype(rows.dtype)
+    return cotangent @ inputs, cotangent.mT @ rows
+
+
+_inner.defvjp(lambda rows, inputs: (_inner(rows, inputs), (rows, inputs)), _inner_backward)
