@@ -11,6 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nested_jax.config import LevelConfig, MemoryConfig, as_dict
 from nested_jax.layers.kernels import attention_implementation, use_kernels
+from nested_jax.memory.kernels import delta_rule_gpu
+from nested_jax.memory.kernels.chunk_scan import chunk_scan_reference
 from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
 from nested_jax.training.config import TrainConfig, check_kernels
@@ -103,3 +105,31 @@ def test_of_a_run():
     check_kernels(TrainConfig(kernels='tpu'), 1)
     with pytest.raises(ValueError, match="train.kernels is 'tpu', allowed is 'plain' on 8 devices"):
         check_kernels(TrainConfig(kernels='tpu'), 8)
+
+
+@pytest.mark.parametrize(
+    ('name', 'heads', 'count'), [('gated-deltanet-tiny', 64, 1), ('comba-tiny', 64, 1), ('gated-deltanet-tiny', 32, 0)]
+)
+def test_gpu_kernel_is_in_the_program_of_layers_whose_heads_fit(name, heads, count, monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    model, params, tokens, _ = inputs(name, width=2 * heads, head_dim=heads, dtype='bfloat16')
+    run = lambda params: model.apply({'params': params}, tokens, method='hidden')[0]
+    with use_kernels('gpu'):
+        lowered = jax.jit(run).trace(params).lower(lowering_platforms=('cuda',)).as_text()
+    assert lowered.count('custom_call @mosaic_gpu') == count
+
+
+def test_gpu_kernel_gives_the_plain_loss_and_gradients(monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    scanned = []
+    monkeypatch.setattr(delta_rule_gpu, 'chunk_scan', lambda *given: scanned.append(given) or chunk_scan_reference(*given[:-1]))
+    model, params, tokens, segment_ids = inputs('gated-deltanet-tiny', length=80, width=128, head_dim=64, dtype='bfloat16')
+    wide, *_ = inputs('gated-deltanet-tiny', length=80, width=128, head_dim=64)
+    loss = lambda params, model: model_loss(model, params, tokens, tokens, segment_ids)[0] / tokens.size
+    value = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    expected = value(params, wide)
+    with use_kernels('gpu'):
+        got = value(params, model)
+    assert scanned
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=5e-2, atol=5e-2 * float(jnp.abs(b).max()))

@@ -20,14 +20,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+WRITES = 64  # of a chunk
+DIMS = (64, 128)  # D_k; like the writes, rows of a warpgroup's matrix product
 COLUMNS = 64  # of the state a program holds
-ROWS = (64, 128)  # writes of a chunk, and D_k: rows of a warpgroup's matrix product
-_STAGES = 3  # chunks whose operands are in shared memory
+_STAGES = 3  # chunks whose operands are in shared memory: 225 of 227 KiB for D_k = 128, backwards
 
 
 def fits(writes: int, dim_k: int, dim_v: int) -> bool:
     """Whether the kernel takes chunks of so many writes to states (dim_k, dim_v)."""
-    return writes in ROWS and dim_k in ROWS and dim_v % COLUMNS == 0
+    return writes == WRITES and dim_k in DIMS and dim_v % COLUMNS == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -35,7 +36,7 @@ def chunk_scan(a: jax.Array, b: jax.Array, u: jax.Array, keep: jax.Array, state:
     """The recurrence of the module's header.
 
     Args:
-        a, b: (R, N, C, D_k) bfloat16, C and D_k of `ROWS`.
+        a, b: (R, N, C, D_k) bfloat16, C = `WRITES` and D_k of `DIMS`.
         u: (R, N, C, D_v) bfloat16, D_v a multiple of `COLUMNS`.
         keep: (R, N, D_k) float32.
         state: (R, D_k, D_v) float32 S_0.

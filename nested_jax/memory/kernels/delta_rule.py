@@ -44,9 +44,9 @@ def delta_rule(
     """`nested_jax.memory.matrix.delta_rule` by kernels; arXiv:2412.06464v3, Eq. (10).
 
     Args:
-        q, k, v, beta, log_decay, erase, state, initial: as there, in float32 or bfloat16. There are no segments. On 'gpu' q, k and v are
-            bfloat16, D_k is 64 or 128 and D_v a multiple of 64.
-        chunk_size: tokens computed in parallel, a multiple of 16, and 64 or 128 on 'gpu'.
+        q, k, v, beta, log_decay, erase, state, initial: as there, in float32 or bfloat16. There are no segments. On 'gpu' v is bfloat16, to
+            which q and k are rounded, D_k is 64 or 128 and D_v a multiple of 64.
+        chunk_size: tokens computed in parallel, a multiple of 16, and 64 on 'gpu'.
         platform: 'tpu' or 'gpu'.
         interpret: run the kernels step by step on any platform.
 
@@ -109,15 +109,14 @@ def _check(q, k, v, gates, state, initial, chunk_size, platform) -> None:
         if array is not None and array.dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f'{name} must be float32 or bfloat16, got {array.dtype}')
     if platform == 'gpu':
-        _check_gpu(q, k, v, size)
+        _check_gpu(k, v, size)
 
 
-def _check_gpu(q, k, v, size: int) -> None:
-    for name, array in {'q': q, 'k': k, 'v': v}.items():
-        if array.dtype != jnp.bfloat16:
-            raise ValueError(f"{name} must be bfloat16 on 'gpu', got {array.dtype}")
+def _check_gpu(k, v, size: int) -> None:
+    if v.dtype != jnp.bfloat16:
+        raise ValueError(f"v must be bfloat16 on 'gpu', got {v.dtype}")
     if not chunk_scan.fits(size, k.shape[3], v.shape[3]):
-        sizes = f'chunk_size, D_k of {chunk_scan.ROWS} and D_v a multiple of {chunk_scan.COLUMNS}'
+        sizes = f'chunk_size {chunk_scan.WRITES}, D_k of {chunk_scan.DIMS} and D_v a multiple of {chunk_scan.COLUMNS}'
         raise ValueError(f"'gpu' takes {sizes}, got {size}, {k.shape[3]} and {v.shape[3]}")
 
 

@@ -18,17 +18,18 @@ def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: ja
     """Write and read whole chunks.
 
     Args:
-        q, k: (R, N C, D_k) bfloat16; R is batch x heads.
+        q, k: (R, N C, D_k), rounded to bfloat16; R is batch x heads.
         v: (R, N C, D_v) bfloat16.
         gates: (R, N, 3, C) float32 rate, erase and log decay.
         state: (R, D_k, D_v) float32.
         interpret: run the kernel step by step on any platform.
 
     Returns:
-        (R, N C, D_v) y in bfloat16 and the last state (R, D_k, D_v) in float32.
+        (R, N C, D_v) y in q's dtype and the last state (R, D_k, D_v) in float32.
     """
     rate, erase, log_decay = jnp.moveaxis(gates, 2, 0)
-    q, k, v = (x.reshape(*rate.shape, x.shape[-1]) for x in (q, k, v))
+    dtype = q.dtype
+    q, k, v = (x.reshape(*rate.shape, x.shape[-1]).astype(v.dtype) for x in (q, k, v))
     decays = _decays(jnp.maximum(log_decay, _LOG_ZERO))
     scaled = lambda factor, x: (factor[..., None] * x).astype(x.dtype)
     system = erase[..., None] * decays.spans_before * _inner(k, k)
@@ -38,7 +39,7 @@ def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: ja
     starts, written, last = chunk_scan(w, scaled(decays.spans[..., -1, :], k), u, keep, state, interpret)
     scores = (decays.spans * _inner(q, k)).astype(q.dtype)
     y = scaled(decays.kept, q) @ starts + scores @ written
-    return y.reshape(y.shape[0], -1, y.shape[-1]), last
+    return y.reshape(y.shape[0], -1, y.shape[-1]).astype(dtype), last
 
 
 def _decays(log_decay: jax.Array) -> ChunkDecays:

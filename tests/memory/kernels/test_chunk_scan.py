@@ -67,7 +67,7 @@ def test_twin_follows_the_equation():
 
 
 @pytest.mark.parametrize('place', [pytest.param('interpreted', marks=INTERPRETED), pytest.param('gpu', marks=ON_GPU)])
-@pytest.mark.parametrize('shape', [(2, 5, 64, 64, 64), (1, 2, 128, 128, 128), (1, 1, 64, 128, 64)], ids=str)
+@pytest.mark.parametrize('shape', [(2, 5, 64, 64, 64), (1, 2, 64, 128, 128), (1, 1, 64, 128, 64)], ids=str)
 def test_kernel_equals_twin_with_gradients(shape, place):
     given = operands(*shape)
     scan = functools.partial(kernel.chunk_scan, interpret=place == 'interpreted')
@@ -124,13 +124,22 @@ def test_memories_that_forget_all(monkeypatch):
     close(got[0].astype(jnp.float32), matrix.delta_rule(*(x.astype(jnp.float32) for x in given[:-1]), state=state)[0], 4e-2)
 
 
+def test_reads_have_the_dtype_of_queries(monkeypatch):
+    monkeypatch.setattr(delta_rule_gpu, 'chunk_scan', lambda *given: kernel.chunk_scan_reference(*given[:-1]))
+    q, k, v, gate, log_decay, _ = delta_arguments(time=70)
+    narrow = kernels.delta_rule(q, k, v, gate, log_decay, platform='gpu')[0]
+    wide = kernels.delta_rule(q.astype(jnp.float32), k.astype(jnp.float32), v, gate, log_decay, platform='gpu')[0]
+    assert wide.dtype == jnp.float32
+    np.testing.assert_array_equal(wide, narrow.astype(jnp.float32))
+
+
 def test_what_it_does_not_take():
     q, k, v, gate, *_ = delta_arguments(time=4)
     with pytest.raises(ValueError, match="v must be bfloat16 on 'gpu', got float32"):
         kernels.delta_rule(q, k, v.astype(jnp.float32), gate, platform='gpu')
-    with pytest.raises(ValueError, match="'gpu' takes chunk_size, D_k of .* got 32, 64 and 64"):
+    with pytest.raises(ValueError, match="'gpu' takes chunk_size 64, D_k of .* got 32, 64 and 64"):
         kernels.delta_rule(q, k, v, gate, chunk_size=32, platform='gpu')
-    with pytest.raises(ValueError, match="'gpu' takes chunk_size, D_k of .* got 64, 32 and 64"):
+    with pytest.raises(ValueError, match="'gpu' takes chunk_size 64, D_k of .* got 64, 32 and 64"):
         kernels.delta_rule(q[..., :32], k[..., :32], v, gate, platform='gpu')
     with pytest.raises(ValueError, match="platform must be one of .* got 'cuda'"):
         kernels.delta_rule(q, k, v, gate, platform='cuda')
