@@ -46,6 +46,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'cms_levels': levels_table(rows('cms_levels')),
         'context_use': context_table(rows('context_use')),
         'bench_cpu': speed_table(rows('bench_cpu')),
+        'bench_gpu': gpu_table(rows('bench_gpu')),
         'parity': parity_table(rows('parity')),
         'formal_languages': language_table(rows('formal_languages')),
         'mad': mad_table(rows('mad')),
@@ -108,6 +109,25 @@ def race_table(rows: list[dict]) -> list[str]:
         sizes = [entries[task][name].get('state_bytes') for task in tasks if name in entries[task]]
         lines.append(f'| {name} | {" | ".join(cells)} | {f"{sizes[0]:.3g}" if sizes[0] else ""} |')
     return lines
+
+
+def gpu_table(rows: list[dict]) -> list[str]:
+    """Lines of what ran on a GPU, the latest of each cell and shape; none without rows."""
+    latest = {json.dumps(row['config']): row for row in rows}
+    heads = ('on a GPU', 'batch x length', 'forward, ms', 'forward and backward, ms', 'tokens/s', 'MFU', 'memory, GiB', 'commit')
+    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    lines += [f'| {" | ".join(_gpu_cells(row["metrics"]))} | {row["commit"][:7]} |' for row in latest.values()]
+    return lines if latest else []
+
+
+def _gpu_cells(found: dict) -> list[str]:
+    name = f'{found["model"]}, chunks of {found["chunk_size"]}' if found.get('chunk_size') else found['model']
+    shape = f'{found["batch"]} x {found.get("length", found.get("time"))}'
+    if 'heads' in found:
+        name, shape = f'{found["what"]}: {name}', f'{shape}, {found["heads"]} heads of {found["dim"]}'
+    figures = dict(forward_ms='.2f', both_ms='.2f', tokens_per_second=',.0f', mfu='.1%')
+    memory = found['temporary_mib'] / 1024 if 'temporary_mib' in found else found['device_peak_gib']
+    return [name, shape, *(format(found[key], form) if key in found else '' for key, form in figures.items()), f'{memory:.1f}']
 
 
 def tpu_table(rows: list[dict]) -> list[str]:

@@ -50,6 +50,17 @@ def test_race_has_a_line_for_each_optimizer_and_marks_against_both_baselines(mak
     ]
 
 
+def test_gpu_has_rules_and_models(make_tables):
+    rule = dict(what='delta rule', model='kernel', batch=2, time=64, heads=3, dim=64, forward_ms=1.234, both_ms=2.0, temporary_mib=512)
+    model = dict(what='training', model='hope', batch=4, length=32, chunk_size=64, tokens_per_second=1234.5, mfu=0.25, device_peak_gib=3.0)
+    rows = [dict(config=dict(cell=cell), metrics=metrics, commit='0123456789') for cell, metrics in (('a', rule), ('b', model))]
+    assert make_tables.gpu_table([rows[0], *rows])[2:] == [
+        '| delta rule: kernel | 2 x 64, 3 heads of 64 | 1.23 | 2.00 |  |  | 0.5 | 0123456 |',
+        '| hope, chunks of 64 | 4 x 32 |  |  | 1,234 | 25.0% | 3.0 | 0123456 |',
+    ]
+    assert make_tables.gpu_table([]) == []
+
+
 def test_numbers_of_tokens_are_not_mixed(make_tables):
     groups = make_tables.best_runs([row('a', 0, 2.0), row('a', 1, 1.5, tokens=2_000_000)])
     assert [line.split(' | ')[1] for line in make_tables.pretraining_table(groups)[2:]] == ['2.00M', '1.00M']
