@@ -39,7 +39,8 @@ def continual_table(rows: list[dict]) -> list[str]:
     cells = group(rows)
     title = f'{rows[0]["config"]["length"]} {rows[0]["config"]["edits"]}s one after another, %'
     lines = [f'| {title} | learner | {" | ".join(COLUMNS)} | learning rates | MFLOP an edit |', '| --- ' * (len(COLUMNS) + 4) + '|']
-    for (method, learner), runs in cells.items():
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    for (method, learner), runs in sorted(cells.items(), key=lambda cell: methods.index(cell[0][0])):
         joint = cells.get(('joint', learner), {})
         shares = [entry([[value] for value in found]) if found else '' for found in _columns(runs, joint)]
         rates = ', '.join(sorted({run['metrics']['chosen'] for run in runs.values()}, key=float))
