@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -108,10 +109,11 @@ def test_of_a_run():
 
 
 @pytest.mark.parametrize(
-    ('name', 'heads', 'count'), [('gated-deltanet-tiny', 64, 1), ('comba-tiny', 64, 1), ('gated-deltanet-tiny', 32, 0)]
+    ('name', 'heads', 'capability', 'count'),
+    [('gated-deltanet-tiny', 64, '9.0', 1), ('comba-tiny', 64, '9.0', 1), ('deltanet-tiny', 32, '9.0', 0), ('deltanet-tiny', 64, '8.0', 0)],
 )
-def test_gpu_kernel_is_in_the_program_of_layers_whose_heads_fit(name, heads, count, monkeypatch):
-    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+def test_gpu_kernel_is_in_the_program_of_layers_that_fit_it(name, heads, capability, count, monkeypatch):
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(compute_capability=capability)])
     model, params, tokens, _ = inputs(name, width=2 * heads, head_dim=heads, dtype='bfloat16')
     run = lambda params: model.apply({'params': params}, tokens, method='hidden')[0]
     with use_kernels('gpu'):
@@ -120,7 +122,7 @@ def test_gpu_kernel_is_in_the_program_of_layers_whose_heads_fit(name, heads, cou
 
 
 def test_gpu_kernel_gives_the_plain_loss_and_gradients(monkeypatch):
-    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace()])
     scanned = []
     monkeypatch.setattr(delta_rule_gpu, 'chunk_scan', lambda *given: scanned.append(given) or chunk_scan_reference(*given[:-1]))
     model, params, tokens, segment_ids = inputs('gated-deltanet-tiny', length=80, width=128, head_dim=64, dtype='bfloat16')
