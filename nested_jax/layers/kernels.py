@@ -7,8 +7,8 @@ It is chosen around what is traced and is no part of a model's configuration: re
 the calls that it can do, and plain JAX for the others:
 
     'gpu'  softmax attention of one document from its start, in bfloat16 or float16: cuDNN's; and the (gated) delta rule, more than a
-           token at a time in bfloat16, with heads of 64 or 128, where there is one device, of the Hopper generation:
-           `memory/kernels/delta_rule_gpu.py`, which does not split over devices
+           token at a time in bfloat16, with heads of 64 or 128, on GPUs of the Hopper generation: `memory/kernels/delta_rule_gpu.py`,
+           which has run on one GPU, not yet on several
     'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`,
            which has never run on a TPU yet. It does not split over devices.
 """
@@ -54,7 +54,7 @@ def delta_rule_form(chunk_size: int, k: jax.Array, v: jax.Array) -> dict[str, st
         return dict(implementation='jax', chunk_size=chunk_size)
     if _chosen.value == 'tpu' and chunk_size % 16 == 0 and v.dtype in (jnp.float32, jnp.bfloat16):
         return dict(implementation='pallas_tpu', chunk_size=chunk_size)
-    if _chosen.value == 'gpu' and v.dtype == jnp.bfloat16 and _one_hopper():
+    if _chosen.value == 'gpu' and v.dtype == jnp.bfloat16 and _on_hopper():
         from nested_jax.memory.kernels.chunk_scan import fits  # most programs need no Pallas
 
         if fits(_GPU_CHUNK, k.shape[3], v.shape[3]):
@@ -62,7 +62,6 @@ def delta_rule_form(chunk_size: int, k: jax.Array, v: jax.Array) -> dict[str, st
     return dict(implementation='jax', chunk_size=chunk_size)
 
 
-def _one_hopper() -> bool:
-    """Whether programs run on one device, an H100 or H200; elsewhere than on GPUs they are only lowered."""
-    devices = jax.devices()
-    return len(devices) == 1 and getattr(devices[0], 'compute_capability', '9.0').startswith('9.')
+def _on_hopper() -> bool:
+    """Whether devices are H100s or H200s; elsewhere than on GPUs programs are only lowered for them."""
+    return getattr(jax.devices()[0], 'compute_capability', '9.0').startswith('9.')

@@ -9,8 +9,9 @@ once, which XLA does well. So is its derivative, with A and B in each other's pl
 
     dR_n = R'_n + B_n dS_{n+1},    dS_n = keep_n dS_{n+1} + A_n^T dR_n + S'_n,
 
-for the cotangents R', S' of its results. One kernel does both: a program for each row and 64 columns of the state, which stays in registers
-in float32 from the first chunk to the last, while the copy engine brings the next chunks' operands. Products take bfloat16.
+for the cotangents R', S' of its results. One kernel does both: a program for each head of a batch row and 64 columns of the state, which
+stays in registers in float32 from the first chunk to the last, while the copy engine brings the next chunks' operands. Products take
+bfloat16.
 """
 
 import functools
@@ -18,7 +19,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding, PartitionSpec
 
 WRITES = 64  # of a chunk
 DIMS = (64, 128)  # D_k; like the writes, rows of a warpgroup's matrix product
@@ -33,68 +36,99 @@ def fits(writes: int, dim_k: int, dim_v: int) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def chunk_scan(a: jax.Array, b: jax.Array, u: jax.Array, keep: jax.Array, state: jax.Array, interpret: bool = False):
-    """The recurrence of the module's header.
+    """The recurrence of the module's header. Batch and heads may be split over devices.
 
     Args:
-        a, b: (R, N, C, D_k) bfloat16, C = `WRITES` and D_k of `DIMS`.
-        u: (R, N, C, D_v) bfloat16, D_v a multiple of `COLUMNS`.
-        keep: (R, N, D_k) float32.
-        state: (R, D_k, D_v) float32 S_0.
+        a, b: (B, H, N, C, D_k) bfloat16, C = `WRITES` and D_k of `DIMS`.
+        u: (B, H, N, C, D_v) bfloat16, D_v a multiple of `COLUMNS`.
+        keep: (B, H, N, D_k) float32.
+        state: (B, H, D_k, D_v) float32 S_0.
         interpret: run it step by step on any platform; needs jax 0.11.
 
     Returns:
-        S_n (R, N, D_k, D_v) and R_n (R, N, C, D_v) in bfloat16, and S_N (R, D_k, D_v) in float32.
+        S_n (B, H, N, D_k, D_v) and R_n (B, H, N, C, D_v) in bfloat16, and S_N (B, H, D_k, D_v) in float32.
     """
-    return _scan(a, b, u, None, keep, state, False, interpret)
+    return _upwards(a, b, u, keep, state, interpret)
 
 
 def chunk_scan_reference(a: jax.Array, b: jax.Array, u: jax.Array, keep: jax.Array, state: jax.Array):
     """Twin of `chunk_scan` in plain JAX: the same arguments and results, in float32 between."""
-    wide = lambda x: jnp.moveaxis(x, 1, 0).astype(jnp.float32)
+    wide = lambda x: jnp.moveaxis(x, 2, 0).astype(jnp.float32)
 
     def step(memory, chunk):
         a, b, u, keep = chunk
-        written = u + jnp.einsum('rck,rkv->rcv', a, memory, precision='highest')
-        return keep[..., None] * memory + jnp.einsum('rck,rcv->rkv', b, written, precision='highest'), (memory, written)
+        written = u + jnp.einsum('bhck,bhkv->bhcv', a, memory, precision='highest')
+        return keep[..., None] * memory + jnp.einsum('bhck,bhcv->bhkv', b, written, precision='highest'), (memory, written)
 
     last, results = jax.lax.scan(step, state, tuple(map(wide, (a, b, u, keep))))
-    return *(jnp.moveaxis(x, 0, 1).astype(jnp.bfloat16) for x in results), last
+    return *(jnp.moveaxis(x, 0, 2).astype(jnp.bfloat16) for x in results), last
 
 
 def _chunk_scan_forward(a, b, u, keep, state, interpret):
-    starts, rows, last = _scan(a, b, u, None, keep, state, False, interpret)
+    starts, rows, last = _upwards(a, b, u, keep, state, interpret)
     return (starts, rows, last), (a, b, keep, starts, rows)
 
 
 def _chunk_scan_backward(interpret, saved, cotangents):
     a, b, keep, starts, rows = saved
     starts_bar, rows_bar, last_bar = cotangents
-    after_bar, rows_bar, state_bar = _scan(b, a, rows_bar, starts_bar, keep, last_bar, True, interpret)
-    product = lambda x, y: jnp.einsum('rncv,rnkv->rnck', x, y, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
-    keep_bar = jnp.einsum('rnkv,rnkv->rnk', after_bar, starts, preferred_element_type=jnp.float32)
+    after_bar, rows_bar, state_bar = _downwards(b, a, rows_bar, starts_bar, keep, last_bar, interpret)
+    product = lambda x, y: jnp.einsum('bhncv,bhnkv->bhnck', x, y, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
+    keep_bar = jnp.einsum('bhnkv,bhnkv->bhnk', after_bar, starts, preferred_element_type=jnp.float32)
     return product(rows_bar, starts), product(rows, after_bar), rows_bar, keep_bar, state_bar
 
 
 chunk_scan.defvjp(_chunk_scan_forward, _chunk_scan_backward)
 
 
+def _by_batch_and_head(operands: str):
+    """Decorator: a program for several devices calls the function on each one's batches and heads, but where it is interpreted."""
+
+    def decorate(function):
+        whole = lambda *arrays: function(*arrays, False)
+        split = custom_partitioning(whole)
+
+        def partition(mesh, arguments, results):
+            here = lambda x: NamedSharding(mesh, PartitionSpec(*(*x.sharding.spec, None, None)[:2]))
+            return mesh, whole, jax.tree.map(here, results), jax.tree.map(here, arguments)
+
+        rule = f'{operands} -> b h n k v, b h n c v, b h k v'
+        split.def_partition(partition, sharding_rule=rule, need_replication_factors=('n', 'c', 'k', 'v'))
+        return lambda *args: function(*args) if args[-1] else split(*args[:-1])
+
+    return decorate
+
+
+@_by_batch_and_head('b h n c k, b h n c k, b h n c v, b h n k, b h k v')
+def _upwards(a, b, u, keep, state, interpret):
+    """The recurrence from the first chunk to the last."""
+    return _scan(a, b, u, None, keep, state, False, interpret)
+
+
+@_by_batch_and_head('b h n c k, b h n c k, b h n c v, b h n k v, b h n k, b h k v')
+def _downwards(a, b, u, added, keep, state, interpret):
+    """The same from the last chunk to the first, with a term `added` to every state."""
+    return _scan(a, b, u, added, keep, state, True, interpret)
+
+
 def _scan(a, b, u, added, keep, state, backwards: bool, interpret: bool):
-    """R_n = U_n + A_n S_n and S_{n+1} = keep_n S_n + B_n^T R_n + `added`_n, over n upwards or downwards: all S_n, all R_n, the last S."""
-    rows, count, writes, dim_k = a.shape
-    dim_v = u.shape[3]
+    """R_n = U_n + A_n S_n and S_{n+1} = keep_n S_n + B_n^T R_n + `added`_n on one device: all S_n, all R_n, the last S."""
+    batch, heads, count, writes, dim_k = a.shape
+    dim_v = u.shape[4]
     operands, widths = [a, b, u], [(writes, dim_k), (writes, dim_k), (writes, COLUMNS)]
     if added is not None:
         operands, widths = [*operands, added], [*widths, (dim_k, COLUMNS)]
     operands, widths = [*operands, keep], [*widths, (dim_k,)]
+    merge = lambda x: x.reshape(batch * heads, *x.shape[2:])
     stages = min(_STAGES, count)
     kernel = plgpu.kernel(
         functools.partial(_kernel, count=count, stages=stages, backwards=backwards),
         out_type=[
-            jax.ShapeDtypeStruct((rows, count, dim_k, dim_v), jnp.bfloat16),
-            jax.ShapeDtypeStruct((rows, count, writes, dim_v), jnp.bfloat16),
-            jax.ShapeDtypeStruct((rows, dim_k, dim_v), jnp.float32),
+            jax.ShapeDtypeStruct((batch * heads, count, dim_k, dim_v), jnp.bfloat16),
+            jax.ShapeDtypeStruct((batch * heads, count, writes, dim_v), jnp.bfloat16),
+            jax.ShapeDtypeStruct((batch * heads, dim_k, dim_v), jnp.float32),
         ],
-        grid=(dim_v // COLUMNS, rows),
+        grid=(dim_v // COLUMNS, batch * heads),
         grid_names=('columns', 'row'),
         scratch_types=dict(
             loaded=[plgpu.SMEM((stages, *width), x.dtype) for x, width in zip(operands, widths, strict=True)],
@@ -107,7 +141,7 @@ def _scan(a, b, u, added, keep, state, backwards: bool, interpret: bool):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-    return kernel(*operands, state)
+    return tuple(x.reshape(batch, heads, *x.shape[1:]) for x in kernel(*map(merge, operands), merge(state)))
 
 
 def _kernel(*refs, loaded, memory, written, wide, arrived, begun, count: int, stages: int, backwards: bool):

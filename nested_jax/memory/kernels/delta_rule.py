@@ -121,24 +121,26 @@ def _check_gpu(k, v, size: int) -> None:
 
 
 def _run(q, k, v, gates, state, initial, chunk_size, platform, interpret) -> tuple[jax.Array, jax.Array]:
-    """Pad to whole chunks with tokens that write nothing, merge batch and heads, and take both apart again."""
+    """Pad to whole chunks with tokens that write nothing, put heads before time, and take both back."""
     batch, time, heads, dim_v = v.shape
     count = -(-time // chunk_size)
     pad = lambda x: jnp.pad(x, [(0, 0), (0, count * chunk_size - time)] + [(0, 0)] * (x.ndim - 2))
-
-    def rows(x):
-        x = jnp.broadcast_to(x, (*x.shape[:2], heads, x.shape[3]))
-        return jnp.moveaxis(pad(x), 2, 1).reshape(batch * heads, count * chunk_size, x.shape[3])
-
+    rows = lambda x: jnp.moveaxis(pad(jnp.broadcast_to(x, (*x.shape[:2], heads, x.shape[3]))), 2, 1)
     gates = jnp.stack([jnp.moveaxis(pad(gate.astype(jnp.float32)), 2, 1) for gate in gates], 2)
-    gates = jnp.moveaxis(gates.reshape(batch * heads, 3, count, chunk_size), 1, 2)
+    gates = jnp.moveaxis(gates.reshape(batch, heads, 3, count, chunk_size), 2, 3)
     if state is None:
         state = jnp.zeros((heads, k.shape[3], dim_v)) if initial is None else initial
     state = jnp.broadcast_to(state.astype(jnp.float32), (batch, heads, k.shape[3], dim_v))
-    memory = _memory if platform == 'tpu' else delta_rule_gpu.memory
-    y, last = memory(rows(q), rows(k), rows(v), gates, state.reshape(batch * heads, *state.shape[2:]), interpret)
-    y = jnp.moveaxis(y.reshape(batch, heads, -1, dim_v), 1, 2)[:, :time]
-    return y, last.reshape(state.shape)
+    memory = delta_rule_gpu.memory if platform == 'gpu' else _memory_tpu
+    y, last = memory(rows(q), rows(k), rows(v), gates, state, interpret)
+    return jnp.moveaxis(y, 1, 2)[:, :time], last
+
+
+def _memory_tpu(q, k, v, gates, state, interpret) -> tuple[jax.Array, jax.Array]:
+    """`delta_rule_gpu.memory` on TPU."""
+    merge = lambda x: x.reshape(-1, *x.shape[2:])
+    results = _memory(*map(merge, (q, k, v, gates, state)), interpret)
+    return tuple(x.reshape(*q.shape[:2], *x.shape[1:]) for x in results)
 
 
 # The kernels for TPU. r batch x heads; q, k (R, T, D_k), v (R, T, D_v), gates (R, N, 3, C) rate, erase, log decay, state (R, D_k, D_v)

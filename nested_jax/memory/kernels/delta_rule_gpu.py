@@ -18,16 +18,16 @@ def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: ja
     """Write and read whole chunks.
 
     Args:
-        q, k: (R, N C, D_k), rounded to bfloat16; R is batch x heads.
-        v: (R, N C, D_v) bfloat16.
-        gates: (R, N, 3, C) float32 rate, erase and log decay.
-        state: (R, D_k, D_v) float32.
+        q, k: (B, H, N C, D_k), rounded to bfloat16.
+        v: (B, H, N C, D_v) bfloat16.
+        gates: (B, H, N, 3, C) float32 rate, erase and log decay.
+        state: (B, H, D_k, D_v) float32.
         interpret: run the kernel step by step on any platform.
 
     Returns:
-        (R, N C, D_v) y in q's dtype and the last state (R, D_k, D_v) in float32.
+        (B, H, N C, D_v) y in q's dtype and the last state (B, H, D_k, D_v) in float32.
     """
-    rate, erase, log_decay = jnp.moveaxis(gates, 2, 0)
+    rate, erase, log_decay = jnp.moveaxis(gates, 3, 0)
     dtype = q.dtype
     q, k, v = (x.reshape(*rate.shape, x.shape[-1]).astype(v.dtype) for x in (q, k, v))
     decays = _decays(jnp.maximum(log_decay, _LOG_ZERO))
@@ -35,11 +35,11 @@ def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: ja
     system = erase[..., None] * decays.spans_before * _inner(k, k)
     rows = jnp.concatenate([scaled(rate, v), scaled(-erase * decays.kept_before, k)], -1)
     u, w = jnp.split(solve_unit_lower(system, rows), [v.shape[-1]], -1)
-    keep = jnp.broadcast_to(decays.kept[..., -1:], (*rate.shape[:2], k.shape[-1]))
+    keep = jnp.broadcast_to(decays.kept[..., -1:], (*rate.shape[:3], k.shape[-1]))
     starts, written, last = chunk_scan(w, scaled(decays.spans[..., -1, :], k), u, keep, state, interpret)
     scores = (decays.spans * _inner(q, k)).astype(q.dtype)
     y = scaled(decays.kept, q) @ starts + scores @ written
-    return y.reshape(y.shape[0], -1, y.shape[-1]).astype(dtype), last
+    return y.reshape(*y.shape[:2], -1, y.shape[-1]).astype(dtype), last
 
 
 def _decays(log_decay: jax.Array) -> ChunkDecays:

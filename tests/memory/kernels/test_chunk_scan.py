@@ -24,13 +24,13 @@ RULES = {
 }
 
 
-def operands(rows: int, count: int, writes: int, dim_k: int, dim_v: int):
+def operands(heads: int, count: int, writes: int, dim_k: int, dim_v: int, batch: int = 1):
     """A, B, U, keep and S_0."""
-    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (batch, heads, *shape))
     narrow = lambda x: x.astype(jnp.bfloat16)
-    keep = jax.random.uniform(jax.random.key(3), (rows, count, dim_k))
-    a, b = (narrow(0.1 * normal(seed, rows, count, writes, dim_k)) for seed in (0, 1))
-    return a, b, narrow(normal(2, rows, count, writes, dim_v)), keep, normal(4, rows, dim_k, dim_v)
+    keep = jax.random.uniform(jax.random.key(3), (batch, heads, count, dim_k))
+    a, b = (narrow(0.1 * normal(seed, count, writes, dim_k)) for seed in (0, 1))
+    return a, b, narrow(normal(2, count, writes, dim_v)), keep, normal(4, dim_k, dim_v)
 
 
 def with_gradients(scan, given):
@@ -53,9 +53,10 @@ def close(got, expected, tolerance: float):
 
 
 def test_twin_follows_the_equation():
-    a, b, u, keep, state = given = operands(2, 3, 4, 5, 6)
-    starts, written, last = kernel.chunk_scan_reference(*given)
+    given = operands(2, 3, 4, 5, 6)
+    starts, written, last = (x[0] for x in kernel.chunk_scan_reference(*given))
     wide = lambda x: np.asarray(x, np.float64)
+    a, b, u, keep, state = (x[0] for x in given)
     for row in range(2):
         memory = wide(state)[row]
         for n in range(3):
@@ -80,6 +81,28 @@ def test_lowers_for_cuda(dim):
     loss = lambda given: sum(jnp.sum(x.astype(jnp.float32)) for x in kernel.chunk_scan(*given))
     lowered = jax.jit(jax.grad(loss)).trace(given).lower(lowering_platforms=('cuda',)).as_text()
     assert lowered.count('custom_call @mosaic_gpu') == 2
+
+
+@pytest.mark.parametrize('axes', [('data', 'tensor'), ('data', None), (None, 'tensor')], ids=str)
+def test_splits_by_batch_and_head(axes, monkeypatch):
+    def scan(a, b, u, added, keep, state, backwards, interpret):
+        shapes.append(a.shape[:2])
+        flip = lambda x: jnp.flip(x, 2) if backwards else x
+        given = [flip(x) for x in (a, b, u, keep)]
+        return *(flip(x) for x in kernel.chunk_scan_reference(*given, state)[:2]), kernel.chunk_scan_reference(*given, state)[2]
+
+    shapes = []
+    monkeypatch.setattr(kernel, '_scan', scan)  # the kernel runs on GPUs only; what it adds to states is left out
+    given = operands(4, 3, 4, 5, 6, batch=4)
+    expected = with_gradients(kernel.chunk_scan, given)
+    mesh = jax.make_mesh((2, 4), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    shapes.clear()
+    split = jax.device_put(given, place)
+    program = jax.jit(lambda given: with_gradients(kernel.chunk_scan, given)).lower(split).compile()
+    assert 'all-gather' not in program.as_text()
+    assert (4 // (2 if axes[0] else 1), 4 // (4 if axes[1] else 1)) in shapes
+    close(program(split), expected, 1e-2)
 
 
 def delta_arguments(time: int = 130, dim: int = 64):
