@@ -80,9 +80,12 @@ def children(launcher: subprocess.Popen) -> list[int]:
     return [int(pid) for task in tasks for pid in (task / 'children').read_text().split()]
 
 
-def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int, saved: int | None = None) -> None:
+    """Until a step is done, and a checkpoint written, where one is wanted."""
     metrics = folder / 'metrics.jsonl'
     while process.poll() is None and not (metrics.exists() and step in losses(folder)):
+        time.sleep(0.05)
+    while process.poll() is None and not (saved is None or (folder / f'checkpoints/{saved:08d}').exists()):
         time.sleep(0.05)
 
 
@@ -90,7 +93,7 @@ def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) ->
 def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(folder, undisturbed, index):
     name = f'killed-{index}'
     process = start(folder, name, 2, 2, faults='1:sleep@6=5')
-    wait_for_step(process, folder / name, 5)
+    wait_for_step(process, folder / name, 5, saved=4)
     tell(process, index, signal.SIGKILL)
     said = finish(process)
     assert 'ended with code 137' in said and 'started again, from step 4' in said
