@@ -141,6 +141,14 @@ def test_error_of_the_thread_passes_as_it_is(tmp_path, phase):
     assert [path.name for path in tmp_path.iterdir()] == (['00000001'] if phase == 'renamed' else [])
 
 
+def test_processes_hear_of_one_that_could_not_write_its_part(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    begin(checkpoints, 1)
+    monkeypatch.setattr('nested_jax.training.checkpoints.first_to_fail', lambda failed: None if failed else 1)
+    with pytest.raises(SaveError, match='process 1 could not write its part of the checkpoint of step 1, and says why'):
+        checkpoints.wait()
+
+
 def test_a_process_that_fails_waits_for_what_it_began_and_says_what_became_of_it(tmp_path):
     said, checkpoints = [], Checkpoints(tmp_path, 2, parse_faults('sleep@1/arrays=0.3,disk_full@2/manifest'))
     checkpoints.end(said.append)
