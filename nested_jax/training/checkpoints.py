@@ -10,11 +10,16 @@ The folder is filled under a temporary name and renamed when it is complete, so 
 was damaged later. orbax itself reads a file with a flipped bit without a word, casts dtypes silently and does not fall back;
 the checks here stand before it.
 
+A save keeps the run only while the state is copied; the rest is done by a thread while the run goes on. There is one save at a time, and
+the run hears how it ended when it waits for it: before the next one, before it reads a checkpoint, and before it ends.
+
 The processes of a run write its arrays together, each what its devices hold, into a folder they share. Everything else is done by the
 first alone: it decides which checkpoint to read, lists the digests when all arrays are there, and gives the folder its name. Before a
-value is used, each process has read a part of the files anew, and all know that every part was as it was written.
+value is used, each process has read a part of the files anew, and all know that every part was as it was written. The threads of a save
+run no collective, which could come between those of the steps: orbax's meet through JAX's coordination service.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -22,7 +27,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -67,14 +73,23 @@ class Checkpoints:
         folder: made when absent; leftovers of an interrupted save are removed.
         keep: newest checkpoints kept. An older one stays while none of those verifies.
         faults: that tests inject.
+        saved: told the step of a checkpoint, in the first process, by the thread that has just given it its name.
     """
 
-    def __init__(self, folder: str | os.PathLike, keep: int = 2, faults: FaultPlan | None = None):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep: int = 2,
+        faults: FaultPlan | None = None,
+        saved: Callable[[int], None] = lambda step: None,
+    ):
         if keep < 1:
             raise ValueError(f'keep is {keep}, allowed is an integer of at least 1')
         self.folder = pathlib.Path(folder).absolute()
         self.keep = keep
         self.faults = faults
+        self._saved = saved
+        self._begun: tuple[int, Future[None]] | None = None  # the save not waited for
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob('*' + _TEMPORARY):
@@ -89,54 +104,100 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir())
 
     def save(self, step: int, state: PyTree, *, config: dict, data: dict) -> pathlib.Path:
-        """Writes a checkpoint and removes those no longer kept.
+        """Begins to write a checkpoint, when the save begun last has ended; those no longer kept are removed at its end.
+
+        When this returns, the state may be changed or donated. The checkpoint is there when `wait` returns.
 
         Checkpoints of later steps are removed too: `restore` rejected them, and this run is about to write them again.
 
         Args:
             step: steps done.
-            state: pytree of arrays: parameters, optimizer, running memories, key.
+            state: pytree of `jax.Array`: parameters, optimizer, running memories, key.
             config: the run's configuration, JSON.
             data: where the data stands, JSON.
 
         Raises:
+            SaveError: of this save or, as `wait` does, of the one before; the older checkpoints are as they were.
+        """
+        self.wait()
+        meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
+        text = json.dumps(meta, indent=1)  # now: the run goes on and may change what it is made of
+        try:
+            with self._save_error(step):
+                self._reach('save', step)
+                if is_first():
+                    self._temporary(step).mkdir()
+                wait()
+                arrays = ocp.save_async(self._temporary(step) / 'state', _copied(state))
+        except BaseException:
+            self._remove_temporary(step)
+            raise
+        thread = ThreadPoolExecutor(1, thread_name_prefix=f'save-{step}')
+        self._begun = step, thread.submit(self._finish, step, arrays, text)
+        thread.shutdown(wait=False)
+        return self.path(step)
+
+    def wait(self) -> None:
+        """Until the save begun last has ended in all processes, which all call this. Returns at once when that is known.
+
+        Raises:
             SaveError: when the disk is full, say; the older checkpoints are as they were.
         """
-        temporary = self.path(step).with_name(f'{step:08d}{_TEMPORARY}')
-        try:
-            self._write_all(temporary, step, state, config, data)
-        except BaseException as error:
+        if self._begun is None:
+            return
+        (step, thread), self._begun = self._begun, None
+        error = thread.exception()
+        failed = first_to_fail(error is not None)
+        if failed is None:
+            return
+        self._remove_temporary(step)
+        raise error or SaveError(f'process {failed} could not write its part of the checkpoint of step {step}, and says why')
+
+    def end(self, say: Callable[[str], None]) -> None:
+        """Waits as a process does that has failed, and ends for that reason: the others may not be there to agree with.
+
+        Args:
+            say: prints a line; what became of the save, where it failed too.
+        """
+        if self._begun is not None and (error := self._begun[1].exception()) is not None:
+            say(str(error))
+        self._begun = None
+
+    def _finish(self, step: int, arrays: ocp.AsyncResponse, meta: str) -> None:
+        """What the thread does."""
+        with self._save_error(step):
+            arrays.result()  # of all processes: orbax's threads wait for one another
+            self._reach('arrays', step)
             if is_first():
-                shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError | ValueError):  # orbax turns some of the former into the latter
-                older = self.steps()
-                stands = f'the newest checkpoint is that of step {older[-1]}' if older else 'there is no checkpoint'
-                raise SaveError(f'step {step} could not be saved in {self.folder} ({error}); {stands}') from error
-            raise
+                temporary = self._temporary(step)
+                _write(temporary / _META, meta)
+                _write(temporary / _MANIFEST, _manifest_text({name: _digest(temporary / name) for name in _files(temporary)}))
+                self._reach('manifest', step)
         if is_first():
             for later in self.steps():
                 if later >= step:
                     self._delete(later, step)
-            temporary.rename(self.path(step))
-        wait()  # no process goes on, and perhaps ends, before there is a checkpoint of what it has done
-        self._reach('renamed', step)
-        if is_first():
+            self._temporary(step).rename(self.path(step))
+            self._saved(step)
+            self._reach('renamed', step)
             self._retain(step)
-        return self.path(step)
 
-    def _write_all(self, temporary: pathlib.Path, step: int, state: PyTree, config: dict, data: dict) -> None:
-        self._reach('save', step)
+    def _temporary(self, step: int) -> pathlib.Path:
+        return self.path(step).with_name(f'{step:08d}{_TEMPORARY}')
+
+    def _remove_temporary(self, step: int) -> None:
         if is_first():
-            temporary.mkdir()
-        wait()
-        ocp.save(temporary / 'state', state)
-        wait()
-        self._reach('arrays', step)
-        if is_first():
-            meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
-            _write(temporary / _META, json.dumps(meta, indent=1))
-            _write(temporary / _MANIFEST, _manifest_text({name: _digest(temporary / name) for name in _files(temporary)}))
-        self._reach('manifest', step)
+            shutil.rmtree(self._temporary(step), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _save_error(self, step: int) -> Iterator[None]:
+        """Says in a line what the system refused."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # orbax turns some of the former into the latter
+            older = self.steps()
+            stands = f'the newest checkpoint is that of step {older[-1]}' if older else 'there is no checkpoint'
+            raise SaveError(f'step {step} could not be saved in {self.folder} ({error}); {stands}') from error
 
     def _reach(self, phase: str, step: int) -> None:
         if self.faults is not None:
@@ -168,7 +229,7 @@ class Checkpoints:
         return None
 
     def restore(self, like: PyTree, config: dict | None = None, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
-        """Reads the newest checkpoint that verifies.
+        """Reads the newest checkpoint that verifies, when the save begun last has ended.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings to restore.
@@ -181,7 +242,9 @@ class Checkpoints:
         Raises:
             DamagedCheckpointsError: when there are checkpoints and none verifies.
             ValueError: naming the field of the configuration, or the leaf, that differs.
+            SaveError: as `wait` does.
         """
+        self.wait()
         rejected = []
         left = sorted(self.steps(), key=lambda step: (prefer(step), step)) if is_first() else []
         while (step := first_says(left.pop() if left else _NONE)) != _NONE:
@@ -234,6 +297,21 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = 'not installed'
     return versions
+
+
+def _copied(state: PyTree) -> PyTree:
+    """The arrays in memory of their own: what a step is given as its own (donated) it writes over.
+
+    orbax moves arrays to the host before it returns. What is there already, on CPU devices, it does not copy.
+    """
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        if any(device.platform != 'cpu' for device in leaf.sharding.device_set):
+            return leaf
+        shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+    return jax.tree.map(copy, state)
 
 
 def _leaves(tree: PyTree) -> dict[str, list]:

@@ -5,13 +5,14 @@ A plan is a text, `kind@step`, `kind@first-last`, `kind@step/phase` or `kind@ste
     kill@7/arrays               SIGKILL while the checkpoint of step 7 is saved, its arrays written and nothing else
     nan_batch@4-6,exit@9=3      NaN in the batches that steps 4 to 6 of an undisturbed run read; exit code 3 before step 9
     sleep@5/save=2              a save that takes two seconds more
-    1:kill@6/renamed            SIGKILL of process 1 of several, which all have the plan; without a number, of each of them
+    1:kill@6/arrays             SIGKILL of process 1 of several, which all have the plan; without a number, of each of them
 
 `NESTED_JAX_FAULTS` holds the plan of a process. Without one there is no plan to ask, and nothing is asked.
 
 Phases are where it happens: `step`, before the step starts, is the default; of a save, in their order, `save` (nothing is written),
 `arrays` (the arrays are), `manifest` (everything is, under the temporary name), `renamed` (the checkpoint is there, older ones are
-too) and `deleting` (an older one has lost its name, not its files); `evaluate`, before held-out text is read.
+too) and `deleting` (an older one has lost its name, not its files); `evaluate`, before held-out text is read. Of a save, all but `save`
+happen in its thread, while the run goes on; processes but the first know only of `save` and `arrays`.
 
 A fault happens once a process, except in batches, which are as bad whenever they are read. Imports no JAX.
 """

@@ -116,7 +116,8 @@ class _Trainer:
         self.schedule = warmup_cosine(config)
         self.loss_function = make_loss(self.model)
         self.faults = faults_of_environment(jax.process_index())
-        self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults)
+        self.whereabouts = Whereabouts(os.environ.get(VARIABLE))
+        self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults, lambda step: self.whereabouts.say(saved=step))
         self.placement = place
         layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model_config.grid)
         self.tokenizer = data.tokenizer
@@ -131,7 +132,6 @@ class _Trainer:
         self.window = LossWindow()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
         self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None)
-        self.whereabouts, self.saved = Whereabouts(os.environ.get(VARIABLE)), 0
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -176,7 +176,6 @@ class _Trainer:
         init_params = lambda key: self.model.init(key, tokens)['params']
         shapes = jax.eval_shape(lambda: init_state(init_params, self.optimizer, config.seed))
         self.state_shardings = self.placement.state(self.optimizer, shapes.params)
-        fresh = lambda: init_state(init_params, self.optimizer, config.seed, self.state_shardings)
         abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.state_shardings)
         restored = self.checkpoints.restore(abstract, self.run_config, prefer)
         for reason in restored.rejected if restored else ():
@@ -188,11 +187,12 @@ class _Trainer:
         if not is_first():
             self.window.num_bytes = 0  # what was read before counts once, in the first process
         if restored is None:
-            self.state = fresh()
+            self.state = init_state(init_params, self.optimizer, config.seed, self.state_shardings)
             return None
         check_same_data(restored.data['identity'], self.identity)
         self.progress.say(f'going on from step {restored.step}')
-        self.state, self.saved = restored.state, restored.step
+        self.state = restored.state
+        self.whereabouts.say(saved=restored.step)
         return restored
 
     def compile(self) -> None:
@@ -215,9 +215,16 @@ class _Trainer:
         with StopSignals() as stop:
             while True:
                 try:
-                    return self.steps(start, stop)
+                    stopped_by = self.steps(start, stop)
+                    with self.doing('save'):
+                        self.checkpoints.wait()
+                    return stopped_by
                 except GoBack as found:
                     start = self.go_back(found.step)
+                except BaseException:
+                    with self.doing('save'):
+                        self.checkpoints.end(self.progress.say)
+                    raise
 
     def steps(self, start: int, stop: StopSignals) -> int | None:
         """Runs the steps after `start`; returns the signal that ended them early, if one did."""
@@ -229,7 +236,7 @@ class _Trainer:
             iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
             for step in range(start + 1, config.steps + 1):
                 self.watchdog.step(step)
-                self.whereabouts.say(step, self.saved)
+                self.whereabouts.say(step)
                 with self.ledger.during('data'):
                     batch = next(iterator)
                 self.train_step(step, self.disturb(step, batch))
@@ -348,14 +355,11 @@ class _Trainer:
             if self.skips is not None:
                 raise GoBack(step)
             raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
-        window = dataclasses.asdict(self.window) | dict(num_bytes=total(self.window.num_bytes))
-        cursor = dict(identity=self.identity, window=window)
+        cursor = dict(identity=self.identity, window=dataclasses.asdict(self.window) | dict(num_bytes=total(self.window.num_bytes)))
         if self.skips is not None:
             cursor['guard'] = self.skips.to_json()
         with self.doing('save'):
             self.path = self.checkpoints.save(step, self.state, config=self.run_config, data=cursor)
-        self.saved = step
-        self.whereabouts.say(step, self.saved)
 
     def finish(self, heldout: HeldOut) -> None:
         """Logs the last evaluation, once however often a finished run is called again, and draws the loss curve."""

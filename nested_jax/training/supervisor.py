@@ -35,11 +35,16 @@ class Whereabouts:
 
     def __init__(self, path: str | None):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600) if path else None
+        self.say(0, 0)
 
-    def say(self, step: int, saved: int) -> None:
-        """Replaces what was said before, in one call: a process that is killed leaves one or the other."""
-        if self._file is not None:
-            os.pwrite(self._file, f'{step:20d} {saved:20d}\n'.encode(), 0)
+    def say(self, step: int | None = None, saved: int | None = None) -> None:
+        """Replaces what was said before, each number in one call: a process that is killed leaves the old or the new one.
+
+        Each has a place of its own, since the run says the one and the thread that saves the other.
+        """
+        for place, number in enumerate((step, saved)):
+            if self._file is not None and number is not None:
+                os.pwrite(self._file, f'{number:20d}\n'.encode(), 21 * place)
 
 
 def read_whereabouts(path: str | os.PathLike) -> tuple[int, int]:

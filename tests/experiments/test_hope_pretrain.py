@@ -183,7 +183,7 @@ def test_killed_and_hung_processes_resumed_end_with_the_numbers_of_the_unbroken_
     code, said, complained, _ = run(*arguments, '--train.watchdog-s', '5', NESTED_JAX_FAULTS='sleep@17=300')
     assert code == 76 and 'going on from step 5' in said
     assert 'watchdog: step 17 has not ended within 5 s' in complained and 'in reach' in complained and 'Thread 0x' in complained
-    code, said, complained, _ = run(*arguments, NESTED_JAX_FAULTS='disk_full@25/save')
+    code, said, complained, _ = run(*arguments, NESTED_JAX_FAULTS='disk_full@25/arrays')
     assert code == 1 and 'going on from step 15' in said and complained.count('\n') == 1
     assert re.match(
         r'error: step 25 could not be saved in .*No space left on device.*; the newest checkpoint is that of step 20', complained

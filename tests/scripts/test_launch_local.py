@@ -17,7 +17,7 @@ from nested_jax.training.cluster import LOCAL
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.multiprocess
 SIZES = {
-    'model.preset': 'transformer-tiny', 'train.steps': 6, 'train.batch-size': 4, 'train.sequence-length': 32, 'train.checkpoint-every': 2,
+    'model.preset': 'transformer-tiny', 'train.steps': 6, 'train.batch-size': 8, 'train.sequence-length': 32, 'train.checkpoint-every': 2,
     'train.eval-every': 3, 'train.eval-tokens': 128, 'train.final-eval-tokens': 128, 'train.warmup-steps': 2, 'train.log-every': 1,
 }  # fmt: skip
 
@@ -32,11 +32,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder: pathlib.Path, name: str, processes: int, devices: int, faults: str = '', **more: str) -> subprocess.Popen:
+def start(
+    folder: pathlib.Path, name: str, processes: int, devices: int, faults: str = '', restarts: int = 10, **more: object
+) -> subprocess.Popen:
     options = [f'--{key}={value}' for key, value in (SIZES | more).items()]
     paths = [f'--data.corpus={folder / "text"}', f'--train.output={folder / name}']
     job = [sys.executable, '-m', 'experiments.hope_pretrain', *options, *paths]
-    counts = ['--processes', str(processes), '--devices', str(devices), '--logs', str(folder / f'{name}-logs')]
+    counts = ['--processes', str(processes), '--devices', str(devices), '--restarts', str(restarts)]
+    counts += ['--logs', str(folder / f'{name}-logs')]
     own = {
         'NESTED_JAX_FAULTS': faults,
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
@@ -47,9 +50,9 @@ def start(folder: pathlib.Path, name: str, processes: int, devices: int, faults:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen, code: int = 0) -> str:
     said, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, said[-3000:]
+    assert process.returncode == code, said[-3000:]
     return said
 
 
@@ -61,7 +64,7 @@ def losses(folder: pathlib.Path) -> dict[int, float]:
 @pytest.fixture(scope='module')
 def undisturbed(folder):
     """Losses of two processes that nothing happens to."""
-    finish(start(folder, 'undisturbed', 2, 2))
+    finish(start(folder, 'undisturbed', 2, 4))
     found = losses(folder / 'undisturbed')
     assert sorted(found) == [1, 2, 3, 4, 5, 6] and found[6] < found[1]
     return found
@@ -80,31 +83,53 @@ def children(launcher: subprocess.Popen) -> list[int]:
     return [int(pid) for task in tasks for pid in (task / 'children').read_text().split()]
 
 
-def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, folder: pathlib.Path, step: int, saved: int | None = None) -> None:
+    """Until a step is done, and a checkpoint written, where one is wanted."""
     metrics = folder / 'metrics.jsonl'
     while process.poll() is None and not (metrics.exists() and step in losses(folder)):
+        time.sleep(0.05)
+    while process.poll() is None and not (saved is None or (folder / f'checkpoints/{saved:08d}').exists()):
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize('index', [1, pytest.param(0, marks=pytest.mark.exhaustive)])
 def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(folder, undisturbed, index):
     name = f'killed-{index}'
-    process = start(folder, name, 2, 2, faults='1:sleep@6=5')
-    wait_for_step(process, folder / name, 5)
+    process = start(folder, name, 2, 4, faults='1:sleep@6=5')
+    wait_for_step(process, folder / name, 5, saved=4)
     tell(process, index, signal.SIGKILL)
     said = finish(process)
     assert 'ended with code 137' in said and 'started again, from step 4' in said
     assert losses(folder / name) == undisturbed
 
 
+def test_a_frozen_process_counts_as_dead_and_all_are_started_again(folder, undisturbed):
+    """S5. JAX sees by its heartbeat that it is gone: the other one waits in a collective, and would for ever."""
+    process = start(folder, 'frozen', 2, 4, faults='1:sleep@6=5', **{'processes.heartbeat-s': 10, 'processes.shutdown-s': 10})
+    wait_for_step(process, folder / 'frozen', 5, saved=4)
+    tell(process, 1, signal.SIGSTOP)
+    said = finish(process)
+    assert 'process 0 ended with code 134' in said and 'started again, from step 4' in said
+    assert losses(folder / 'frozen') == undisturbed
+
+
+def test_a_process_that_is_alive_and_stuck_is_ended_with_its_stacks(folder, undisturbed):
+    """S5. Its heart beats, so JAX sees nothing; the watchdog of either process does."""
+    said = finish(start(folder, 'stuck', 2, 4, faults='1:sleep@6=300', restarts=0, **{'train.watchdog-s': 10}), code=76)
+    assert 'ended with code 76 at step 6' in said
+    logs = ''.join(path.read_text() for path in (folder / 'stuck-logs').glob('*.log'))
+    assert 'watchdog: step 6 has not ended within 10 s' in logs and 'Thread 0x' in logs
+    assert {step: loss for step, loss in undisturbed.items() if step < 6}.items() >= losses(folder / 'stuck').items()
+
+
 def test_stopped_together_and_gone_on_with_by_one_process(folder, undisturbed):
-    process = start(folder, 'stopped', 2, 2, faults='1:sleep@4=8')
+    process = start(folder, 'stopped', 2, 4, faults='0:sleep@2/manifest=1,1:sleep@4=8')
     wait_for_step(process, folder / 'stopped', 3)
     tell(process, 1, signal.SIGTERM)
     said = finish(process)
     done = max(losses(folder / 'stopped'))
     assert f'saved step {done}' in said and 3 <= done < 6
-    assert f'going on from step {done}' in finish(start(folder, 'stopped', 1, 4))
+    assert f'going on from step {done}' in finish(start(folder, 'stopped', 1, 8))
     found = losses(folder / 'stopped')
     np.testing.assert_allclose([found[step] for step in range(1, 7)], [undisturbed[step] for step in range(1, 7)], rtol=1e-6)
 
@@ -112,7 +137,7 @@ def test_stopped_together_and_gone_on_with_by_one_process(folder, undisturbed):
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(folder, undisturbed):
     """The decision follows from sums over all: otherwise parameters would part, and steps after it with them."""
     skip = {'train.on-nonfinite': 'skip'}
-    finish(start(folder, 'nan', 2, 2, faults='1:nan_batch@3', **skip))
+    finish(start(folder, 'nan', 2, 4, faults='1:nan_batch@3', **skip))
     found = losses(folder / 'nan')
     assert sorted(found) == [1, 2, 4, 5, 6]
     np.testing.assert_allclose([found[1], found[2]], [undisturbed[1], undisturbed[2]], rtol=1e-6)

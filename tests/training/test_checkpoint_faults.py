@@ -33,7 +33,7 @@ def kill_when_arrays_appear():
         time.sleep(0.0005)
     os.kill(os.getpid(), signal.SIGKILL)
 
-save(1), save(2)
+save(1), save(2), checkpoints.wait()
 if case == 'writing':
     threading.Thread(target=kill_when_arrays_appear, daemon=True).start()
     save(3, 3_000_000)
@@ -44,14 +44,22 @@ elif case == 'refused':
     import random
     try:
         checkpoints.save(3, {'kernel': jnp.asarray([random.random() for _ in range(100_000)])}, config={}, data={})
+        checkpoints.wait()
     except SaveError as error:
         print(error)
 save(3)
+checkpoints.wait()
 """
 
 
 def like(size=3):
     return {'kernel': jnp.zeros(size)}
+
+
+def save(checkpoints, step, state=None):
+    """Saves, and waits until that is done."""
+    checkpoints.save(step, like() if state is None else state, config={}, data={})
+    checkpoints.wait()
 
 
 def run_child(folder, case, plan=''):
@@ -78,7 +86,7 @@ def test_kill_in_any_phase_leaves_a_verified_checkpoint_and_a_folder_to_go_on_in
     restored = checkpoints.restore(like())
     assert restored.step == AFTER[phase][-1] and not restored.rejected
     np.testing.assert_array_equal(restored.state['kernel'], np.arange(3.0) + restored.step)
-    checkpoints.save(4, like(), config={}, data={})
+    save(checkpoints, 4)
     assert checkpoints.steps() == [AFTER[phase][-1], 4]
 
 
@@ -95,24 +103,24 @@ def test_write_that_the_system_refuses_is_an_error_in_a_line_and_a_later_save_wo
 def test_full_disk_leaves_the_older_ones_and_says_which_is_newest(tmp_path, phase):
     checkpoints = Checkpoints(tmp_path, 2, parse_faults(f'disk_full@1-3/{phase}'))
     with pytest.raises(SaveError, match='step 1 could not be saved in .*No space left on device.*; there is no checkpoint'):
-        checkpoints.save(1, like(), config={}, data={})
-    checkpoints.save(1, like(), config={}, data={})  # there is space again
+        save(checkpoints, 1)
+    save(checkpoints, 1)  # there is space again
     with pytest.raises(SaveError, match='step 2 .*; the newest checkpoint is that of step 1'):
-        checkpoints.save(2, like(), config={}, data={})
+        save(checkpoints, 2)
     assert checkpoints.steps() == [1] and not list(tmp_path.glob('*.tmp')) and checkpoints.verify(1) is None
 
 
 def test_error_that_is_not_of_the_disk_passes_as_it_is(tmp_path):
     checkpoints = Checkpoints(tmp_path, 2, parse_faults('raise@1/arrays'))
     with pytest.raises(InjectedError):
-        checkpoints.save(1, like(), config={}, data={})
+        save(checkpoints, 1)
     assert not list(tmp_path.iterdir())
 
 
 def test_bit_that_flips_after_the_save_costs_that_checkpoint_only(tmp_path):
     checkpoints = Checkpoints(tmp_path, 2, parse_faults('flip_bit@3/renamed=1001'))
     for step in (1, 2, 3):
-        checkpoints.save(step, jax.tree.map(lambda leaf, now=step: leaf + now, like()), config={}, data={})
+        save(checkpoints, step, jax.tree.map(lambda leaf, now=step: leaf + now, like()))
     restored = checkpoints.restore(like())
     assert restored.step == 2 and len(restored.rejected) == 1 and 'is damaged' in restored.rejected[0]
     assert checkpoints.steps() == [2, 3]
@@ -122,13 +130,13 @@ def test_slow_disk_is_waited_for(tmp_path, monkeypatch):
     slept = []
     monkeypatch.setattr('nested_jax.training.faults.time.sleep', slept.append)
     checkpoints = Checkpoints(tmp_path, 2, parse_faults('sleep@1/arrays=5'))
-    checkpoints.save(1, like(), config={}, data={})
+    save(checkpoints, 1)
     assert slept == [5.0] and checkpoints.verify(1) is None
 
 
 def test_folder_that_may_not_be_written_is_said_in_a_line(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path / 'run', 2)
-    checkpoints.save(1, like(), config={}, data={})
+    save(checkpoints, 1)
 
     def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -136,7 +144,7 @@ def test_folder_that_may_not_be_written_is_said_in_a_line(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:  # not by its mode: root may write anywhere
         patch.setattr(pathlib.Path, 'mkdir', refuse)
         with pytest.raises(SaveError, match='step 2 could not be saved in .*Permission denied.*; the newest checkpoint is that of step 1'):
-            checkpoints.save(2, like(), config={}, data={})
+            save(checkpoints, 2)
         with pytest.raises(ValueError, match='train.output is .*new., allowed is a folder that can be written .*Permission denied'):
             claim_folder(tmp_path / 'new', {})
     (tmp_path / 'file').touch()

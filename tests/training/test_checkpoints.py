@@ -40,12 +40,18 @@ def assert_same(left, right):
     jax.tree.map(same, left, right)
 
 
+def save(checkpoints, step, value, data=None):
+    """Saves, and waits until that is done."""
+    checkpoints.save(step, make_state(value), config=CONFIG, data=data or {})
+    checkpoints.wait()
+
+
 @pytest.fixture
 def saved(tmp_path):
     """Checkpoints of steps 1, 2 and 3, whose values are the step."""
     checkpoints = Checkpoints(tmp_path / 'checkpoints', keep=3)
     for step in (1, 2, 3):
-        checkpoints.save(step, make_state(step), config=CONFIG, data={'next': step})
+        save(checkpoints, step, step, {'next': step})
     return checkpoints
 
 
@@ -159,32 +165,32 @@ def test_an_emptied_step_folder_is_passed_over(saved):
 def test_keeps_the_newest(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 6):
-        checkpoints.save(step, make_state(step), config=CONFIG, data={})
+        save(checkpoints, step, step)
     assert checkpoints.steps() == [4, 5]
 
 
 def test_never_removes_the_only_one_that_verifies(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, make_state(1), config=CONFIG, data={})
+    save(checkpoints, 1, 1)
 
     def save_then_damage(step):
         real = Checkpoints._retain
         with monkeypatch.context() as patch:
             patch.setattr(Checkpoints, '_retain', lambda self, saved: (flip_somewhere(self.path(step) / 'meta.json'), real(self, saved)))
-            checkpoints.save(step, make_state(step), config=CONFIG, data={})
+            save(checkpoints, step, step)
 
     save_then_damage(2)
     assert checkpoints.steps() == [1, 2]
     save_then_damage(3)
     assert checkpoints.steps() == [1, 3]
     assert checkpoints.restore(make_state(0)).step == 1
-    checkpoints.save(4, make_state(4), config=CONFIG, data={})
+    save(checkpoints, 4, 4)
     assert checkpoints.steps() == [4]
 
 
 def test_saving_again_after_a_rejected_step_replaces_it(saved):
     flip_somewhere(saved.path(3) / 'meta.json')
-    saved.save(2, make_state(20), config=CONFIG, data={})
+    save(saved, 2, 20)
     assert saved.steps() == [1, 2]
     assert_same(saved.restore(make_state(0)).state, make_state(20))
 
@@ -197,7 +203,7 @@ def test_interrupted_save_leaves_the_older_checkpoint(saved, monkeypatch, place)
     with monkeypatch.context() as patch:
         patch.setattr(f'nested_jax.training.checkpoints.{place}', die)
         with pytest.raises(OSError, match='No space'):
-            saved.save(4, make_state(4), config=CONFIG, data={})
+            save(saved, 4, 4)
     assert saved.steps() == [1, 2, 3] and not list(saved.folder.glob('*.tmp'))
     assert saved.restore(make_state(0)).step == 3
 

@@ -7,6 +7,9 @@ import os
 import pathlib
 import re
 import signal
+import threading
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
-from nested_jax.training import loop
+from nested_jax.training import faults, loop
 from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.goodput import summary
@@ -287,7 +290,7 @@ def faulty(monkeypatch, folder, data, plan, config, cut=None):
 
 def test_bad_batch_ends_the_run_by_default(data, tmp_path, monkeypatch):
     with pytest.raises(loop.DivergedError, match='at step 4 the loss is nan'):
-        faulty(monkeypatch, tmp_path, data, 'nan_batch@4', TRAIN)
+        faulty(monkeypatch, tmp_path, data, 'nan_batch@4,sleep@3/arrays=0.5', TRAIN)  # while 3 is being written
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000003']
 
 
@@ -353,6 +356,42 @@ def test_full_disk_is_said_and_leaves_the_older_checkpoint(data, tmp_path, monke
     ):
         faulty(monkeypatch, tmp_path, data, 'disk_full@6/arrays', TRAIN)
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000003']
+
+
+def test_slow_disk_keeps_the_run_only_when_the_next_save_is_due(unbroken, data, tmp_path, monkeypatch):
+    """C9. The write of step 3 ends while the run waits to save step 6: it goes on until then, and not before."""
+    whole, _, folder = unbroken
+    happened, due = [], threading.Event()
+    real_step, real_save = loop._Trainer.train_step, loop._Trainer.save
+
+    def write(seconds):
+        happened.append('disk is asked to write 3')
+        assert due.wait(60)
+        due.clear()
+        due.wait(0.3)
+        happened.append('3 is written')
+
+    def train_step(self, step, batch):
+        real_step(self, step, batch)
+        happened.append(step)
+        time.sleep(0.4 * (step in (4, 5)))
+
+    def save(self, step):
+        happened.append(f'{step} is to be saved')
+        if step == 6:
+            due.set()
+        real_save(self, step)
+
+    monkeypatch.setattr(faults, 'time', types.SimpleNamespace(sleep=write))
+    monkeypatch.setattr(loop._Trainer, 'train_step', train_step)
+    monkeypatch.setattr(loop._Trainer, 'save', save)
+    result, _ = faulty(monkeypatch, tmp_path, data, 'sleep@3/arrays=1', TRAIN)
+    happened.remove('disk is asked to write 3')
+    assert happened == [1, 2, 3, '3 is to be saved', 4, 5, 6, '6 is to be saved', '3 is written', 7, 8, '8 is to be saved']
+    spent = summary(tmp_path)
+    assert spent.badput_s['save'] > 0.3 and spent.productive_s > 0.8  # the wait, and steps 4 and 5: one second has one cause
+    assert_same_state(result.state, whole.state)
+    assert records(tmp_path) == records(folder) and result.checkpoint.name == '00000008'
 
 
 def test_second_run_in_one_folder_is_refused(data, tmp_path, monkeypatch):

@@ -161,6 +161,12 @@ def test_whereabouts(tmp_path):
     where = Whereabouts(str(tmp_path / 'file'))
     assert read_whereabouts(tmp_path / 'file') == (0, 0)
     where.say(123456, 123000)
+    where.say(saved=123456)  # in a thread that saves, while the run is at a step
+    where.say(123457)
+    assert read_whereabouts(tmp_path / 'file') == (123457, 123456)
     where.say(7, 5)
     assert read_whereabouts(tmp_path / 'file') == (7, 5)
+    again = Whereabouts(str(tmp_path / 'again'))
+    again.say(saved=40)  # read, and no step begun
+    assert read_whereabouts(tmp_path / 'again') == (0, 40)
     Whereabouts(None).say(1, 1)
