@@ -153,14 +153,17 @@ class Checkpoints:
         self._remove_temporary(step)
         raise error or SaveError(f'process {failed} could not write its part of the checkpoint of step {step}, and says why')
 
-    def end(self, say: Callable[[str], None]) -> None:
-        """Waits as a process does that has failed, and ends for that reason: the others may not be there to agree with.
+    def end(self, say: Callable[[str], None], together: bool) -> None:
+        """Waits as a process does that has failed and is about to end.
 
         Args:
-            say: prints a line; what became of the save, where it failed too.
+            say: prints a line: what became of the save, where it failed too.
+            together: whether all processes failed at once, and wait for the first; else they may not be there to agree with.
         """
         if self._begun is not None and (error := self._begun[1].exception()) is not None:
             say(str(error))
+        if self._begun is not None and together:
+            wait()
         self._begun = None
 
     def _finish(self, step: int, arrays: ocp.AsyncResponse, meta: str) -> None:

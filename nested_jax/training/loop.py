@@ -221,9 +221,9 @@ class _Trainer:
                     return stopped_by
                 except GoBack as found:
                     start = self.go_back(found.step)
-                except BaseException:
+                except BaseException as error:
                     with self.doing('save'):
-                        self.checkpoints.end(self.progress.say)
+                        self.checkpoints.end(self.progress.say, together=isinstance(error, DivergedError))
                     raise
 
     def steps(self, start: int, stop: StopSignals) -> int | None:

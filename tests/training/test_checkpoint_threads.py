@@ -149,17 +149,21 @@ def test_processes_hear_of_one_that_could_not_write_its_part(tmp_path, monkeypat
         checkpoints.wait()
 
 
-def test_a_process_that_fails_waits_for_what_it_began_and_says_what_became_of_it(tmp_path):
-    said, checkpoints = [], Checkpoints(tmp_path, 2, parse_faults('sleep@1/arrays=0.3,disk_full@2/manifest'))
-    checkpoints.end(said.append)
-    begin(checkpoints, 1)
-    checkpoints.end(said.append)
-    assert not said and checkpoints.verify(1) is None
-    begin(checkpoints, 2)
-    checkpoints.end(said.append)
+def test_a_process_that_fails_waits_for_what_it_began_and_says_what_became_of_it(tmp_path, monkeypatch):
+    said, checkpoints = [], Checkpoints(tmp_path, 2, parse_faults('sleep@1-2/arrays=0.3,disk_full@3/manifest'))
+    met = []
+    monkeypatch.setattr('nested_jax.training.checkpoints.wait', lambda: met.append(checkpoints.steps()))
+    checkpoints.end(said.append, together=False)
+    for step, together in ((1, False), (2, True)):
+        begin(checkpoints, step)
+        met.clear()  # where a save begins
+        checkpoints.end(said.append, together)
+        assert not said and checkpoints.verify(step) is None and met == [[1, 2]] * together
+    begin(checkpoints, 3)
+    checkpoints.end(said.append, together=False)
     checkpoints.wait()
-    assert len(said) == 1 and said[0].startswith('step 2 could not be saved')
-    assert Checkpoints(tmp_path).steps() == [1] and not list(tmp_path.glob('*.tmp'))
+    assert len(said) == 1 and said[0].startswith('step 3 could not be saved')
+    assert Checkpoints(tmp_path).steps() == [1, 2] and not list(tmp_path.glob('*.tmp'))
 
 
 def test_a_second_signal_does_not_wait_for_a_slow_disk(tmp_path, disk, monkeypatch):
