@@ -359,17 +359,15 @@ def test_full_disk_is_said_and_leaves_the_older_checkpoint(data, tmp_path, monke
 
 
 def test_slow_disk_keeps_the_run_only_when_the_next_save_is_due(unbroken, data, tmp_path, monkeypatch):
-    """C9. The write of step 3 ends while the run waits to save step 6: it goes on until then, and not before."""
+    """C9. The write of step 3 ends while the run waits to save step 6; it has gone on until then. That of step 8 ends before all else."""
     whole, _, folder = unbroken
     happened, due = [], threading.Event()
-    real_step, real_save = loop._Trainer.train_step, loop._Trainer.save
+    real_step, real_save, real_evaluate = loop._Trainer.train_step, loop._Trainer.save, loop._Trainer.evaluate
 
-    def write(seconds):
-        happened.append('disk is asked to write 3')
+    def write(step):
         assert due.wait(60)
-        due.clear()
-        due.wait(0.3)
-        happened.append('3 is written')
+        threading.Event().wait(0.3)
+        happened.append(f'{step:.0f} is written')
 
     def train_step(self, step, batch):
         real_step(self, step, batch)
@@ -382,12 +380,19 @@ def test_slow_disk_keeps_the_run_only_when_the_next_save_is_due(unbroken, data, 
             due.set()
         real_save(self, step)
 
+    def evaluate(self, batches):
+        happened.append('evaluation')
+        return real_evaluate(self, batches)
+
     monkeypatch.setattr(faults, 'time', types.SimpleNamespace(sleep=write))
     monkeypatch.setattr(loop._Trainer, 'train_step', train_step)
     monkeypatch.setattr(loop._Trainer, 'save', save)
-    result, _ = faulty(monkeypatch, tmp_path, data, 'sleep@3/arrays=1', TRAIN)
-    happened.remove('disk is asked to write 3')
-    assert happened == [1, 2, 3, '3 is to be saved', 4, 5, 6, '6 is to be saved', '3 is written', 7, 8, '8 is to be saved']
+    monkeypatch.setattr(loop._Trainer, 'evaluate', evaluate)
+    result, _ = faulty(monkeypatch, tmp_path, data, 'sleep@3/arrays=3,sleep@8/manifest=8', TRAIN)
+    assert happened == [
+        1, 2, 3, '3 is to be saved', 4, 'evaluation', 5, 6, '6 is to be saved', '3 is written', 7, 8, '8 is to be saved', '8 is written',
+        'evaluation',
+    ]  # fmt: skip
     spent = summary(tmp_path)
     assert spent.badput_s['save'] > 0.3 and spent.productive_s > 0.8  # the wait, and steps 4 and 5: one second has one cause
     assert_same_state(result.state, whole.state)
