@@ -15,8 +15,8 @@ The whole model also answers what critics asked (`probe` in its row):
     memories    how far each meta-learned memory moves in a context, as a share of its initial state, and what text costs when memories
                 are only read
 
-Rows so far, hope-linear: the whole model and without retention, without DGD and, two seeds, without CMS. A run took 135 s of a core and
-more, other work sharing it. Going on: `taskset -c 0 python -m experiments.ablations --minutes 40`.
+Rows: hope-linear, all arms with three seeds; hope has none. A run took 126 to 684 s of a core that other work shared. Going on:
+`taskset -c 0 python -m experiments.ablations --base hope --minutes 40`.
 """
 
 import dataclasses

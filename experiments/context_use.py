@@ -7,7 +7,7 @@ window begins in a file, so that the text before a position is the same file's; 
 
 The Transformer sees the whole window at positions it was not trained on; transformer-window, with 256 tokens of attention, meets none.
 
-No rows yet: the grid has been tried for a few steps only.
+Rows of one seed; a run took 410 to 1,002 s on half a core and less.
 """
 
 import dataclasses
