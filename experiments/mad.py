@@ -17,8 +17,8 @@ by 200 validation sequences; the reference chooses that, and when to stop, by th
 A run (one seed, both learning rates) at length 127 takes of one CPU core, measured over ten steps on a busy machine and multiplied:
 hope-linear 345 s, titans 235, gated-deltanet 195, transformer 145; hope was not measured here and takes three times hope-linear on formal
 languages. Selective copying takes twice that and compression and memorization a quarter. Beside it 10 to 50 s of compiling for each model
-and task. Memorization has rows of four models, one seed. The 126 runs come to about 11 hours of one core, 5 of them hope's, with rwkv7 and comba taken to be like titans. Two processes
-share the grid and go on where they stopped:
+and task. The 126 runs come to about 11 hours of one core, 5 of them hope's, with rwkv7 and comba taken to be like titans; four have rows,
+memorization by one seed of four models. Two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.mad --minutes 40 --tasks compression in-context-recall noisy-in-context-recall
     taskset -c 1 python -m experiments.mad --minutes 40 --tasks memorization fuzzy-in-context-recall selective-copying
