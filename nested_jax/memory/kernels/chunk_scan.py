@@ -175,7 +175,7 @@ def _kernel(*refs, loaded, memory, written, wide, arrived, begun, count: int, st
         value += _product(b.at[slot].transpose((1, 0)), written, value.shape)
         for extra in added:
             value += extra[slot].astype(jnp.float32)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # and a barrier: all threads have read the slot that is filled anew
 
         @pl.when(step + stages < count)
         def _():
