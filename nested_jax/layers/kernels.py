@@ -8,7 +8,7 @@ the calls that it can do, and plain JAX for the others:
 
     'gpu'  softmax attention of one document from its start, in bfloat16 or float16: cuDNN's; and the (gated) delta rule, more than a
            token at a time in bfloat16, with heads of 64 or 128, on GPUs of the Hopper generation: `memory/kernels/delta_rule_gpu.py`,
-           which has run on one GPU, not yet on several
+           which has run on an H100 by itself; a whole model with it, or several GPUs, have not
     'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`,
            which has never run on a TPU yet. It does not split over devices.
 """
@@ -23,7 +23,6 @@ import jax.numpy as jnp
 from nested_jax.config import check
 
 KernelSet = Literal['plain', 'gpu', 'tpu']
-_GPU_CHUNK = 64  # tokens; 128 takes twice as many operations and half as many steps
 # Part of the key under which jax.jit keeps what it has traced.
 _chosen = jax.make_user_context(default_value='plain')
 
@@ -55,10 +54,10 @@ def delta_rule_form(chunk_size: int, k: jax.Array, v: jax.Array) -> dict[str, st
     if _chosen.value == 'tpu' and chunk_size % 16 == 0 and v.dtype in (jnp.float32, jnp.bfloat16):
         return dict(implementation='pallas_tpu', chunk_size=chunk_size)
     if _chosen.value == 'gpu' and v.dtype == jnp.bfloat16 and _on_hopper():
-        from nested_jax.memory.kernels.chunk_scan import fits  # most programs need no Pallas
+        from nested_jax.memory.kernels.chunk_scan import WRITES, fits  # most programs need no Pallas
 
-        if fits(_GPU_CHUNK, k.shape[3], v.shape[3]):
-            return dict(implementation='pallas_gpu', chunk_size=_GPU_CHUNK)
+        if fits(WRITES, k.shape[3], v.shape[3]):
+            return dict(implementation='pallas_gpu', chunk_size=WRITES)
     return dict(implementation='jax', chunk_size=chunk_size)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from nested_jax.config import LevelConfig, ModelConfig
 from nested_jax.layers.kernels import use_kernels
 from nested_jax.memory import chunk, matrix, matrix_chunks, triangular
-from nested_jax.memory.kernels.chunk_scan import fits
+from nested_jax.memory.kernels.chunk_scan import WRITES, fits
 from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
 from nested_jax.training.compiled import matrix_flops
@@ -113,11 +113,11 @@ def plain_delta_rule(chunk_size: int, dtype: str, precision: str) -> Callable[[S
 
 
 def kernel_delta_rule(gated: bool) -> Callable[[Settings], list[dict]]:
-    """With the kernel of a GPU, in chunks of 64."""
+    """With the kernel of a GPU."""
 
     def run(settings: Settings) -> list[dict]:
         rule = lambda *args: matrix.delta_rule(*args, implementation='pallas_gpu')[0]
-        sizes = [shape for shape in shapes(settings) if fits(64, shape.dim, shape.dim) and jax.default_backend() == 'gpu']
+        sizes = [shape for shape in shapes(settings) if fits(WRITES, shape.dim, shape.dim) and jax.default_backend() == 'gpu']
         return [time_rule(rule, 'kernel', shape, settings, gated=gated) for shape in sizes]
 
     return run
@@ -289,7 +289,7 @@ class Training(NamedTuple):
         compiled = jax.jit(step, donate_argnums=0).lower(state, (tokens, tokens)).compile()
         seconds, memory = time.perf_counter() - begun, compiled.memory_analysis()
         sizes = dict(
-            compile_s=seconds, from_cache=jax.config.jax_compilation_cache_dir is not None, parameters=num_parameters(state.params),
+            compile_s=seconds, cache_enabled=jax.config.jax_compilation_cache_dir is not None, parameters=num_parameters(state.params),
             temporary_gib=memory.temp_size_in_bytes / 2**30, arguments_gib=memory.argument_size_in_bytes / 2**30,
         )  # fmt: skip
         held = [state]

@@ -7,11 +7,9 @@ computed from is float32, the systems are solved in float32, and what multiplies
 import jax
 import jax.numpy as jnp
 
-from nested_jax.memory.chunk import ChunkDecays, decay_products
+from nested_jax.memory.chunk import chunk_decays
 from nested_jax.memory.kernels.chunk_scan import chunk_scan
 from nested_jax.memory.triangular import solve_unit_lower
-
-_LOG_ZERO = -1e4  # exp of it is exactly zero, and sums of it stay finite
 
 
 def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
@@ -30,7 +28,7 @@ def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: ja
     rate, erase, log_decay = jnp.moveaxis(gates, 3, 0)
     dtype = q.dtype
     q, k, v = (x.reshape(*rate.shape, x.shape[-1]).astype(v.dtype) for x in (q, k, v))
-    decays = _decays(jnp.maximum(log_decay, _LOG_ZERO))
+    decays = chunk_decays(log_decay)
     scaled = lambda factor, x: (factor[..., None] * x).astype(x.dtype)
     system = erase[..., None] * decays.spans_before * _inner(k, k)
     rows = jnp.concatenate([scaled(rate, v), scaled(-erase * decays.kept_before, k)], -1)
@@ -40,27 +38,6 @@ def memory(q: jax.Array, k: jax.Array, v: jax.Array, gates: jax.Array, state: ja
     scores = (decays.spans * _inner(q, k)).astype(q.dtype)
     y = scaled(decays.kept, q) @ starts + scores @ written
     return y.reshape(*y.shape[:2], -1, y.shape[-1]).astype(dtype), last
-
-
-def _decays(log_decay: jax.Array) -> ChunkDecays:
-    """What is left between tokens of a chunk, (..., C)."""
-    spans = _spans(log_decay)
-    return ChunkDecays(jnp.exp(log_decay[..., :1]) * spans[..., :, 0], spans, None, None, None, spans)
-
-
-@jax.custom_vjp
-def _spans(log_decay: jax.Array) -> jax.Array:
-    """Products (..., C, C) of decays; its derivative sums along rows, where XLA's sum along columns is slow on GPUs."""
-    return decay_products(log_decay)[1]
-
-
-def _spans_backward(spans: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    lower = jnp.tril(jnp.ones(spans.shape[-2:], spans.dtype))
-    later = jnp.matmul(lower.T, cotangent * spans, precision=jax.lax.Precision.HIGHEST)  # sums over the tokens from i on
-    return (jnp.sum(jnp.tril(later, -1), -1),)
-
-
-_spans.defvjp(lambda log_decay: (_spans(log_decay),) * 2, _spans_backward)
 
 
 @jax.custom_vjp
