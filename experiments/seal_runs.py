@@ -19,7 +19,7 @@ from experiments.seal_tables import draw_seal
 from experiments.seal_world import Budget, Edit, Marks, bootstrap
 from nested_jax.config import check
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
-from nested_jax.seal.outer_loop import Algorithm, OuterConfig, RewardTable, advantages, choose, digest
+from nested_jax.seal.outer_loop import Algorithm, OuterConfig, RewardTable, advantages, better_half, choose, digest
 from nested_jax.seal.rewards import reliability
 from nested_jax.seal.stages import Stages
 
@@ -49,6 +49,8 @@ class RunArgs:
     """Passages of the test."""
     algorithms: tuple[Algorithm, ...] = ('rest-em', 'random')
     """Ways to learn from a round's self-edits, each from the start."""
+    halving: bool = False
+    """Try only the better half of a passage's self-edits, by the first adapter start, from the others: fewer updates, or more starts."""
     smoke: bool = False
     """A few steps of everything and no row, to see that it works; its numbers mean nothing."""
 
@@ -57,12 +59,15 @@ class RunArgs:
         for name, bound in least.items():
             check(getattr(self, name) >= bound, name, getattr(self, name), f'an integer of at least {bound}')
         check(bool(self.algorithms), 'algorithms', self.algorithms, 'at least one')
+        weighs = [name for name in self.algorithms if not OuterConfig(algorithm=name).imitates]
+        check(not (self.halving and weighs), 'halving', self.halving, f'False with {", ".join(weighs)}, which weigh all self-edits')
         check(bool(self.seeds) and min(self.seeds) >= 0, 'seeds', self.seeds, 'at least one integer, none below 0')
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What decides the numbers of a seed, by name; rows from before there was a choice of algorithms keep their digest."""
+        """What decides the numbers of a seed, by name; rows from before there was a choice keep their digest."""
         chosen = {} if self.algorithms == RunArgs.algorithms else dict(algorithms=list(self.algorithms))
+        chosen |= dict(halving=True) if self.halving else {}
         return {name: getattr(self, name) for name in ('rounds', 'contexts', 'each', 'repetitions', 'tests')} | chosen
 
 
@@ -238,25 +243,42 @@ class Run:
         if algorithm != 'random':
             marks = self.rewards(f'{name}/rewards', params, texts, edits, budget)
             baseline = self.domain.ask(params, texts).right[:, 0]
-            rewards, ties = marks.right.mean(2), marks.log_prob.mean(2)
-            told = dict(mean=float(rewards.mean()), best=float(rewards.max(1).mean()), reliability=reliability(marks.right)._asdict())
+            # Of those with all repetitions only: the mean of few is the likelier to be the largest by luck.
+            rewards, ties = (np.nan_to_num(mark.mean(2), nan=-np.inf, neginf=-np.inf) for mark in marks)
+            tried = marks.right[np.isfinite(rewards)].reshape(len(texts), -1, self.args.repetitions)
+            mean = float(np.nanmean(marks.right, 2).mean())
+            told = dict(mean=mean, best=float(rewards.max(1).mean()), reliability=reliability(tried)._asdict())
         config, rng = OuterConfig(algorithm=algorithm), np.random.default_rng([self.seed, index])
         values = choose(config, rewards, baseline, ties, rng) if config.imitates else advantages(algorithm, rewards)
         update = lambda: self.domain.update(algorithm, params, texts, edits, values.reshape(-1).astype(float), self.seed)
         learned = self.stages.tree(f'{name}/writer', update)
         return self.domain.advance(params, learned), told | dict(trained_on=int(np.count_nonzero(values)))
 
-    def rewards(self, name: str, params: Any, texts: list, edits: np.ndarray, budget: Budget, part: int = 16) -> Marks:
-        """Marks (C, M, P) of every self-edit, a stage for each few passages: none is updated on twice, and none serves another learner."""
-        found, learner = [], digest(params)
+    def rewards(self, name: str, params: Any, texts: list, edits: np.ndarray, budget: Budget) -> Marks:
+        """Marks (C, M, P) of every self-edit; with `halving` NaN where it is not tried again."""
+        earn = functools.partial(self.earned, params=params, texts=texts, edits=edits, budget=budget)
+        repetitions, everything = range(self.args.repetitions), np.ones(edits.shape[:2], bool)
+        if not self.args.halving:
+            return earn(name, everything, repetitions)
+        first = earn(f'{name}-first', everything, repetitions[:1])
+        rest = earn(f'{name}-rest', better_half(first.right[..., 0], first.log_prob[..., 0]), repetitions[1:])
+        return Marks(*(np.concatenate(marks, 2) for marks in zip(first, rest, strict=True)))
+
+    def earned(
+        self, name: str, tried: np.ndarray, repetitions: Sequence[int], *, params: Any, texts: list, edits: np.ndarray, budget: Budget,
+        part: int = 16,
+    ) -> Marks:  # fmt: skip
+        """Marks (C, M, P) of the self-edits `tried` (C, M), a stage for each few passages: none serves another learner."""
+        learner, found = digest(params), Marks(*np.full((2, *tried.shape, len(repetitions)), np.nan))
         for start in range(0, len(texts), part):
-            written = zip(texts[start : start + part], edits[start : start + part], strict=True)
-            rows = [(text, edit) for text, each in written for edit in each]
-            ask = lambda rows=rows: self.domain.learn_and_ask(params, *zip(*rows, strict=True), budget, range(self.args.repetitions))
+            here = np.zeros_like(tried)
+            here[start : start + part] = tried[start : start + part]
+            rows = [(texts[c], edits[c, m]) for c, m in np.argwhere(here)]
+            ask = lambda rows=rows: self.domain.learn_and_ask(params, *zip(*rows, strict=True), budget, repetitions)
             stored = self.stages(f'{name}-{start}', lambda ask=ask: ask()._asdict() | dict(learner=np.array(learner)))
-            right = RewardTable(str(stored['learner']), stored['right']).rewards(learner)
-            found.append(Marks(right, stored['log_prob']))
-        return Marks(*(np.concatenate(marks).reshape(*edits.shape[:2], -1) for marks in zip(*found, strict=True)))
+            found.right[here] = RewardTable(str(stored['learner']), stored['right']).rewards(learner)
+            found.log_prob[here] = stored['log_prob']
+        return found
 
     def edits(self, name: str, params: Any, texts: list, each: int, seed: int) -> np.ndarray:
         """Self-edits (C, M, tokens)."""

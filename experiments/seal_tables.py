@@ -17,16 +17,17 @@ SETTINGS = ('the chosen budget', str(PROTOTYPE))
 
 
 def seal_table(rows: list[dict]) -> list[str]:
-    """Lines of a table of arms for each learner, an empty one between two; none without rows.
+    """Lines of a table of arms for each learner and way to choose, an empty one between two; none without rows.
 
     Raises:
         ValueError: naming a setting in which two seeds differ.
     """
     lines = []
-    for learner in dict.fromkeys(row['model'] for row in rows):
-        runs = _by_seed([row for row in rows if row['model'] == learner])
+    for kind in dict.fromkeys(map(_kind, rows)):
+        runs = _by_seed([row for row in rows if _kind(row) == kind])
         chosen = ', '.join(dict.fromkeys(row['metrics']['chosen'] for row in runs))
-        title = f'SEAL on made-up people, {learner}, answers right, %'
+        halving = ', successive halving' if runs[0]['config'].get('halving') else ''
+        title = f'SEAL on made-up people, {runs[0]["model"]}{halving}, answers right, %'
         lines += [''] if lines else []
         lines += [f'| {title} | at {SETTINGS[0]} ({chosen}) | at {SETTINGS[1]} | the paper |', '| --- ' * 4 + '|']
         for arm in _arms(runs):
@@ -36,8 +37,8 @@ def seal_table(rows: list[dict]) -> list[str]:
 
 
 def draw_seal(rows: list[dict], path: pathlib.Path) -> None:
-    """Budgets tried by the first learner, if any, and a panel of its arms at each reported one, with the intervals of the table."""
-    runs = _by_seed([row for row in rows if row['model'] == rows[0]['model']])
+    """Budgets tried by the table's first learner, if any, and a panel of its arms at each reported one, with the intervals of the table."""
+    runs = _by_seed([row for row in rows if _kind(row) == _kind(rows[0])])
     arms_at = {setting: [arm for arm in _arms(runs) if any(_found(row, setting, arm) for row in runs)] for setting in SETTINGS}
     settings, swept = [setting for setting in SETTINGS if arms_at[setting]], runs[0]['metrics']['sweep']
     figure = Figure(figsize=(5 * (len(settings) + bool(swept)), 5), layout='constrained')
@@ -62,6 +63,11 @@ def _draw_sweep(axes: Axes, runs: list[dict]) -> None:
     axes.set(title='learning rate x steps, development split', ylabel='answers right, %', ylim=(0, 102))
     axes.tick_params(axis='x', rotation=60)
     axes.legend()
+
+
+def _kind(row: dict) -> tuple[str, str, bool]:
+    """Learner, algorithms and halving: what makes a table of its own."""
+    return row['model'], str(row['config'].get('algorithms')), row['config'].get('halving', False)
 
 
 def _by_seed(rows: list[dict]) -> list[dict]:

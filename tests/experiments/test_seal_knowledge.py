@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import seal_knowledge, seal_runs
-from experiments.seal_world import PROTOTYPE
+from experiments.seal_world import PROTOTYPE, Marks
 from nested_jax.seal.outer_loop import StaleRewardsError, digest
 from nested_jax.seal.stages import Stages
 
@@ -74,6 +74,36 @@ def test_stored_rewards_of_another_learner_are_refused(tmp_path):
     store('other', np.array(digest({'w': np.zeros(3)})))
     with pytest.raises(StaleRewardsError, match='rewards are of learner'):
         run.rewards('other', params, texts, edits, PROTOTYPE)
+
+
+def test_halving_tries_only_the_better_half_again_and_chooses_among_it(tmp_path, monkeypatch):
+    args = seal_knowledge.Args(halving=True, contexts=3, each=4, repetitions=3)
+    people, asked = seal_knowledge.People(args), []
+    texts, edits = people.texts('train', 3, 0), np.arange(12, dtype=np.int32).reshape(3, 4, 1)
+    first, again = np.array([3, 2, 1, 0, 0, 1, 2, 3, 1, 3, 0, 2]), np.arange(12) / 12 - 0.5  # rewards by edit
+
+    def learn_and_ask(params, texts, edits, budget, repetitions):
+        asked.append(([int(edit[0]) for edit in edits], list(repetitions)))
+        right = np.array([[first[edit[0]] if seed == 0 else again[edit[0]] for seed in repetitions] for edit in edits])
+        return Marks(right, right - 1)
+
+    monkeypatch.setattr(people, 'learn_and_ask', learn_and_ask)
+    run, params = seal_runs.Run(people, args, 0, Stages(tmp_path)), {'w': np.ones(3)}
+    marks = run.rewards('rewards', params, texts, edits, PROTOTYPE)
+    kept = [0, 1, 6, 7, 9, 11]
+    assert asked == [(list(range(12)), [0]), (kept, [1, 2])]
+    assert np.flatnonzero(np.isfinite(marks.right).all(2)).tolist() == kept
+
+    monkeypatch.setattr(people, 'ask', lambda *_: Marks(np.zeros((3, 1)), np.zeros((3, 1))))
+    chosen = {}
+    monkeypatch.setattr(people, 'update', lambda *given: chosen.update(values=given[-2]) or params)
+    monkeypatch.setattr(people, 'texts', lambda *_: texts)
+    monkeypatch.setattr(run, 'edits', lambda *_: edits)
+    told = run.round(params, PROTOTYPE, 'rest-em', 1, 'one')[1]
+    assert np.flatnonzero(chosen['values']).tolist() == [0, 7, 9] and told['trained_on'] == 3
+    assert told['mean'] == pytest.approx(np.where(np.isin(np.arange(12), kept), (first + 2 * again) / 3, first).mean())
+    with pytest.raises(ValueError, match='halving is True, allowed is False with grpo'):
+        seal_knowledge.Args(halving=True, algorithms=('rest-em', 'grpo'))
 
 
 @pytest.mark.parametrize(

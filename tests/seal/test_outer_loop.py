@@ -14,6 +14,7 @@ from nested_jax.seal.outer_loop import (
     Samples,
     StaleRewardsError,
     advantages,
+    better_half,
     choose,
     digest,
     make_policy_update,
@@ -56,6 +57,13 @@ def test_the_control_chooses_without_looking():
     config, rng = OuterConfig(algorithm='random'), np.random.default_rng(0)
     counts = sum(choose(config, REWARDS, np.zeros(3), TIES, rng) for _ in range(600))
     assert counts.sum() == 1800 and counts.min() > 150
+
+
+def test_the_better_half_is_kept_and_ties_are_broken():
+    rewards, ties = np.array([[0.5, 1.0, 0.5, 0.0, 0.0], [0.2, 0.1, 0.3, 0.4, 0.0]]), np.zeros((2, 5))
+    ties[0, 2] = 1.0
+    np.testing.assert_array_equal(better_half(rewards, ties), [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]])
+    np.testing.assert_array_equal(better_half(rewards[:, :3], ties[:, :3]).sum(1), [2, 2])
 
 
 def test_advantages_by_their_definitions():
