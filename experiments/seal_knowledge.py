@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from experiments.grid import devices_for_cores
 from experiments.seal_runs import RunArgs, run_seeds
 from experiments.seal_world import (
     PROTOTYPE,
@@ -164,4 +165,5 @@ class People:
 
 
 if __name__ == '__main__':
+    devices_for_cores()
     sys.exit(main())

@@ -129,8 +129,9 @@ class Reader:
     """
 
     def __init__(self, model: LanguageModel, world: World):
-        self.world, self.shares, self._grid = world, [], model.config.grid
-        self._learn = make_inner_loop(model, INNER)
+        self.world, self.shares, self._grid, devices = world, [], model.config.grid, jax.devices()
+        self._learn = make_inner_loop(model, INNER, devices)
+        self._together = 8 * len(devices) if devices[0].platform == 'cpu' else 64  # a core's cache holds what so few compute
 
         def ask(params: PyTree, adapters: PyTree | None, questions: jax.Array, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
             variables = {'params': params} if adapters is None else attach(params, adapters, INNER.lora)
@@ -168,7 +169,7 @@ class Reader:
         candidates = [Candidate(part, budget.learning_rate, budget.steps, seed) for part in sequences for seed in repetitions]
         people = [text.person for text in texts for _ in repetitions]
         found = np.zeros((2, len(candidates)))
-        for places, batch in buckets(candidates, grid=self._grid, shape=SHAPE):
+        for places, batch in buckets(candidates, grid=self._grid, at_most=self._together, shape=SHAPE):
             self.shares.append(real_share(batch))
             filled = [*places, *places[:1] * (batch.tokens.shape[0] - len(places))]
             marks = self._ask(params, self._learn(params, batch, start).adapters, *self._questions([people[place] for place in filled]))

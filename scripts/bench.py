@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
+from experiments.grid import devices_for_cores
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
 from scripts.benchmarks.timing import Settings
 
@@ -41,6 +42,8 @@ def run_suite(name: str, settings: Settings, output: pathlib.Path) -> None:
     if name == 'gpu':  # in processes of its own, each of which wants the card
         suite.run(settings, output)
         return
+    if name == 'seal':
+        devices_for_cores()
     hardware = hardware_name(jax.devices())
     for part in suite.PARTS:
         begun = time.perf_counter()

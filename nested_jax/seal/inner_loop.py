@@ -53,14 +53,15 @@ class Learned(NamedTuple):
     loss: jax.Array  # (K,) float32 nats a token before the candidate's last step, 0 without a step
 
 
-def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[..., Learned]:
+def make_inner_loop(model: LanguageModel, config: InnerConfig, devices: Sequence[jax.Device] = ()) -> Callable[..., Learned]:
     """Builds (parameters, batch) -> `Learned`, compiled once for each shape of a bucket, whatever the numbers of steps.
 
-    The weights are held once whatever K is: only adapters, their moments and the activations are by candidate.
+    The weights are held once on a device whatever K is: only adapters, their moments and the activations are by candidate.
 
     Args:
         model: whose parameters stay as they are.
         config: shared settings.
+        devices: to split candidates over, where their number divides K; each has all parameters, and none waits for another.
 
     Returns:
         The loop. A third argument, adapters without an axis in front, is what all candidates start from in place of fresh ones.
@@ -72,12 +73,19 @@ def make_inner_loop(model: LanguageModel, config: InnerConfig) -> Callable[..., 
         adapters = init_lora(params, jax.random.key(seed), config.lora) if given is None else given
         return adapters, optimizer.init(adapters), jnp.zeros(())
 
-    @jax.jit
-    def run(params: PyTree, batch: Batch, given: PyTree | None = None) -> Learned:
+    def learn(params: PyTree, batch: Batch, given: PyTree | None) -> Learned:
         carry = jax.vmap(start, (None, None, 0))(params, given, batch.seed)
         advance = lambda index, carry: jax.vmap(step, (None, None, 0, 0))(index, params, batch, carry)
         adapters, _, last = jax.lax.fori_loop(0, batch.steps.max(), advance, carry)
         return Learned(adapters, last)
+
+    @jax.jit
+    def run(params: PyTree, batch: Batch, given: PyTree | None = None) -> Learned:
+        if len(devices) < 2 or batch.seed.shape[0] % len(devices):
+            return learn(params, batch, given)
+        mesh, axis = jax.sharding.Mesh(devices, ('candidates',)), jax.P('candidates')
+        split = jax.shard_map(learn, mesh=mesh, in_specs=(jax.P(), axis, jax.P()), out_specs=axis, check_vma=False)
+        return split(params, batch, given)
 
     return run
 

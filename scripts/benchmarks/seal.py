@@ -47,7 +47,7 @@ def make_updates(world: World, dtype: str) -> Updates:
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), start)
     answer = lambda adapters, asked: model.apply(attach(params, adapters, seal_world.INNER.lora), asked)[0][:, -1]
     ask = jax.jit(jax.vmap(lambda adapters, asked: jax.nn.log_softmax(answer(adapters, asked))))
-    return Updates(make_inner_loop(model, seal_world.INNER), params, ask)
+    return Updates(make_inner_loop(model, seal_world.INNER, jax.devices()), params, ask)
 
 
 def joined(found: list[PyTree]) -> PyTree:
@@ -81,7 +81,7 @@ def check_together(world: World, one: list[Batch], together: list[list[Batch]]) 
 
 
 def seal_candidates(settings: Settings):
-    """Inner updates of SEAL's candidates side by side against one after another: the same program at K = 1, in the same buckets."""
+    """Inner updates of SEAL's candidates side by side, split over the devices, against one after another on one: the same at K = 1."""
     world, rng = World(), np.random.default_rng(0)
     counts = (1, 2) if settings.smoke else (1, 4, 16, 32, 64)
     texts = seal_world.write_texts(world, counts[-1], 'train', 0)

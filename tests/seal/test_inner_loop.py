@@ -73,6 +73,15 @@ def test_many_are_each_alone_in_any_order():
     assert_close(together, alone)
 
 
+def test_candidates_are_split_over_devices_where_their_number_divides():
+    mixed = [candidate(seed, rows=1 + seed % 2, steps=1 + seed % 3) for seed in range(5)]
+    split = make_inner_loop(MODEL, CONFIG, jax.devices()[:2])
+    assert_close(learn_all(split, PARAMS, mixed), learn_all(make_inner_loop(MODEL, CONFIG), PARAMS, mixed, at_most=1))
+    for count, used in ((1, 1), (4, 2)):
+        ((_, batch),) = buckets([candidate(seed) for seed in range(count)])
+        assert len(split(PARAMS, batch).loss.devices()) == used
+
+
 def learned(steps: int, **layout) -> tuple:
     """Adapters and last loss of one candidate after so many steps."""
     ((_, batch),) = buckets([candidate(5, rows=4, steps=steps, learning_rate=0.05)], **layout)
