@@ -4,17 +4,19 @@
     grid = Grid('formal_languages', cells, config, prepare, describe, results)
     sys.exit(run_grid(grid, minutes=45))
 
-A cell's rows are written when it is done, so that whatever ends the process costs the cell that it was at. Processes may share a results
-file: each looks for new rows before it starts a cell.
+A cell's rows are written when it is done, so that whatever ends the process costs the cell that it was at. The same command may run
+several times at once, on a core each: a process passes over the cells that another one on this machine is at.
 """
 
 import collections
+import contextlib
 import dataclasses
+import fcntl
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -111,24 +113,46 @@ def run_grid(grid: Grid, *, minutes: float | None = None, store: bool = True) ->
     Returns:
         The exit code: 0, or 130 after an interrupt.
     """
-    began, prepared, model_task = time.monotonic(), None, None
+    began, prepared, model_task, elsewhere = time.monotonic(), None, None, 0
     left = len(_missing(grid, grid.cells, store))
     print(f'{grid.experiment}: {left} of {len(grid.cells)} cells to run', flush=True)
     for group in _groups(grid):
-        group = _missing(grid, group, store)
-        if not group:
+        if not _missing(grid, group, store):
             continue
         if minutes is not None and time.monotonic() - began > 60 * minutes:
             print(f'{minutes:g} minutes are over: the same command goes on with {left} cells', flush=True)
             return 0
-        try:
-            if model_task != group[0][:2]:
-                model_task, prepared = group[0][:2], grid.prepare(*group[0][:2])
-            left -= _run_group(grid, group, prepared, left, store)
-        except KeyboardInterrupt:
-            print(f'\ninterrupted in {_name(group)}: the same command goes on with its {left} cells', file=sys.stderr, flush=True)
-            return INTERRUPTED
+        with _claimed(grid, group) if store else contextlib.nullcontext(True) as claimed:
+            group = _missing(grid, group, store)  # none if another process has just finished them
+            if not claimed or not group:
+                elsewhere += len(group)
+                continue
+            try:
+                if model_task != group[0][:2]:
+                    model_task, prepared = group[0][:2], grid.prepare(*group[0][:2])
+                left = len(_missing(grid, grid.cells, store)) if store else left
+                left -= _run_group(grid, group, prepared, left, store)
+            except KeyboardInterrupt:
+                print(f'\ninterrupted in {_name(group)}: the same command goes on with its {left} cells', file=sys.stderr, flush=True)
+                return INTERRUPTED
+    if elsewhere:
+        print(f'{elsewhere} cells were left to other processes', flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def _claimed(grid: Grid, group: list[Cell]) -> Iterator[bool]:
+    """Whether no other process on this machine is at the cells; none will be until this one has left them or has ended."""
+    path = grid.results.with_suffix('.lock')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'ab') as file:
+        place = int(config_digest(grid.config(group[0])), 16) >> 2  # of the one byte that is locked, below 2**62
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except (BlockingIOError, PermissionError):
+            yield False
+        else:
+            yield True
 
 
 def _groups(grid: Grid) -> list[list[Cell]]:

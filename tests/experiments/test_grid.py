@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -92,6 +95,23 @@ def test_another_process_s_rows_count(tmp_path):
     trainer = Other()
     run_grid(make_grid(tmp_path, trainer))
     assert trainer.ran == [*CELLS[:2], *CELLS[6:]] and len(read_rows(tmp_path / 'toy.jsonl')) == 8
+
+
+def test_a_cell_that_another_process_is_at_is_passed_over(tmp_path, capsys):
+    hold = (
+        'import pathlib, sys; from experiments import grid; from tests.experiments.test_grid import CELLS, Trainer, make_grid\n'
+        'with grid._claimed(make_grid(pathlib.Path(sys.argv[1]), Trainer()), [CELLS[1]]) as claimed:\n'
+        '    print(claimed, flush=True); sys.stdin.read()'
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, '-c', hold, str(tmp_path)], cwd=pathlib.Path(__file__).parents[2], **pipes) as other:
+        assert other.stdout.readline() == b'True\n'
+        trainer = Trainer()
+        assert run_grid(make_grid(tmp_path, trainer)) == 0
+        assert trainer.ran == [CELLS[0], *CELLS[2:]] and '1 cells were left to other processes' in capsys.readouterr().out
+        other.kill()
+    trainer = Trainer()
+    assert run_grid(make_grid(tmp_path, trainer)) == 0 and trainer.ran == [CELLS[1]]
 
 
 def test_another_configuration_is_another_cell(tmp_path):
