@@ -1,8 +1,8 @@
 """Where parameters, optimizer state and batches lie on a mesh of devices.
 
-One frozen dataclass says which mesh axes each logical axis of `nested_jax.models.axes` is split over. XLA does the rest: meshes are
-Auto, so what the rules do not say is propagated. Explicit meshes are not offered: there every product over a split axis has to name
-the layout of its result, in every layer, and the kernels' custom derivatives do not.
+One frozen dataclass says which mesh axes each logical axis of `nested_jax.models.axes` is split over. XLA does the rest: what the rules
+do not say is propagated. On a mesh of Explicit axes that holds for the model alone, whose products over split axes would each have to name
+the layout of their result: what goes into the step and comes out of it, gradients and the optimizer have their layout in their types.
 
 The mesh axes, outermost first:
     replica, data   copies of the parameters, each with its share of the batch
@@ -183,17 +183,18 @@ def check_mesh(config: ModelConfig, sizes: dict[str, int]) -> None:
             raise ValueError(f'mesh has tensor={tensor}, allowed is a divisor of {name}={count}')
 
 
-def make_mesh(sizes: dict[str, int], devices: list) -> Mesh:
-    """A mesh of Auto axes, in the order of `MESH_AXES`: what communicates most lies innermost.
+def make_mesh(sizes: dict[str, int], devices: list, explicit: bool = False) -> Mesh:
+    """A mesh in the order of `MESH_AXES`: what communicates most lies innermost.
 
     Args:
         sizes: mesh axis -> devices along it.
         devices: as many as the product of the sizes.
+        explicit: whether types of arrays say where they lie.
     """
     names = tuple(name for name in MESH_AXES if name in sizes)
     # Not jax.make_mesh, which splits the axes of a TPU's torus on a v5e only: a v6e of 16 x 16 could not be 8 x 16 x 2.
     grid = create_device_mesh(tuple(sizes[name] for name in names), devices, allow_split_physical_axes=True)
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    return Mesh(grid, names, axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * len(names))
 
 
 @dataclasses.dataclass(frozen=True)

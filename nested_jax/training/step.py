@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation step, as pure functions to compile.
 
-A loss function maps (parameters, batch) to (sum of nats, number of targets), so microbatches and evaluation batches add up exactly.
+A loss function maps (parameters, batch) to (sum of nats, number of targets), so microbatches and evaluation batches add up exactly. On a
+mesh of Explicit axes it runs with Auto ones; what goes in and comes out, and what the optimizer does, is laid out as the types say.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.optim.sharding import run_in_auto_mode
 from nested_jax.training.optimizer import global_norm
 from nested_jax.training.state import TrainState
 
@@ -36,11 +38,12 @@ def make_train_step(
         (nats, count), grads = value_and_grad(params, batch)
         return nats.astype(jnp.float32), count.astype(jnp.float32), grads
 
+    def gradient(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
+        return summed(params, batch) if accumulation == 1 else _accumulate(summed, params, microbatches(batch, accumulation))
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        if accumulation == 1:
-            nats, count, grads = summed(state.params, batch)
-        else:
-            nats, count, grads = _accumulate(summed, state.params, microbatches(batch, accumulation))
+        zero = jnp.zeros(())
+        nats, count, grads = run_in_auto_mode(gradient, (state.params, batch), like=(zero, zero, state.params))
         targets = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda grad: grad / targets, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -55,7 +58,7 @@ def make_eval_step(loss_function: LossFunction) -> Callable[[Any, Batch], tuple[
     """Builds (params, batch) -> (sum of nats, number of targets), both float32."""
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        nats, count = loss_function(params, batch)
+        nats, count = run_in_auto_mode(loss_function, (params, batch), like=(jnp.zeros(()),) * 2)
         return nats.astype(jnp.float32), count.astype(jnp.float32)
 
     return eval_step

@@ -1,5 +1,6 @@
 """On eight devices: the losses of one, a share of the state on each, and no collective that moves an optimizer's moment."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -19,7 +20,8 @@ from nested_jax.training.config import TrainConfig, check_model
 from nested_jax.training.optimizer import make_optimizer
 from nested_jax.training.sharding import Placement, ShardingRules, choose_mesh, make_mesh, parse_mesh, process_rows, recipe
 from nested_jax.training.state import init_state
-from nested_jax.training.step import make_train_step
+from nested_jax.training.step import make_eval_step, make_train_step
+from tests.models.small_models import small
 
 FSDP = {'fsdp': 8}
 BOTH = {'fsdp': 4, 'tensor': 2}
@@ -90,6 +92,32 @@ def test_losses_are_those_of_one_device(name, mesh, request):
     found = losses(name, mesh)
     np.testing.assert_allclose(found, alone(name), rtol=1e-6)
     assert len(set(found)) == STEPS
+
+
+@pytest.mark.parametrize('sizes', [{'fsdp': 2, 'tensor': 2}, pytest.param({'data': 2, 'sequence': 2}, marks=pytest.mark.slow)])
+def test_explicit_axes_change_no_number_and_are_in_the_types(sizes):
+    """With two microbatches, where rows are not split by sequence as well."""
+    model, train = LanguageModel(small('transformer')), dataclasses.replace(TRAIN, accumulation=1 if 'sequence' in sizes else 2)
+    init = lambda key: model.init(key, jnp.zeros((1, 32), jnp.int32))['params']
+    loss = lambda params, batch: model_loss(model, params, batch['tokens'], batch['targets'])
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (4, 32)).astype(np.int32)
+
+    def two_steps(explicit):
+        placement, optimizer = Placement.on(make_mesh(sizes, jax.devices()[:4], explicit)), make_optimizer(train)
+        shardings = placement.state(optimizer, jax.eval_shape(init, jax.random.key(0)))
+        outputs = (shardings, placement.replicated)
+        step = jax.jit(make_train_step(loss, optimizer, train.accumulation), donate_argnums=0, out_shardings=outputs)
+        batch, found = jax.device_put(dict(tokens=tokens, targets=tokens), placement.rows), []
+        with jax.set_mesh(placement.mesh):
+            state = init_state(init, optimizer, 0, shardings)
+            for _ in range(2):
+                state, metrics = step(state, batch)
+                found.append(float(metrics['loss']))
+            found.append(float(jax.jit(make_eval_step(loss))(state.params, batch)[0]))
+        return found, {name for leaf in jax.tree.leaves(state) for name in jax.tree.leaves(tuple(jax.typeof(leaf).sharding.spec))}
+
+    (auto, untyped), (explicit, typed) = two_steps(False), two_steps(True)
+    assert explicit == auto and not untyped and typed == set(sizes) & {'fsdp', 'tensor'}
 
 
 @pytest.mark.parametrize(
