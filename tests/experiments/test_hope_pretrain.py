@@ -117,18 +117,26 @@ def test_help_names_every_group():
         assert flag in said
 
 
+def compiled_steps():
+    """Training steps in the persistent cache."""
+    return {path.name for path in pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']).glob('jit_train_step-*-cache')}
+
+
 def test_smoke_run_leaves_everything_behind(tmp_path, texts):
     folder = tmp_path / 'run'
     arguments = ['--smoke', '--model.preset', 'transformer-tiny', '--data.corpus', texts, '--train.output', folder]
-    code, said, complained, _ = run(*arguments)
+    before = compiled_steps()
+    code, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
     assert code == 0, complained
+    assert len(stored := compiled_steps() - before) == 1
     assert 'step 4/4' in said and re.search(r'transformer-tiny +\d\.\d{4} +perplexity', said) and 'a sample' in said
     assert (folder / 'loss.png').stat().st_size > 1000
     (row,) = read_rows(folder / 'results.jsonl')
     assert row['model'] == 'transformer-tiny' and row['metrics']['tokens'] == 4 * 8 * 64
     assert row['config']['data']['digest'] and row['command'].startswith('python -m experiments.hope_pretrain --smoke')
-    again, said, complained, _ = run(*arguments)
+    again, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
     assert again == 0 and 'going on from step 4' in said
+    assert compiled_steps() - before == stored  # F5: it was found there; what is not is stored anew
     assert len(read_rows(folder / 'results.jsonl')) == 1
     other, _, complained, _ = run(*arguments, '--train.seed', '1')
     assert other == 2 and 'train.seed is 1' in complained and complained.count('\n') == 1
