@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 from nested_jax.config import ModelConfig, added
 
-# What may change between two halves of a run: none of it touches a number that is learnt or reported.
-FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep', 'train.watchdog_s')
+# What may change between two halves of a run: none of it touches a number that is learnt or reported. Blocks that are scanned or unrolled
+# have the same parameters, and differ by rounding, as meshes do.
+FREE_FIELDS = (
+    'data.name', 'model.scan_layers', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep', 'train.watchdog_s'
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
