@@ -109,6 +109,8 @@ class Args:
     processes: ProcessConfig = ProcessConfig()
     mesh: str | None = None
     """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp, sequence and tensor; None: data, for large models fsdp."""
+    allow_data_change: bool = False
+    """Go on in a run's folder with another text, --train.seed or --train.batch-size; each step reads the batch of its number."""
     smoke: bool = False
     """Other defaults for --train, for a run of a few seconds, to see that everything works; its numbers mean nothing."""
 
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
     _introduce(args, model_config, data)
     try:
-        result = train(args.train, model_config, data, run_config, mesh=args.mesh)
+        result = train(args.train, model_config, data, run_config, mesh=args.mesh, allow_data_change=args.allow_data_change)
     except (ClusterError, DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -194,7 +196,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     check_model(args.train, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
     settings = {'model': as_dict(model_config), 'data': text, 'train': as_dict(args.train)}
-    distributed.first_then_others(lambda: claim_folder(args.train.output, settings))
+    distributed.first_then_others(lambda: claim_folder(args.train.output, settings, args.allow_data_change))
     return model_config, data, settings
 
 

@@ -239,6 +239,7 @@ class Checkpoints:
         config: dict | None = None,
         prefer: Callable[[int], bool] = lambda step: True,
         *,
+        allow_data_change: bool = False,
         cast: bool = False,
     ) -> Restored | None:
         """Reads the newest checkpoint that verifies, when the save begun last has ended.
@@ -247,6 +248,7 @@ class Checkpoints:
             like: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings to restore.
             config: configuration it must have been written with; None skips the comparison.
             prefer: steps whose checkpoints are taken before all others.
+            allow_data_change: whether `config.DATA_FIELDS` of the configuration may differ.
             cast: read floating numbers as the floating dtype that `like` has, rounded where it is narrower, and say which. The trainer
                 never asks: its parameters are float32 whatever the model computes in.
 
@@ -265,7 +267,7 @@ class Checkpoints:
             reason = self.verify(step, jax.process_index(), jax.process_count())
             failed = first_to_fail(reason is not None)
             if failed is None:
-                return self._load(step, like, config, tuple(rejected), cast)
+                return self._load(step, like, config, tuple(rejected), allow_data_change, cast)
             rejected.append(f'step {step}: {reason or f"process {failed} says why"}')
         if rejected:
             raise DamagedCheckpointsError(
@@ -274,13 +276,15 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, step: int, like: PyTree, config: dict | None, rejected: tuple[str, ...], cast: bool) -> Restored:
+    def _load(
+        self, step: int, like: PyTree, config: dict | None, rejected: tuple[str, ...], allow_data_change: bool, cast: bool
+    ) -> Restored:
         folder = self.path(step)
         meta = json.loads((folder / _META).read_text())
         if meta['format'] != FORMAT:
             raise ValueError(f'{folder} has checkpoint format {meta["format"]}, allowed is {FORMAT}')
         if config is not None:
-            check_same_config(meta['config'], config, folder)
+            check_same_config(meta['config'], config, folder, allow_data_change)
         changed = _check_leaves(meta['leaves'], _leaves(like), cast)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), like)
         return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], meta['versions'], rejected, changed)
