@@ -130,7 +130,7 @@ class _Trainer:
         )
         self.window = LossWindow()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
-        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None)
+        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None, process=jax.process_index())
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -317,9 +317,9 @@ class _Trainer:
     def settle(self) -> None:
         """Looks at the step that was started last."""
         if self.pending is not None:
-            began = time.monotonic()
-            pending, self.pending = self.pending, None
-            pending()
+            began, pending, self.pending = time.monotonic(), self.pending, None
+            with self.ledger.waiting():
+                pending()
             self.window.seconds += time.monotonic() - began
 
     def write(self, step: int) -> None:

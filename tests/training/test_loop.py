@@ -457,6 +457,16 @@ def test_second_run_in_one_folder_is_refused(data, tmp_path, monkeypatch):
     assert train(tmp_path, data)[0].step == 8 and refusals == [3, 6, 8]
 
 
+@pytest.mark.slow
+def test_a_step_that_takes_long_is_named_with_its_process_and_phase(data, tmp_path, monkeypatch, capsys):
+    """S6. What lies between steps has no such line: the first step after it is no longer than others."""
+    config = dataclasses.replace(TRAIN, steps=16, eval_every=11, checkpoint_every=12)
+    faulty(monkeypatch, tmp_path, data, 'sleep@15=3,sleep@11/evaluate=3,sleep@12/save=3', config)
+    lines = re.findall('step ([0-9]+) in process 0 on .* took ([0-9.]+) s .* in its own work', capsys.readouterr().out)
+    assert [int(step) for step, seconds in lines if float(seconds) > 2.9] == [15]
+    assert summary(tmp_path).slow_steps >= 1
+
+
 def test_step_is_traced_once_whatever_happens_around_it(data, tmp_path, monkeypatch):
     traces = []
     real = loop.make_train_step
