@@ -67,6 +67,8 @@ class ModelArgs:
     """Whether blocks are scanned (compiles once for all) or unrolled."""
     decay_to: Literal['zero', 'init'] | None = None
     """What retention lets memories decay to: zero, or their learned initial states; None: the preset's."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys in softmax attention, against loss spikes."""
     without: tuple[Literal['dgd', 'momentum', 'retention', 'cms', 'key', 'value', 'target', 'eta', 'alpha'], ...] = ()
     """Parts of Hope to leave out, for ablations; key to alpha: what static projections give instead of a memory."""
     in_sequence_blocks: tuple[int, ...] = ()
@@ -78,6 +80,8 @@ class ModelArgs:
         changes = [f' without {part}' for part in self.without]
         if self.decay_to is not None:
             changes.append(f' decaying to {self.decay_to}')
+        if self.qk_norm:
+            changes.append(' with QK-norm')
         if self.in_sequence_blocks:
             changes.append(' learning in sequence in blocks ' + ' '.join(map(str, self.in_sequence_blocks)))
         return self.preset + ''.join(changes)
@@ -174,6 +178,8 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     model_config = preset(args.model.preset, **overrides)
     if args.model.decay_to is not None:
         model_config = dataclasses.replace(model_config, memory=dataclasses.replace(model_config.memory, decay_to=args.model.decay_to))
+    if args.model.qk_norm:
+        model_config = dataclasses.replace(model_config, attention=dataclasses.replace(model_config.attention, qk_norm=True))
     for part in args.model.without:
         model_config = without(model_config, part)
 

@@ -60,10 +60,25 @@ def texts(tmp_path_factory):
 def test_rows_of_a_changed_model_have_a_name_of_their_own():
     from experiments.hope_pretrain import parse
 
-    changes = [], ['--model.without', 'dgd', 'cms'], ['--model.decay-to', 'zero'], ['--model.in-sequence-blocks', '0', '2']
+    changes = (
+        [],
+        ['--model.without', 'dgd', 'cms'],
+        ['--model.decay-to', 'zero'],
+        ['--model.in-sequence-blocks', '0', '2'],
+        ['--model.qk-norm'],
+    )
     assert [parse(arguments).model.name.removeprefix('hope-linear-tiny') for arguments in changes] == [
-        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2',
+        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2', ' with QK-norm',
     ]  # fmt: skip
+
+
+def test_qk_norm_reaches_the_model_and_the_configuration(texts, tmp_path):
+    rest = ['--data.corpus', str(texts), '--train.batch-size', '8', '--train.output']
+    for number, flags in enumerate(([], ['--model.qk-norm'])):
+        args = hope_pretrain.parse(['--model.preset', 'transformer-tiny', *flags, *rest, str(tmp_path / str(number))])
+        model, _, settings = hope_pretrain.prepare(args)
+        assert model.attention.qk_norm is bool(flags)
+        assert settings['model']['attention'].get('qk_norm', False) is bool(flags)
 
 
 WRONG = {
@@ -110,7 +125,14 @@ def test_errors_that_need_no_device_are_met_before_jax_is_imported(tmp_path):
         'import sys; from experiments.hope_pretrain import main; codes = [main(argument.split()) for argument in sys.argv[1:]]; '
         'assert codes == [2] * len(codes), codes; assert not {"jax", "flax", "orbax", "grain"} & set(sys.modules)'
     )
-    arguments = ['--model.preset nope', '--model.presett x', '--train.steps 0', f'--data.corpus {tmp_path}', '--data.tokenizer nope']
+    arguments = [
+        '--model.preset nope',
+        '--model.presett x',
+        '--train.steps 0',
+        f'--data.corpus {tmp_path}',
+        '--data.tokenizer nope',
+        '--model.qk-norm',
+    ]
     result = subprocess.run([sys.executable, '-c', program, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
