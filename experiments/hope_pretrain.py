@@ -67,6 +67,8 @@ class ModelArgs:
     """Whether blocks are scanned (compiles once for all) or unrolled."""
     decay_to: Literal['zero', 'init'] | None = None
     """What retention lets memories decay to: zero, or their learned initial states; None: the preset's."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys in softmax attention, against loss spikes."""
     without: tuple[Literal['dgd', 'momentum', 'retention', 'cms', 'key', 'value', 'target', 'eta', 'alpha'], ...] = ()
     """Parts of Hope to leave out, for ablations; key to alpha: what static projections give instead of a memory."""
     in_sequence_blocks: tuple[int, ...] = ()
@@ -78,6 +80,8 @@ class ModelArgs:
         changes = [f' without {part}' for part in self.without]
         if self.decay_to is not None:
             changes.append(f' decaying to {self.decay_to}')
+        if self.qk_norm:
+            changes.append(' with QK-norm')
         if self.in_sequence_blocks:
             changes.append(' learning in sequence in blocks ' + ' '.join(map(str, self.in_sequence_blocks)))
         return self.preset + ''.join(changes)
@@ -109,6 +113,8 @@ class Args:
     processes: ProcessConfig = ProcessConfig()
     mesh: str | None = None
     """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp, sequence and tensor; None: data, for large models fsdp."""
+    allow_data_change: bool = False
+    """Go on in a run's folder with another text, --train.seed or --train.batch-size; each step reads the batch of its number."""
     smoke: bool = False
     """Other defaults for --train, for a run of a few seconds, to see that everything works; its numbers mean nothing."""
 
@@ -129,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
     _introduce(args, model_config, data)
     try:
-        result = train(args.train, model_config, data, run_config, mesh=args.mesh)
+        result = train(args.train, model_config, data, run_config, mesh=args.mesh, allow_data_change=args.allow_data_change)
     except (ClusterError, DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -172,6 +178,8 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     model_config = preset(args.model.preset, **overrides)
     if args.model.decay_to is not None:
         model_config = dataclasses.replace(model_config, memory=dataclasses.replace(model_config.memory, decay_to=args.model.decay_to))
+    if args.model.qk_norm:
+        model_config = dataclasses.replace(model_config, attention=dataclasses.replace(model_config.attention, qk_norm=True))
     for part in args.model.without:
         model_config = without(model_config, part)
 
@@ -194,7 +202,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     check_model(args.train, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
     settings = {'model': as_dict(model_config), 'data': text, 'train': as_dict(args.train)}
-    distributed.first_then_others(lambda: claim_folder(args.train.output, settings))
+    distributed.first_then_others(lambda: claim_folder(args.train.output, settings, args.allow_data_change))
     return model_config, data, settings
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from nested_jax.data import corpora, shards, tokenizers
 from nested_jax.data.documents import TokenDocuments, tokenize
 
+# Of an identity, what another text, another order of it or more of it a step changes.
+_MAY_CHANGE = ('batch_size', 'corpus', 'seed', 'tokens')
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -65,16 +68,25 @@ def data_identity(dataset: Dataset, *, length: int, batch_size: int, grid: int =
     return dict(corpus=text, tokenizer=dataset.tokenizer.digest, tokens=tokens, length=length, batch_size=batch_size, grid=grid, seed=seed)
 
 
-def check_same_data(saved: dict[str, Any], current: dict[str, Any]) -> None:
+def check_same_data(saved: dict[str, Any], current: dict[str, Any], *, allow_change: bool = False) -> tuple[str, ...]:
     """Refuse to go on with other data than a checkpoint was made with.
 
     Args:
         saved: `data_identity` of the checkpoint.
         current: of this run.
+        allow_change: whether text, batch size and seed may differ. Tokens mean the same and rows have the same form in any case.
+
+    Returns:
+        What differs, each with both values.
 
     Raises:
         ValueError: naming the field that differs.
     """
+    changes = []
     for name in sorted(saved.keys() | current.keys()):
         if saved.get(name) != current.get(name):
-            raise ValueError(f'data.{name}={current.get(name)!r}; the checkpoint was made with {saved.get(name)!r}')
+            change = f'data.{name}={current.get(name)!r}; the checkpoint was made with {saved.get(name)!r}'
+            if not (allow_change and name in _MAY_CHANGE):
+                raise ValueError(change + ('; allowed with --allow-data-change' if name in _MAY_CHANGE else ''))
+            changes.append(change)
+    return tuple(changes)

@@ -44,6 +44,7 @@ _MANIFEST = 'manifest.json'
 _META = 'meta.json'
 _TEMPORARY = '.tmp'
 _NONE = -1  # no step
+_FLOATS = {'float16', 'bfloat16', 'float32', 'float64'}
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'nested_jax')
 
 
@@ -64,6 +65,7 @@ class Restored:
     data: dict  # the data cursor
     versions: dict[str, str]  # packages that wrote it
     rejected: tuple[str, ...]  # newer checkpoints passed over, each with its reason
+    cast: tuple[str, ...]  # leaves read as another dtype than they were written in, each with both
 
 
 class Checkpoints:
@@ -231,13 +233,24 @@ class Checkpoints:
             return f'{_MANIFEST} is damaged ({error})'
         return None
 
-    def restore(self, like: PyTree, config: dict | None = None, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
+    def restore(
+        self,
+        like: PyTree,
+        config: dict | None = None,
+        prefer: Callable[[int], bool] = lambda step: True,
+        *,
+        allow_data_change: bool = False,
+        cast: bool = False,
+    ) -> Restored | None:
         """Reads the newest checkpoint that verifies, when the save begun last has ended.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes, dtypes and shardings to restore.
             config: configuration it must have been written with; None skips the comparison.
             prefer: steps whose checkpoints are taken before all others.
+            allow_data_change: whether `config.DATA_FIELDS` of the configuration may differ.
+            cast: read floating numbers as the floating dtype that `like` has, rounded where it is narrower, and say which. The trainer
+                never asks: its parameters are float32 whatever the model computes in.
 
         Returns:
             What was read, or None when the folder holds no checkpoint at all.
@@ -254,7 +267,7 @@ class Checkpoints:
             reason = self.verify(step, jax.process_index(), jax.process_count())
             failed = first_to_fail(reason is not None)
             if failed is None:
-                return self._load(step, like, config, tuple(rejected))
+                return self._load(step, like, config, tuple(rejected), allow_data_change, cast)
             rejected.append(f'step {step}: {reason or f"process {failed} says why"}')
         if rejected:
             raise DamagedCheckpointsError(
@@ -263,16 +276,18 @@ class Checkpoints:
             )
         return None
 
-    def _load(self, step: int, like: PyTree, config: dict | None, rejected: tuple[str, ...]) -> Restored:
+    def _load(
+        self, step: int, like: PyTree, config: dict | None, rejected: tuple[str, ...], allow_data_change: bool, cast: bool
+    ) -> Restored:
         folder = self.path(step)
         meta = json.loads((folder / _META).read_text())
         if meta['format'] != FORMAT:
             raise ValueError(f'{folder} has checkpoint format {meta["format"]}, allowed is {FORMAT}')
         if config is not None:
-            check_same_config(meta['config'], config, folder)
-        _check_leaves(meta['leaves'], _leaves(like))
+            check_same_config(meta['config'], config, folder, allow_data_change)
+        changed = _check_leaves(meta['leaves'], _leaves(like), cast)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), like)
-        return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], meta['versions'], rejected)
+        return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], meta['versions'], rejected, changed)
 
     def _retain(self, saved: int) -> None:
         steps = self.steps()
@@ -322,11 +337,19 @@ def _leaves(tree: PyTree) -> dict[str, list]:
     return {jax.tree_util.keystr(path, simple=True, separator='/'): [list(leaf.shape), str(leaf.dtype)] for path, leaf in flat}
 
 
-def _check_leaves(saved: dict[str, list], wanted: dict[str, list]) -> None:
+def _check_leaves(saved: dict[str, list], wanted: dict[str, list], cast: bool) -> tuple[str, ...]:
+    """Raises ValueError for the first leaf that differs; returns those that differ as `cast` allows."""
+    changed = []
     for name in dict.fromkeys([*saved, *wanted]):
-        if saved.get(name) != wanted.get(name):
-            was, now = (' '.join(map(str, leaves[name])) if name in leaves else 'absent' for leaves in (saved, wanted))
-            raise ValueError(f'{name} is {was} in the checkpoint and {now} in the model; allowed is the same shape and dtype')
+        if saved.get(name) == wanted.get(name):
+            continue
+        was, now = (' '.join(map(str, leaves[name])) if name in leaves else 'absent' for leaves in (saved, wanted))
+        castable = name in saved and name in wanted and saved[name][0] == wanted[name][0] and {saved[name][1], wanted[name][1]} <= _FLOATS
+        if not (cast and castable):
+            allowed = 'the same shape and dtype' + (', or restore(..., cast=True)' if castable else '')
+            raise ValueError(f'{name} is {was} in the checkpoint and {now} in the model; allowed is {allowed}')
+        changed.append(f'{name} is {was} in the checkpoint and read as {wanted[name][1]}')
+    return tuple(changed)
 
 
 def _files(folder: pathlib.Path) -> list[str]:

@@ -11,8 +11,13 @@ from typing import Any, Literal
 
 from nested_jax.config import ModelConfig, added
 
-# What may change between two halves of a run: none of it touches a number that is learnt or reported.
-FREE_FIELDS = ('data.name', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep', 'train.watchdog_s')
+# What may change between two halves of a run: none of it touches a number that is learnt or reported. Blocks that are scanned or unrolled
+# have the same parameters, and differ by rounding, as meshes do.
+FREE_FIELDS = (
+    'data.name', 'model.scan_layers', 'train.output', 'train.log_every', 'train.checkpoint_every', 'train.keep', 'train.watchdog_s'
+)  # fmt: skip
+# What else may change when it is asked for: which text is read, in which order, how much of it a step.
+DATA_FIELDS = ('data.digest', 'train.batch_size', 'train.seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +121,13 @@ def check_model(config: TrainConfig, model: ModelConfig, vocab_size: int, stretc
         raise ValueError(f"model.vocab_size is {model.vocab_size}, allowed is at least the tokenizer's, {vocab_size}")
 
 
-def claim_folder(folder: str | os.PathLike, run_config: dict) -> None:
+def claim_folder(folder: str | os.PathLike, run_config: dict, allow_data_change: bool = False) -> None:
     """Writes the configuration into a new output folder.
+
+    Args:
+        folder: of the run.
+        run_config: JSON.
+        allow_data_change: whether `DATA_FIELDS` may differ from what the folder holds.
 
     Raises:
         ValueError: naming the first field in which the folder's configuration is another one, or the folder that cannot be written.
@@ -128,12 +138,12 @@ def claim_folder(folder: str | os.PathLike, run_config: dict) -> None:
             saved = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f'{path} is damaged ({error}); restore it or use another output folder') from error
-        check_same_config(saved, run_config, folder)
+        check_same_config(saved, run_config, folder, allow_data_change)
         return
     temporary = path.with_suffix('.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(run_config, indent=1))
+        temporary.write_text(_stored(run_config))
         temporary.replace(path)
     except OSError as error:
         raise ValueError(f'train.output is {str(folder)!r}, allowed is a folder that can be written ({error})') from error
@@ -155,14 +165,27 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def check_same_config(saved: dict, current: dict, folder: str | os.PathLike) -> None:
+def renew_claim(folder: str | os.PathLike, run_config: dict) -> None:
+    """Puts the configuration that a run goes on with in place of the one that its folder, which it holds, was claimed with."""
+    path, text = pathlib.Path(folder) / 'config.json', _stored(run_config).encode()
+    with open(path, 'r+b', buffering=0) as file:  # in place: the run's lock is on this file, a new one would have none
+        file.write(text.ljust(path.stat().st_size))  # in one call, with blanks where the old text was longer: whole whenever killed
+
+
+def _stored(run_config: dict) -> str:
+    return json.dumps(run_config, indent=1)
+
+
+def check_same_config(saved: dict, current: dict, folder: str | os.PathLike, allow_data_change: bool = False) -> None:
     """Raises ValueError naming the first field in which two configurations differ, those that may change excepted."""
     saved, current = _flat(saved), _flat(current)
+    free = FREE_FIELDS + DATA_FIELDS if allow_data_change else FREE_FIELDS
     for field in dict.fromkeys([*saved, *current]):
-        if field not in FREE_FIELDS and saved.get(field) != current.get(field):
+        if field not in free and saved.get(field) != current.get(field):
+            asked = ', or --allow-data-change' if field in DATA_FIELDS else ''
             raise ValueError(
                 f'{field} is {current.get(field)!r}, but {folder} holds a run with {field} = {saved.get(field)!r}: '
-                'allowed is the same value, or another output folder'
+                f'allowed is the same value, or another output folder{asked}'
             )
 
 

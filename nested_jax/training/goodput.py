@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 import statistics
 import time
 from collections import deque
@@ -23,6 +24,9 @@ CAUSES = ('start', 'restore', 'compile', 'data', 'step', 'save', 'evaluate')
 FILE = 'goodput.jsonl'
 _EVERY_S = 1.0  # between two lines that say only that steps were done
 _CLEAN = ('finished', 'stopped')
+_FAR = 5  # medians
+# A process that waits for another one cannot know it; that one says, by its own line, which of the first two it was.
+_DATA, _WORK, _WAIT = 'for its batch', 'in its own work', 'waiting for its devices or another process'
 
 
 class StepTimes:
@@ -36,14 +40,29 @@ class StepTimes:
         self.slow, self.stalls = 0, 0
         self._recent: deque[float] = deque(maxlen=128)
 
-    def add(self, step_s: float, data_s: float) -> None:
-        """Counts one step: seconds that it took, and that its batch took to come."""
+    def add(self, step_s: float, data_s: float, waited_s: float = 0.0) -> str | None:
+        """Counts one step.
+
+        Args:
+            step_s: seconds that it took, its batch being there.
+            data_s: that its batch took to come.
+            waited_s: of `step_s`, those in which the process waited for a result.
+
+        Returns:
+            Where the time went, of a step that is worth a line: one that took five times the median. None for all others.
+        """
+        told = None
         if len(self._recent) >= 10:
             median = statistics.median(self._recent)
             deviation = statistics.median(abs(value - median) for value in self._recent)
             self.slow += step_s > median + 3 * deviation
-            self.stalls += data_s > 5 * median
+            self.stalls += data_s > _FAR * median
+            if step_s + data_s > _FAR * median:
+                parts = {_DATA: data_s, _WORK: step_s - waited_s, _WAIT: waited_s}
+                phase = max(parts, key=parts.get)
+                told = f'took {step_s + data_s:.2f} s where {median:.2f} s is usual, {parts[phase]:.2f} s of it {phase}'
         self._recent.append(step_s)
+        return told
 
 
 class Ledger:
@@ -53,12 +72,18 @@ class Ledger:
         folder: of the run; None, in processes but the first, keeps nothing.
         clock: seconds that never go back.
         wall: seconds that processes share.
+        process: its index, for the lines that each prints about steps that took it far longer than usual.
     """
 
     def __init__(
-        self, folder: str | os.PathLike | None, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
+        self,
+        folder: str | os.PathLike | None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        process: int = 0,
     ):
         self._path, self._clock, self._wall = None if folder is None else pathlib.Path(folder) / FILE, clock, wall
+        self._process = process
         self._open()
 
     def __enter__(self) -> 'Ledger':
@@ -84,13 +109,21 @@ class Ledger:
         if cause != 'data':
             self._write()
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context, within a step, in which the process waits for what its devices compute."""
+        began = self._clock()
+        yield
+        self._waited += self._clock() - began
+
     def step(self, step: int) -> None:
         """Says that steps up to `step` are done; what follows is a step until something else is said."""
         self._switch('step')
         step_s, data_s = (self._seconds[cause] - self._before[cause] for cause in ('step', 'data'))
         self._before = dict(self._seconds)
-        if step > self._step:
-            self._times.add(step_s, data_s)
+        waited_s, self._waited = self._waited, 0.0
+        if step > self._step and (told := self._times.add(step_s, data_s, waited_s)):
+            print(f'step {step} in process {self._process} on {socket.gethostname()} {told}', flush=True)
         self._step = step
         if self._clock() - self._written >= _EVERY_S:
             self._write()
@@ -108,7 +141,7 @@ class Ledger:
         self._began, self._id = self._wall(), f'{os.getpid()}-{time.time_ns()}'
         self._seconds = dict.fromkeys(CAUSES, 0.0)
         self._before = dict(self._seconds)
-        self._times = StepTimes()
+        self._times, self._waited = StepTimes(), 0.0
         self._first: int | None = None
         self._step = 0
         self._cause, self._since = 'start', self._clock()

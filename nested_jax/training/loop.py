@@ -27,7 +27,7 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
 from nested_jax.training.checkpoints import Checkpoints, Restored
-from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, lock_folder
+from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, lock_folder, renew_claim
 from nested_jax.training.distributed import check_same, first_then_others, is_first, total
 from nested_jax.training.faults import faults_of_environment
 from nested_jax.training.goodput import Ledger, summary
@@ -64,6 +64,7 @@ def train(
     *,
     devices: list | None = None,
     mesh: str | None = None,
+    allow_data_change: bool = False,
     console: rich.console.Console | None = None,
 ) -> Result:
     """Trains a language model, or goes on where the folder `config.output` says a run stopped.
@@ -81,6 +82,7 @@ def train(
         run_config: everything that decides what the numbers come out as, JSON; a folder of another one is refused.
         devices: that share the work; None for all.
         mesh: how, as 'data=2,fsdp=4'; None is `choose_mesh`'s default. A run may go on with other devices on another mesh.
+        allow_data_change: go on with another text, seed or batch size; a step reads the batch of its number of what is there now.
         console: for progress; None is standard output.
 
     Raises:
@@ -94,33 +96,30 @@ def train(
     check_devices(config, batch_shares(sizes))
     check_kernels(config, len(devices))
     check_model(config, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
-    first_then_others(lambda: claim_folder(config.output, run_config))
+    first_then_others(lambda: claim_folder(config.output, run_config, allow_data_change))
     placement = Placement.on(make_mesh(sizes, devices))
     with contextlib.ExitStack() as stack:
         first_then_others(lambda: stack.enter_context(lock_folder(config.output)) if is_first() else None)
         console = console if is_first() else rich.console.Console(quiet=True)
         progress = stack.enter_context(Progress(config.steps, console=console))
-        return _Trainer(config, model_config, data, run_config, placement, progress).run()
+        return _Trainer(config, model_config, data, run_config, placement, progress, allow_data_change).run()
 
 
 class _Trainer:
     """One call of `train`: what it needs, made in order, then the loop."""
 
     def __init__(
-        self, config: TrainConfig, model_config: ModelConfig, data: Dataset, run_config: dict, place: Placement, progress: Progress
+        self, config: TrainConfig, model: ModelConfig, data: Dataset, run_config: dict, place: Placement, progress: Progress, allow: bool
     ):
-        self.config, self.run_config, self.progress = config, run_config, progress
+        self.config, self.run_config, self.progress, self.allow_data_change = config, run_config, progress, allow
         self.folder = pathlib.Path(config.output)
-        self.model = LanguageModel(model_config)
-        self.optimizer = make_optimizer(config, level_periods(model_config, config.sequence_length))
-        self.schedule = warmup_cosine(config)
-        self.loss_function = make_loss(self.model)
-        self.faults = faults_of_environment(jax.process_index())
-        self.whereabouts = Whereabouts(os.environ.get(VARIABLE))
+        self.model = LanguageModel(model)
+        self.optimizer = make_optimizer(config, level_periods(model, config.sequence_length))
+        self.schedule, self.loss_function = warmup_cosine(config), make_loss(self.model)
+        self.faults, self.whereabouts = faults_of_environment(jax.process_index()), Whereabouts(os.environ.get(VARIABLE))
         self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults, lambda step: self.whereabouts.say(saved=step))
-        self.placement = place
-        layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model_config.grid)
-        self.tokenizer = data.tokenizer
+        self.placement, self.tokenizer = place, data.tokenizer
+        layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model.grid)
         self.identity = data_identity(data, **layout, seed=config.seed)
         check_same('configuration or text', int(config_digest(dict(train=as_dict(config), data=self.identity))[:15], 16))
         share, self.own_rows = process_rows(place.rows, config.batch_size, jax.process_index())
@@ -131,7 +130,7 @@ class _Trainer:
         )
         self.window = LossWindow()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
-        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None)
+        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None, process=jax.process_index())
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -177,7 +176,7 @@ class _Trainer:
         shapes = jax.eval_shape(lambda: init_state(init_params, self.optimizer, config.seed))
         self.state_shardings = self.placement.state(self.optimizer, shapes.params)
         abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.state_shardings)
-        restored = self.checkpoints.restore(abstract, self.run_config, prefer)
+        restored = self.checkpoints.restore(abstract, self.run_config, prefer, allow_data_change=self.allow_data_change)
         for reason in restored.rejected if restored else ():
             self.progress.say(f'passed over a damaged checkpoint: {reason}')
         cursor = restored.data if restored else {}
@@ -189,8 +188,10 @@ class _Trainer:
         if restored is None:
             self.state = init_state(init_params, self.optimizer, config.seed, self.state_shardings)
             return None
-        check_same_data(restored.data['identity'], self.identity)
-        self.progress.say(f'going on from step {restored.step}')
+        changes = check_same_data(restored.data['identity'], self.identity, allow_change=self.allow_data_change)
+        if changes and is_first():
+            renew_claim(self.folder, self.run_config)
+        self.progress.say('\n'.join((f'going on from step {restored.step}', *changes)))
         self.state = restored.state
         self.whereabouts.say(saved=restored.step)
         return restored
@@ -316,9 +317,9 @@ class _Trainer:
     def settle(self) -> None:
         """Looks at the step that was started last."""
         if self.pending is not None:
-            began = time.monotonic()
-            pending, self.pending = self.pending, None
-            pending()
+            began, pending, self.pending = time.monotonic(), self.pending, None
+            with self.ledger.waiting():
+                pending()
             self.window.seconds += time.monotonic() - began
 
     def write(self, step: int) -> None:

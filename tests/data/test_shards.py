@@ -228,6 +228,12 @@ def test_changed_data_is_named(source, prepared):
     other = datasets.open_dataset(source, 'bpe:401')
     with pytest.raises(ValueError, match='data.token'):
         datasets.check_same_data(saved, datasets.data_identity(other, **settings))
+    changed = settings | dict(batch_size=8, seed=2)
+    expected = 'data.batch_size=8; the checkpoint was made with 4', 'data.seed=2; the checkpoint was made with 1'
+    assert datasets.check_same_data(saved, datasets.data_identity(data, **changed), allow_change=True) == expected
+    for refused, name in ((datasets.data_identity(other, **settings), 'tokenizer'), (saved | dict(grid=4), 'grid')):
+        with pytest.raises(ValueError, match=f'data.{name}='):
+            datasets.check_same_data(saved, refused, allow_change=True)
 
 
 def test_command_line(source, tmp_path):

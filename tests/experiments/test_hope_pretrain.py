@@ -8,8 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from experiments import hope_pretrain
 from nested_jax.evaluation.rows import read_rows
@@ -55,10 +60,25 @@ def texts(tmp_path_factory):
 def test_rows_of_a_changed_model_have_a_name_of_their_own():
     from experiments.hope_pretrain import parse
 
-    changes = [], ['--model.without', 'dgd', 'cms'], ['--model.decay-to', 'zero'], ['--model.in-sequence-blocks', '0', '2']
+    changes = (
+        [],
+        ['--model.without', 'dgd', 'cms'],
+        ['--model.decay-to', 'zero'],
+        ['--model.in-sequence-blocks', '0', '2'],
+        ['--model.qk-norm'],
+    )
     assert [parse(arguments).model.name.removeprefix('hope-linear-tiny') for arguments in changes] == [
-        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2',
+        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2', ' with QK-norm',
     ]  # fmt: skip
+
+
+def test_qk_norm_reaches_the_model_and_the_configuration(texts, tmp_path):
+    rest = ['--data.corpus', str(texts), '--train.batch-size', '8', '--train.output']
+    for number, flags in enumerate(([], ['--model.qk-norm'])):
+        args = hope_pretrain.parse(['--model.preset', 'transformer-tiny', *flags, *rest, str(tmp_path / str(number))])
+        model, _, settings = hope_pretrain.prepare(args)
+        assert model.attention.qk_norm is bool(flags)
+        assert settings['model']['attention'].get('qk_norm', False) is bool(flags)
 
 
 WRONG = {
@@ -105,7 +125,14 @@ def test_errors_that_need_no_device_are_met_before_jax_is_imported(tmp_path):
         'import sys; from experiments.hope_pretrain import main; codes = [main(argument.split()) for argument in sys.argv[1:]]; '
         'assert codes == [2] * len(codes), codes; assert not {"jax", "flax", "orbax", "grain"} & set(sys.modules)'
     )
-    arguments = ['--model.preset nope', '--model.presett x', '--train.steps 0', f'--data.corpus {tmp_path}', '--data.tokenizer nope']
+    arguments = [
+        '--model.preset nope',
+        '--model.presett x',
+        '--train.steps 0',
+        f'--data.corpus {tmp_path}',
+        '--data.tokenizer nope',
+        '--model.qk-norm',
+    ]
     result = subprocess.run([sys.executable, '-c', program, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -117,18 +144,26 @@ def test_help_names_every_group():
         assert flag in said
 
 
+def compiled_steps():
+    """Training steps in the persistent cache."""
+    return {path.name for path in pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']).glob('jit_train_step-*-cache')}
+
+
 def test_smoke_run_leaves_everything_behind(tmp_path, texts):
     folder = tmp_path / 'run'
     arguments = ['--smoke', '--model.preset', 'transformer-tiny', '--data.corpus', texts, '--train.output', folder]
-    code, said, complained, _ = run(*arguments)
+    before = compiled_steps()
+    code, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
     assert code == 0, complained
+    assert len(stored := compiled_steps() - before) == 1
     assert 'step 4/4' in said and re.search(r'transformer-tiny +\d\.\d{4} +perplexity', said) and 'a sample' in said
     assert (folder / 'loss.png').stat().st_size > 1000
     (row,) = read_rows(folder / 'results.jsonl')
     assert row['model'] == 'transformer-tiny' and row['metrics']['tokens'] == 4 * 8 * 64
     assert row['config']['data']['digest'] and row['command'].startswith('python -m experiments.hope_pretrain --smoke')
-    again, said, complained, _ = run(*arguments)
+    again, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
     assert again == 0 and 'going on from step 4' in said
+    assert compiled_steps() - before == stored  # F5: it was found there; what is not is stored anew
     assert len(read_rows(folder / 'results.jsonl')) == 1
     other, _, complained, _ = run(*arguments, '--train.seed', '1')
     assert other == 2 and 'train.seed is 1' in complained and complained.count('\n') == 1
@@ -155,10 +190,21 @@ def lines_without_speed(folder):
     return [{name: value for name, value in line.items() if name != 'tokens_per_second'} for line in lines]
 
 
+def last_state(folder):
+    """Bytes of every array of the last checkpoint, by its name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that it lay on one device, as orbax's own note of it says
+        tree = ocp.load(folder / 'checkpoints' / '00000040' / 'state')
+    raw = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return {jax.tree_util.keystr(path): np.asarray(raw(leaf)).tobytes() for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path, number, code):
-    process = start(*forty_steps, '--train.output', tmp_path)
+    """R8 too: these processes are another user's, whose sets and dictionaries of strings have other orders."""
+    other = dict(HOME=str(tmp_path), PYTHONHASHSEED=str(code), LC_ALL='C', TZ='Asia/Tokyo')
+    process = start(*forty_steps, '--train.output', tmp_path / 'run', **other)
     for line in process.stdout:
         if line.startswith('step 3/'):
             process.send_signal(number)
@@ -167,11 +213,12 @@ def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(u
     assert process.returncode == code, complained
     stopped = int(re.search(r'saved step (\d+) to', said)[1])
     assert 3 <= stopped < 40 and '--train.output' in said
-    code, said, complained, _ = run(*forty_steps, '--train.output', tmp_path)
+    code, said, complained, _ = run(*forty_steps, '--train.output', tmp_path / 'run', **other)
     assert code == 0 and f'going on from step {stopped}' in said, complained
-    assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
-    rows = [read_rows(folder / 'results.jsonl')[0]['metrics'] for folder in (unbroken, tmp_path)]
+    assert lines_without_speed(tmp_path / 'run') == lines_without_speed(unbroken)
+    rows = [read_rows(folder / 'results.jsonl')[0]['metrics'] for folder in (unbroken, tmp_path / 'run')]
     assert rows[0] | {'resumed_from': stopped} == rows[1]
+    assert last_state(tmp_path / 'run') == last_state(unbroken)
 
 
 @pytest.mark.multiprocess

@@ -1,4 +1,4 @@
-"""Scanned layers: a model of sixteen layers is as long a program as one of four, so that it compiles as fast."""
+"""Scanned layers and chunks: of sixteen a model is as long a program as of four, so that it compiles as fast."""
 
 import jax
 import pytest
@@ -8,11 +8,11 @@ from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
 
 
-def program(name: str, layers: int, **options) -> str:
-    """The training gradient, as lowered for XLA."""
+def program(name: str, layers: int, length: int = 48, **options) -> str:
+    """The training gradient on sequences of so many tokens, as lowered for XLA."""
     sizes = dict(width=16, num_heads=1, head_dim=16, levels=(LevelConfig(16, 512), LevelConfig(16, 1024)), vocab_size=32)
     model = LanguageModel(preset(name, num_layers=layers, **(sizes | dict(scan_layers=True) | options)))
-    tokens = jax.ShapeDtypeStruct((1, 48), 'int32')
+    tokens = jax.ShapeDtypeStruct((1, length), 'int32')
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
     return jax.jit(jax.grad(lambda p, t: model_loss(model, p, t, t)[0])).lower(params, tokens).as_text()
 
@@ -24,6 +24,14 @@ def test_sixteen_layers_are_as_long_as_four(name):
     few, many = (program(name, layers).count('\n') for layers in (4, 16))
     assert few == many
     assert program(name, 4, scan_layers=False).count('\n') > few
+
+
+@pytest.mark.parametrize('name', ['hope-linear-tiny', pytest.param('hope-tiny', marks=pytest.mark.slow)])
+def test_sixteen_chunks_are_as_long_as_four(name):
+    """F6. Sizes and offsets are other numbers, on as many lines."""
+    grid = preset(name).grid
+    few, many = (program(name, 1, chunks * grid) for chunks in (4, 16))
+    assert few != many and few.count('\n') == many.count('\n')
 
 
 def test_sixteen_layers_are_as_many_instructions_once_compiled():

@@ -253,6 +253,28 @@ def test_wrong_shape_dtype_missing_and_extra_leaves_are_named(saved):
             saved.restore(like(change))
 
 
+def test_another_dtype_is_read_only_when_asked_for_and_said(saved):
+    def like(kernel=jnp.bfloat16, half=jnp.float32, count=jnp.int32):
+        train, (running, position) = make_state(0)
+        params = train.params | {'kernel': train.params['kernel'].astype(kernel), 'half': train.params['half'].astype(half)}
+        return train._replace(params=params), Memories(running, position.astype(count))
+
+    with pytest.raises(ValueError, match=r'0/params/half is \[2\] bfloat16 .* \[2\] float32 in the model; .* or restore\(..., cast=True\)'):
+        saved.restore(like())
+    save(saved, 4, 4 + 2**-9)  # more bits than bfloat16 has
+    restored = saved.restore(like(), cast=True)
+    assert restored.cast == (
+        '0/params/half is [2] bfloat16 in the checkpoint and read as float32',
+        '0/params/kernel is [4, 3] float32 in the checkpoint and read as bfloat16',
+    )
+    whole, _ = make_state(4 + 2**-9)
+    expected = {'kernel': whole.params['kernel'].astype(jnp.bfloat16), 'half': whole.params['half'].astype(jnp.float32)}
+    assert_same(restored.state[0].params, whole.params | expected)
+    assert saved.restore(make_state(0), cast=True).cast == ()
+    with pytest.raises(ValueError, match=r'1/position is \[2\] int32 in the checkpoint and \[2\] float32 .* the same shape and dtype$'):
+        saved.restore(like(jnp.float32, jnp.bfloat16, jnp.float32), cast=True)
+
+
 def test_another_format_is_refused(saved, monkeypatch):
     monkeypatch.setattr('nested_jax.training.checkpoints.FORMAT', 2)
     with pytest.raises(ValueError, match='has checkpoint format 1, allowed is 2'):

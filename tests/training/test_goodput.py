@@ -1,5 +1,7 @@
 """The ledger: every second has one cause, over restarts too; slow steps and stalls against a definition written out."""
 
+import socket
+
 import numpy as np
 import pytest
 
@@ -171,7 +173,32 @@ def test_slow_steps_and_stalls_against_numpy():
     assert (times.slow, times.stalls) == (slow, stalls) and slow >= 2 and stalls == 1
 
 
-def test_saves_and_evaluations_are_no_slow_steps(tmp_path, clock):
+@pytest.mark.parametrize(
+    'data_s, work_s, wait_s, phase',
+    [
+        (6, 1, 0, '6.00 s of it for its batch'),
+        (0.25, 7, 0, '7.00 s of it in its own work'),
+        (0.25, 0.5, 7, '7.00 s of it waiting for its devices or another process'),
+    ],
+)
+def test_what_took_a_step_long_is_said_by_each_process(tmp_path, clock, capsys, data_s, work_s, wait_s, phase):
+    """S6. All wait for a straggler, which is the one whose line says something else."""
+    ledger = Ledger(None, clock, process=3)
+    ledger.begin(0)
+    run_steps(ledger, clock, 0, 12)
+    with ledger.during('data'):
+        clock.spend(data_s)
+    clock.spend(work_s)
+    with ledger.waiting():
+        clock.spend(wait_s)
+    ledger.step(13)
+    run_steps(ledger, clock, 13, 15)
+    (line,) = capsys.readouterr().out.splitlines()
+    total = data_s + work_s + wait_s
+    assert line == f'step 13 in process 3 on {socket.gethostname()} took {total:.2f} s where 1.00 s is usual, {phase}'
+
+
+def test_saves_and_evaluations_are_no_slow_steps(tmp_path, clock, capsys):
     ledger = begin(tmp_path, clock, 0)
     for step in range(30):
         run_steps(ledger, clock, step, step + 1)
@@ -179,3 +206,4 @@ def test_saves_and_evaluations_are_no_slow_steps(tmp_path, clock):
             save(ledger, clock, 50.0)
     ledger.close('finished')
     assert (summary(tmp_path).slow_steps, summary(tmp_path).stalls) == (0, 0)
+    assert not capsys.readouterr().out

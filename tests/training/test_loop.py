@@ -22,7 +22,7 @@ from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig, as_dic
 from nested_jax.data import open_dataset
 from nested_jax.training import faults, loop
 from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
-from nested_jax.training.config import TrainConfig
+from nested_jax.training.config import TrainConfig, claim_folder, lock_folder, renew_claim
 from nested_jax.training.goodput import summary
 from nested_jax.training.metrics import read_metrics
 
@@ -73,10 +73,11 @@ def run_config(train, model=MODEL):
     return {'model': as_dict(model), 'train': as_dict(train)}
 
 
-def train(folder, data, config=TRAIN, model=MODEL, devices=1):
+def train(folder, data, config=TRAIN, model=MODEL, devices=1, allow_data_change=False):
     config = dataclasses.replace(config, output=str(folder))
     console = rich.console.Console(file=io.StringIO(), width=200)
-    result = loop.train(config, model, data, run_config(config, model), devices=jax.devices()[:devices], console=console)
+    where = dict(devices=jax.devices()[:devices], console=console)
+    result = loop.train(config, model, data, run_config(config, model), allow_data_change=allow_data_change, **where)
     return result, console.file.getvalue()
 
 
@@ -229,16 +230,59 @@ def test_damaged_config_is_an_error_in_a_line(data, tmp_path):
         train(tmp_path, data)
 
 
-def test_changed_text_is_refused(data, tmp_path, monkeypatch):
+def test_renewed_configuration_stands_in_the_file_that_is_locked(tmp_path):
+    claim_folder(tmp_path, {'data': {'digest': 'a' * 64}})
+    with lock_folder(tmp_path):
+        for digest in ('b', 'c' * 99):
+            renew_claim(tmp_path, {'data': {'digest': digest}})
+            claim_folder(tmp_path, {'data': {'digest': digest}})
+            with pytest.raises(ValueError, match='in use by another run'), lock_folder(tmp_path):
+                pass
+
+
+@pytest.fixture(scope='module')
+def other_text(tmp_path_factory):
+    texts = tmp_path_factory.mktemp('other')
+    for number in range(40):
+        (texts / f'{number}.txt').write_text(f'Document {number} ' * 12)
+    return open_dataset(texts)
+
+
+def test_changed_data_is_refused_by_the_field(data, other_text, tmp_path, monkeypatch):
+    """R6. Text is told by the checkpoint, and by the configuration where that has its digest, as that of hope_pretrain does."""
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         train(tmp_path, data)
-    texts = tmp_path / 'texts'
-    texts.mkdir()
-    for number in range(40):
-        (texts / f'{number}.txt').write_text(f'Document {number} ' * 12)
-    with pytest.raises(ValueError, match='corpus'):
-        train(tmp_path, open_dataset(texts))
+    with pytest.raises(ValueError, match='data.corpus=.*; the checkpoint was made with .*; allowed with --allow-data-change'):
+        train(tmp_path, other_text)
+    for field, value in (('seed', 7), ('batch_size', 8)):
+        before = getattr(TRAIN, field)
+        with pytest.raises(ValueError, match=f'train.{field} is {value}, but .* = {before}: .*, or --allow-data-change'):
+            train(tmp_path, data, dataclasses.replace(TRAIN, **{field: value}))
+    with pytest.raises(ValueError, match='train.learning_rate is 1.0, but .*, or another output folder$'):
+        train(tmp_path, data, dataclasses.replace(TRAIN, learning_rate=1.0), allow_data_change=True)
+
+
+def test_changed_data_is_read_when_asked_for_and_said(data, other_text, tmp_path, monkeypatch):
+    """R6. From then on the folder is that of the changed run: no more asking, and the run before the change is refused."""
+    read, changed = [], dataclasses.replace(TRAIN, seed=7)
+    real = loop._Trainer.run_step
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train(tmp_path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, 'run_step', lambda self, batch: (read.append(batch['tokens'].copy()), real(self, batch))[1])
+        stop_after(patch, 6)
+        result, said = train(tmp_path, other_text, changed, allow_data_change=True)
+    assert result.resumed_from == 4 and 'data.seed=7; the checkpoint was made with 0' in said and 'data.corpus=' in said
+    expected = loop.training_batches(other_text.train, length=16, batch_size=4, grid=MODEL.grid, seed=7)
+    for number, tokens in enumerate(read, 4):
+        np.testing.assert_array_equal(tokens, expected[number]['tokens'])
+    with pytest.raises(ValueError, match='train.seed is 0, but .* = 7'):
+        train(tmp_path, data)
+    result, said = train(tmp_path, other_text, changed)
+    assert (result.resumed_from, result.step) == (6, 8) and 'was made with' not in said
+    assert len(read) == 2 and bool(loop._all_finite(result.state))
 
 
 @pytest.mark.parametrize('step', [1, 4])
@@ -411,6 +455,16 @@ def test_second_run_in_one_folder_is_refused(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop._Trainer, 'save', save)
     assert train(tmp_path, data)[0].step == 8 and refusals == [3, 6, 8]
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_long_is_named_with_its_process_and_phase(data, tmp_path, monkeypatch, capsys):
+    """S6. What lies between steps has no such line: the first step after it is no longer than others."""
+    config = dataclasses.replace(TRAIN, steps=16, eval_every=11, checkpoint_every=12)
+    faulty(monkeypatch, tmp_path, data, 'sleep@15=3,sleep@11/evaluate=3,sleep@12/save=3', config)
+    lines = re.findall('step ([0-9]+) in process 0 on .* took ([0-9.]+) s .* in its own work', capsys.readouterr().out)
+    assert [int(step) for step, seconds in lines if float(seconds) > 2.9] == [15]
+    assert summary(tmp_path).slow_steps >= 1
 
 
 def test_step_is_traced_once_whatever_happens_around_it(data, tmp_path, monkeypatch):

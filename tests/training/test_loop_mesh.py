@@ -30,11 +30,11 @@ def data(tmp_path_factory):
     return open_dataset(folder)
 
 
-def train(folder, data, devices, mesh=None):
+def train(folder, data, devices, mesh=None, model=MODEL):
     config = dataclasses.replace(TRAIN, output=str(folder))
-    settings = {'model': as_dict(MODEL), 'train': as_dict(config)}
+    settings = {'model': as_dict(model), 'train': as_dict(config)}
     console = rich.console.Console(file=io.StringIO(), width=200)
-    return loop.train(config, MODEL, data, settings, devices=jax.devices()[:devices], mesh=mesh, console=console)
+    return loop.train(config, model, data, settings, devices=jax.devices()[:devices], mesh=mesh, console=console)
 
 
 @pytest.mark.exhaustive
@@ -68,6 +68,27 @@ def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkey
         last = until
     assert set(meshes) == {('fsdp', 'tensor'), ('data',), ('data', 'fsdp')}
     np.testing.assert_allclose(result.heldout.nats, unbroken.heldout.nats, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_blocks_unrolled(data, tmp_path, monkeypatch):
+    """C7. Scanned or not, parameters are stacked: a checkpoint fits both."""
+    scanned = train(tmp_path / 'scanned', data, 1)
+    real = loop._Trainer.train_step
+
+    def train_step(self, now, batch):
+        real(self, now, batch)
+        if now == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, 'train_step', train_step)
+        assert train(tmp_path / 'moved', data, 1).step == 3
+    unrolled = train(tmp_path / 'moved', data, 1, model=dataclasses.replace(MODEL, scan_layers=False))
+    assert (unrolled.resumed_from, unrolled.step, unrolled.model.config.scan_layers) == (3, 6, False)
+    np.testing.assert_allclose(unrolled.heldout.nats, scanned.heldout.nats, rtol=1e-6)
+    with pytest.raises(ValueError, match='model.num_layers is 1, but .* = 2'):
+        train(tmp_path / 'moved', data, 1, model=dataclasses.replace(MODEL, num_layers=1))
 
 
 def test_a_mesh_that_does_not_fit_leaves_no_trace(data, tmp_path):

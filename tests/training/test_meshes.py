@@ -1,0 +1,118 @@
+"""A small model on every axis of a mesh: the losses of one device, the collectives each axis is there for, and the way of a checkpoint."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
+from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.loss import model_loss
+from nested_jax.training.checkpoints import Checkpoints
+from nested_jax.training.compiled import collectives
+from nested_jax.training.config import TrainConfig
+from nested_jax.training.optimizer import level_periods, make_optimizer
+from nested_jax.training.sharding import Placement, make_mesh
+from nested_jax.training.state import init_state
+from nested_jax.training.step import make_train_step
+
+TRAIN = TrainConfig(steps=3, batch_size=8, sequence_length=16, warmup_steps=1)
+# The second level is updated every second step: the sums of its gradients are state too.
+LEVELS = LevelConfig(16, TRAIN.tokens_per_step), LevelConfig(16, 2 * TRAIN.tokens_per_step)
+MODEL = ModelConfig('attention', num_layers=1, width=16, num_heads=2, head_dim=8, levels=LEVELS, vocab_size=64)
+MATRIX = dataclasses.replace(MODEL, mixer='delta-rule', memory=MemoryConfig(kind='matrix', chunk_size=8, projection_chunk_size=8))
+OPTIMIZER = make_optimizer(TRAIN, level_periods(MODEL, TRAIN.sequence_length))
+
+
+def placed(**sizes):
+    """Where things lie on a mesh of these sizes, what makes the parameters, the state's shapes and their shardings."""
+    placement = Placement.on(make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]))
+    init = lambda key: LanguageModel(MODEL).init(key, jnp.zeros((1, 16), jnp.int32))['params']
+    shapes = jax.eval_shape(lambda: init_state(init, OPTIMIZER, 0))
+    return placement, init, shapes, placement.state(OPTIMIZER, shapes.params)
+
+
+def batch_on(placement, step=0):
+    tokens = np.random.default_rng(step).integers(0, MODEL.vocab_size, (8, 17)).astype(np.int32)
+    ids = np.ones((8, 16), np.int32)
+    rows = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'segment_ids': ids, 'weights': ids.astype(np.float32)}
+    return jax.device_put(rows, placement.rows)
+
+
+def loss_of(model):
+    fields = ('tokens', 'targets', 'segment_ids', 'weights')
+    return lambda params, batch: model_loss(LanguageModel(model), params, *(batch[name] for name in fields))
+
+
+def losses(**sizes):
+    """Of three steps."""
+    placement, init, _, shardings = placed(**sizes)
+    state, found = init_state(init, OPTIMIZER, 0, shardings), []
+    step = jax.jit(make_train_step(loss_of(MODEL), OPTIMIZER), out_shardings=(shardings, placement.replicated))
+    with jax.set_mesh(placement.mesh):
+        for number in range(TRAIN.steps):
+            state, metrics = step(state, batch_on(placement, number))
+            found.append(float(metrics['loss']))
+    return found
+
+
+@pytest.mark.slow
+def test_copies_of_split_parameters_have_the_losses_of_one_device():
+    found = losses(replica=2, data=2, fsdp=2)
+    np.testing.assert_allclose(found, losses(data=1), rtol=1e-6)
+    assert len(set(found)) == TRAIN.steps
+
+
+def kinds(model, **sizes):
+    """Collectives of floating numbers, where gradients are to lie where their parameters do."""
+    placement = Placement.on(make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]))
+    shapes = jax.eval_shape(LanguageModel(model).init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))['params']
+    where = placement.params(shapes)
+    params = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, where)
+    gradient = jax.jit(lambda params, batch: jax.grad(loss_of(model), has_aux=True)(params, batch)[0], out_shardings=where)
+    with jax.set_mesh(placement.mesh):
+        found = collectives(gradient.lower(params, batch_on(placement)).compile().as_text())
+    return {each.kind for each in found if any(dtype.startswith('f') for dtype, _ in each.shapes)}
+
+
+@pytest.mark.slow
+def test_axes_have_the_collectives_they_are_there_for():
+    assert kinds(MODEL, replica=2) == {'all-reduce'}  # sums of gradients
+    assert kinds(MODEL, tensor=2) == {'all-reduce'}  # sums of the blocks' outputs; no parameter moves
+    # Keys and values come together, their gradients go home; those of parameters are summed.
+    assert kinds(MODEL, sequence=2) == {'all-gather', 'reduce-scatter', 'all-reduce'}
+    # States are handed on, nothing is made whole.
+    assert kinds(MATRIX, sequence=2) == {'collective-permute', 'all-reduce'}
+
+
+CHAIN = {'data': 1}, {'fsdp': 2}, {'data': 4}, {'fsdp': 8}, {'data': 1}
+
+
+def test_a_checkpoint_goes_from_one_mesh_to_the_next(tmp_path):
+    """R3: the arrays of the first on each, and the loss of the next step."""
+    checkpoints, first, expected = Checkpoints(tmp_path), None, {}
+    raw = lambda leaf: np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+    for number, sizes in enumerate(CHAIN):
+        placement, init, shapes, shardings = placed(**sizes)
+        if first is None:
+            state = init_state(init, OPTIMIZER, 0, shardings)
+            count = lambda leaf: np.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+            state = state._replace(
+                opt_state=jax.device_put(jax.tree.map(count, state.opt_state), shardings.opt_state)
+            )  # of other than zeros
+            first = jax.tree.map(raw, state)
+        else:
+            like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
+            state = checkpoints.restore(like).state
+        for leaf, where, wanted in zip(*map(jax.tree.leaves, (state, shardings, first)), strict=True):
+            assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+            np.testing.assert_array_equal(raw(leaf), wanted, strict=True)
+        for dtype, tolerance in (('float32', 1e-6), ('bfloat16', 2e-3)):
+            with jax.set_mesh(placement.mesh):
+                nats, count = jax.jit(loss_of(dataclasses.replace(MODEL, dtype=dtype)))(state.params, batch_on(placement))
+            np.testing.assert_allclose(nats / count, expected.setdefault(dtype, nats / count), rtol=tolerance)
+        checkpoints.save(number + 1, state, config={}, data={})
+    checkpoints.wait()
