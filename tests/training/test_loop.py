@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
-from jax.experimental.compilation_cache import compilation_cache
 
 from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
@@ -26,6 +25,7 @@ from nested_jax.training.config import TrainConfig, claim_folder, lock_folder, r
 from nested_jax.training.goodput import summary
 from nested_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures('compilations_on_disk')
 TOKENS = 4 * 16  # a step
 # Periods of 1, 2 and 5 steps: none but the first divides the places where runs are cut.
 LEVELS = tuple(LevelConfig(8, period * TOKENS) for period in (1, 2, 5))
@@ -41,23 +41,6 @@ TRAIN = TrainConfig(
     eval_tokens=128,
     checkpoint_every=3,
 )
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compilations_on_disk(tmp_path_factory):
-    """Runs of one shape compile once between them: compiling is most of what these tests do."""
-    settings = dict(
-        jax_compilation_cache_dir=str(tmp_path_factory.mktemp('compilations')),
-        jax_persistent_cache_min_compile_time_secs=0,
-        jax_persistent_cache_min_entry_size_bytes=-1,
-    )
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield
 
 
 @pytest.fixture(scope='module')

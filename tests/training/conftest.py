@@ -1,0 +1,22 @@
+"""What tests of runs share."""
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@pytest.fixture(scope='module')
+def compilations_on_disk(tmp_path_factory):
+    """Runs of one shape compile once between them: compiling is most of what tests of runs do."""
+    settings = dict(
+        jax_compilation_cache_dir=str(tmp_path_factory.mktemp('compilations')),
+        jax_persistent_cache_min_compile_time_secs=0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    )
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield

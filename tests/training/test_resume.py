@@ -1,0 +1,145 @@
+"""R1 and R2: cut anywhere and taken up again, a run is the run that was not cut, whatever the optimizer, with levels and without.
+
+An epoch is five steps: cuts lie after its first step, inside and at its end, and off the periods of levels and of M3.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import rich.console
+
+from nested_jax.config import LevelConfig, ModelConfig, as_dict
+from nested_jax.data import open_dataset
+from nested_jax.data.pipelines import rows_per_epoch
+from nested_jax.optim import by_level, m3, muon
+from nested_jax.optim.levels import steps_of
+from nested_jax.training import loop
+from nested_jax.training.config import TrainConfig
+from nested_jax.training.metrics import read_metrics
+from nested_jax.training.optimizer import clip_by_global_norm, make_optimizer, warmup_cosine
+
+pytestmark = pytest.mark.usefixtures('compilations_on_disk')
+ROOT = pathlib.Path(__file__).parents[2]
+PERIODS = (1, 2, 5)
+STEPS = 20  # twice their least common multiple
+TRAIN = TrainConfig(
+    steps=STEPS, batch_size=4, sequence_length=16, learning_rate=1e-2, warmup_steps=2, log_every=3, eval_every=100, eval_tokens=128,
+    checkpoint_every=1, keep=STEPS,
+)  # fmt: skip
+RULES = {
+    'muon': lambda: muon(1.0, scaling='moonshot', weight_decay=0.1),
+    'm3': lambda: m3(1.0, scaling='rms', periods=(3,), weight_decay=0.1),
+}
+
+
+def optimizer_of(name):
+    """What stands in for the trainer's, which is AdamW: the same clipping, schedule and levels around another rule."""
+    if name == 'adamw':
+        return make_optimizer
+
+    def make(config, periods):
+        steps = {level: steps_of(period, config.tokens_per_step) for level, period in periods.items()}
+        rule = by_level(RULES[name](), lambda path: next((steps[level] for level in path.split('/') if level in steps), 1))
+        schedule = optax.scale_by_learning_rate(warmup_cosine(config), flip_sign=False)  # the rule's rate of 1 has turned the sign
+        return optax.chain(clip_by_global_norm(config.clip_norm), rule, schedule)
+
+    return make
+
+
+def model(levels):
+    periods = PERIODS if levels else (1,)
+    sizes = tuple(LevelConfig(8, period * TRAIN.tokens_per_step) for period in periods)
+    return ModelConfig('attention', num_layers=1, width=8, num_heads=1, head_dim=8, levels=sizes, max_length=16)
+
+
+def run(folder, texts, name, levels):
+    """(a digest of the last state, the step gone on from); called here, and in processes of its own, which print it."""
+    config, shape = dataclasses.replace(TRAIN, output=str(folder)), model(levels not in (False, 'False'))
+    settings = dict(model=as_dict(shape), train=as_dict(config))
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, 'make_optimizer', optimizer_of(name))
+        result = loop.train(config, shape, open_dataset(texts), settings, devices=jax.devices()[:1], console=console)
+    raw = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+    return hashlib.sha256(b''.join(map(raw, jax.tree.leaves(result.state)))).hexdigest(), result.resumed_from
+
+
+def run_in_a_process(folder, texts, name, levels, cache):
+    program = 'import sys; sys.path.insert(0, sys.argv[1]); import test_resume; print(*test_resume.run(*sys.argv[2:]))'
+    command = [sys.executable, '-c', program, str(pathlib.Path(__file__).parent), str(folder), str(texts), name, str(levels)]
+    own = dict(JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_PLATFORMS='cpu')
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | own | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    digest, step = done.stdout.split()[-2:]
+    return digest, int(step)
+
+
+def history(folder):
+    return [line | dict(tokens_per_second=0) for line in read_metrics(folder / 'metrics.jsonl')]
+
+
+def cut_copy(whole, folder, cut):
+    """The folder of a run that was killed after step `cut`, or a little later: lines it wrote after its last checkpoint are there."""
+    shutil.copytree(whole, folder)
+    for path in (folder / 'checkpoints').iterdir():
+        if int(path.name) > cut:
+            shutil.rmtree(path)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('texts')
+    for number in range(40):
+        (folder / f'{number:02d}.txt').write_text(f'text {number:02d}.' + '.' * (number % 2))
+    rows = rows_per_epoch(open_dataset(folder).train, length=TRAIN.sequence_length, grid=model(True).grid)
+    assert rows == 5 * TRAIN.batch_size
+    return folder
+
+
+CUTS = (1, 5, 8, 13, 19)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'levels', 'cut'), [('muon', False, 5), ('m3', True, 8)])
+def test_cut_runs_of_other_optimizers_end_with_the_same_bits(texts, tmp_path, name, levels, cut):
+    whole, first = run(tmp_path / 'whole', texts, name, levels)
+    assert first == 0 and len(history(tmp_path / 'whole')) == 8
+    folder = cut_copy(tmp_path / 'whole', tmp_path / 'cut', cut)
+    assert run(folder, texts, name, levels) == (whole, cut)
+    assert history(folder) == history(tmp_path / 'whole')
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('levels', [True, False])
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'm3'])
+def test_new_processes_end_with_the_same_bits(texts, tmp_path, name, levels):
+    start = functools.partial(run_in_a_process, texts=texts, name=name, levels=levels, cache=tmp_path / 'cache')
+    whole, _ = start(tmp_path / 'whole')
+    for cut in CUTS:
+        folder = cut_copy(tmp_path / 'whole', tmp_path / f'{cut}', cut)
+        assert start(folder) == (whole, cut)
+        assert history(folder) == history(tmp_path / 'whole')
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', ['adamw', 'm3'])
+def test_gone_on_with_from_every_step(texts, tmp_path, name):
+    """R2: sums and counters of slow levels that a checkpoint forgot would show at some step of their periods."""
+    whole, _ = run(tmp_path / 'whole', texts, name, True)
+    for cut in range(1, STEPS):
+        folder = cut_copy(tmp_path / 'whole', tmp_path / f'{cut}', cut)
+        assert run(folder, texts, name, True) == (whole, cut)
+        assert history(folder) == history(tmp_path / 'whole')
