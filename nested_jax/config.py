@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,39 @@ def as_dict(value: Any) -> Any:
         told = {name: part for name, (field, part) in fields.items() if not field.metadata.get('added') or part != field.default}
         return {name: as_dict(part) for name, part in told.items()}
     return tuple(map(as_dict, value)) if isinstance(value, tuple) else value
+
+
+_SECRET_WORDS = {
+    'token',
+    'key',
+    'apikey',
+    'secret',
+    'password',
+    'passwd',
+    'passphrase',
+    'credential',
+    'credentials',
+    'auth',
+    'authorization',
+}
+# Of the services training meets, and what stands before the @ of an address.
+_SECRET_SHAPES = re.compile(r'(?<=://)[^/@\s]+(?=@)|\b(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|AKIA|AIza)[A-Za-z0-9_-]{12,}')
+
+
+def redacted(value: Any, name: str = '') -> Any:
+    """A configuration as it may be stored: texts that are secrets, by their field's name or by their form, are replaced by 'redacted'.
+
+    Args:
+        value: of dicts, lists, tuples and what they hold.
+        name: of the field that holds it; it tells by its words (hf_token does, eval_tokens and tokenizer do not).
+    """
+    if isinstance(value, dict):
+        return {key: redacted(part, str(key)) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(redacted(part, name) for part in value)
+    if not isinstance(value, str) or not value:
+        return value
+    return 'redacted' if _SECRET_WORDS & set(re.split('[^a-z]+', name.lower())) else _SECRET_SHAPES.sub('redacted', value)
 
 
 @dataclasses.dataclass(frozen=True)

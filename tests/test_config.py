@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, RopeScaling, added, as_dict
+from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, RopeScaling, added, as_dict, redacted
 from nested_jax.models.presets import preset
 from nested_jax.training.config import TrainConfig
 
@@ -62,3 +62,19 @@ def test_a_pretrained_models_attention_is_stored_and_read_back():
 def test_variants_of_attention_are_checked(preset_name, attention, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(preset(preset_name), attention=AttentionConfig(**attention))
+
+
+def test_secrets_are_not_stored():
+    """By the words of a field's name or by their form; what only sounds alike stays, and so does what is no text."""
+    kept = dict(tokenizer='bpe:8192', eval_tokens=128, num_keys='many', token=5, without=('key', 'value'), digest='a3' * 20, hf_token='')
+    kept |= dict(path='/mnt/hf_data/sk-1', corpus='s3://bucket/a@b', url='https://host/x')
+    assert redacted(kept) == kept
+    secret = dict(
+        hf_token='x', wandb_api_key='x', AWS_SECRET='x', password='x', nested=[dict(Auth='x'), ('https://me:pw@host/x', 'ghp_' + 'a' * 36)]
+    )
+    hidden = 'redacted'
+    assert redacted(secret) == dict(
+        hf_token=hidden, wandb_api_key=hidden, AWS_SECRET=hidden, password=hidden,
+        nested=[dict(Auth=hidden), ('https://redacted@host/x', hidden)],
+    )  # fmt: skip
+    assert redacted(redacted(secret)) == redacted(secret)

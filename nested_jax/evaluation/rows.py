@@ -13,6 +13,8 @@ import subprocess
 import sys
 from typing import Any
 
+from nested_jax.config import redacted
+
 
 def make_row(
     *,
@@ -41,7 +43,7 @@ def make_row(
         experiment=experiment,
         model=model,
         seed=seed,
-        config=config,
+        config=redacted(config),
         config_digest=config_digest(config),
         metrics=metrics,
         hardware=hardware,
@@ -100,8 +102,8 @@ def mean_bits_per_byte(runs: list[dict]) -> float:
 
 
 def config_digest(config: dict) -> str:
-    """16 hexadecimal digits of the sha256 of a configuration, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hexadecimal digits of the sha256 of a configuration as it is stored, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(redacted(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def hardware_name(devices: list) -> str:
@@ -126,7 +128,17 @@ def command_line() -> str:
     main = sys.modules['__main__']
     spec = getattr(main, '__spec__', None)
     program = f'python -m {spec.name}' if spec else f'python {sys.argv[0]}'
-    return shlex.join([*program.split(), *sys.argv[1:]])
+    return shlex.join([*program.split(), *_redacted_words(sys.argv[1:])])
+
+
+def _redacted_words(words: list[str]) -> list[str]:
+    """Arguments without secrets: --name value and --name=value are known by their names."""
+    told, option = [], ''
+    for word in words:
+        name, equals, value = word.partition('=') if word.startswith('-') else (option, '', word)
+        told.append(f'{name}={redacted(value, name)}' if equals else word if word.startswith('-') else redacted(value, name))
+        option = '' if equals or not word.startswith('-') else word
+    return told
 
 
 def _git(folder: pathlib.Path, *arguments: str) -> str:

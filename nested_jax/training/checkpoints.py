@@ -3,7 +3,8 @@
 One checkpoint is one folder, named by its step:
 
     state/          the state's arrays, written by orbax (v1)
-    meta.json       format, step, configuration, data cursor, every leaf's shape and dtype, package versions
+    meta.json       format, step, configuration without secrets, data cursor, every leaf's shape and dtype, package versions,
+                    and what it was made by: commit, devices, processes, XLA's flags
     manifest.json   sha256 of each file above, written last
 
 The folder is filled under a temporary name and renamed when it is complete, so a folder named by a step is complete unless it
@@ -19,6 +20,7 @@ value is used, each process has read a part of the files anew, and all know that
 run no collective, which could come between those of the steps: orbax's meet through JAX's coordination service.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -34,6 +36,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from nested_jax.config import redacted
+from nested_jax.evaluation.rows import commit
 from nested_jax.training.config import check_same_config
 from nested_jax.training.distributed import first_says, first_to_fail, is_first, wait
 from nested_jax.training.faults import FaultPlan
@@ -64,6 +68,7 @@ class Restored:
     state: PyTree
     data: dict  # the data cursor
     versions: dict[str, str]  # packages that wrote it
+    made_by: dict  # see `made_by`; empty for a checkpoint that came before it
     rejected: tuple[str, ...]  # newer checkpoints passed over, each with its reason
     cast: tuple[str, ...]  # leaves read as another dtype than they were written in, each with both
 
@@ -92,6 +97,7 @@ class Checkpoints:
         self.faults = faults
         self._saved = saved
         self._begun: tuple[int, Future[None]] | None = None  # the save not waited for
+        self._made_by = made_by()  # once: the source tree may move on under a long run
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob('*' + _TEMPORARY):
@@ -122,7 +128,8 @@ class Checkpoints:
             SaveError: of this save or, as `wait` does, of the one before; the older checkpoints are as they were.
         """
         self.wait()
-        meta = dict(format=FORMAT, step=step, config=config, data=data, leaves=_leaves(state), versions=package_versions())
+        meta = dict(format=FORMAT, step=step, config=redacted(config), data=data, leaves=_leaves(state))
+        meta |= dict(versions=package_versions(), made_by=self._made_by)
         text = json.dumps(meta, indent=1)  # now: the run goes on and may change what it is made of
         try:
             with self._save_error(step):
@@ -287,7 +294,8 @@ class Checkpoints:
             check_same_config(meta['config'], config, folder, allow_data_change)
         changed = _check_leaves(meta['leaves'], _leaves(like), cast)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), like)
-        return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], meta['versions'], rejected, changed)
+        made, data = meta.get('made_by', {}), meta['data']
+        return Restored(step, ocp.load(folder / 'state', abstract), data, meta['versions'], made, rejected, changed)
 
     def _retain(self, saved: int) -> None:
         steps = self.steps()
@@ -315,6 +323,12 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = 'not installed'
     return versions
+
+
+def made_by() -> dict:
+    """What else decides what a number comes out as: commit of the source, devices by kind, processes, XLA's flags."""
+    devices = dict(collections.Counter(device.device_kind for device in jax.devices()))
+    return dict(commit=commit(), devices=devices, processes=jax.process_count(), xla_flags=os.environ.get('XLA_FLAGS', ''))
 
 
 def _copied(state: PyTree) -> PyTree:

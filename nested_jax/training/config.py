@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from nested_jax.config import ModelConfig, added
+from nested_jax.config import ModelConfig, added, redacted
 
 # What may change between two halves of a run: none of it touches a number that is learnt or reported. Blocks that are scanned or unrolled
 # have the same parameters, and differ by rounding, as meshes do.
@@ -122,7 +122,7 @@ def check_model(config: TrainConfig, model: ModelConfig, vocab_size: int, stretc
 
 
 def claim_folder(folder: str | os.PathLike, run_config: dict, allow_data_change: bool = False) -> None:
-    """Writes the configuration into a new output folder.
+    """Writes the configuration into a new output folder, without secrets.
 
     Args:
         folder: of the run.
@@ -173,12 +173,12 @@ def renew_claim(folder: str | os.PathLike, run_config: dict) -> None:
 
 
 def _stored(run_config: dict) -> str:
-    return json.dumps(run_config, indent=1)
+    return json.dumps(redacted(run_config), indent=1)
 
 
 def check_same_config(saved: dict, current: dict, folder: str | os.PathLike, allow_data_change: bool = False) -> None:
     """Raises ValueError naming the first field in which two configurations differ, those that may change excepted."""
-    saved, current = _flat(saved), _flat(current)
+    saved, current = _flat(saved), _flat(redacted(current))
     free = FREE_FIELDS + DATA_FIELDS if allow_data_change else FREE_FIELDS
     for field in dict.fromkeys([*saved, *current]):
         if field not in free and saved.get(field) != current.get(field):

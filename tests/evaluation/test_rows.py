@@ -31,6 +31,15 @@ def test_commit_is_unknown_outside_a_repository(monkeypatch, tmp_path):
     assert rows.commit() == 'unknown'
 
 
+def test_rows_hold_no_secrets(monkeypatch):
+    words = ['--api-key', 'x1', '--model', 'hf_' + 'x2' * 10, '--wandb.token=x3', '--smoke', 'a=b', '--', '--steps=3']
+    monkeypatch.setattr('sys.argv', ['run.py', *words])
+    row = rows.make_row(**ROW | dict(config={'a': 1, 'hf_token': 'x4'}))
+    assert row['command'].endswith(' --api-key redacted --model redacted --wandb.token=redacted --smoke a=b -- --steps=3')
+    assert row['config'] == {'a': 1, 'hf_token': 'redacted'} and not any(f'x{n}' in json.dumps(row) for n in (1, 2, 3, 4))
+    assert row['config_digest'] == rows.config_digest(row['config']) == rows.config_digest({'a': 1, 'hf_token': 'another'})
+
+
 def test_rows_are_added_in_one_write(tmp_path, monkeypatch):
     """Whatever their size: a process that is killed leaves all of them or none."""
     writes, write_all = [], open

@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what went in, and damage is met before a value is used."""
 
 import json
+import os
 import shutil
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from nested_jax.evaluation.rows import commit
 from nested_jax.training.checkpoints import Checkpoints, DamagedCheckpointsError, package_versions
+from nested_jax.training.config import claim_folder
 from nested_jax.training.state import TrainState
 
 CONFIG = {'model': {'width': 8, 'levels': [{'period': 1}]}, 'train': {'learning_rate': 0.1, 'keep': 2, 'output': 'a'}}
@@ -60,6 +63,18 @@ def test_round_trip_is_bitwise(saved):
     assert (restored.step, restored.data, restored.rejected) == (3, {'next': 3}, ())
     assert_same(restored.state, make_state(3))
     assert restored.versions == package_versions() and restored.versions['jax'] == jax.__version__
+    kind = jax.devices()[0].device_kind
+    assert restored.made_by == dict(commit=commit(), devices={kind: 8}, processes=1, xla_flags=os.environ.get('XLA_FLAGS', ''))
+
+
+def test_secrets_are_in_no_file_of_a_run_and_compare_as_equal(tmp_path):
+    config = lambda token: CONFIG | {'data': {'hf_token': token, 'corpus': f'https://me:{token}@host/x'}}
+    claim_folder(tmp_path / 'run', config('hush'))
+    checkpoints = Checkpoints(tmp_path / 'run' / 'checkpoints')
+    checkpoints.save(1, make_state(1), config=config('hush'), data={})
+    claim_folder(tmp_path / 'run', config('another'))
+    assert checkpoints.restore(make_state(0), config('another')).step == 1
+    assert not any(b'hush' in path.read_bytes() for path in files_of(tmp_path))
 
 
 def test_preferred_steps_come_first_while_they_verify(saved):
