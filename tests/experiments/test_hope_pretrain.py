@@ -199,7 +199,7 @@ def last_state(folder):
     return {jax.tree_util.keystr(path): np.asarray(raw(leaf)).tobytes() for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-@pytest.mark.multiprocess
+@pytest.mark.slow
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path, number, code):
     """R8 too: these processes are another user's, whose sets and dictionaries of strings have other orders."""
@@ -221,7 +221,7 @@ def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(u
     assert last_state(tmp_path / 'run') == last_state(unbroken)
 
 
-@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_killed_and_hung_processes_resumed_end_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path):
     """A killed save, a step that hangs until the watchdog ends it, a full disk: one after the other in one folder."""
     arguments = [*forty_steps, '--train.checkpoint-every', '5', '--train.output', tmp_path]

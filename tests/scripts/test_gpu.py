@@ -39,14 +39,14 @@ def supervise(names, seconds: float = 60.0, budget: float = 5.0):
     return started, given_up
 
 
-@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_cells_that_hang_or_die_cost_no_other():
     started, given_up = supervise(['a', 'hangs', 'b', 'dies', 'c'])
     assert started == [['a', 'hangs', 'b', 'dies', 'c'], ['b', 'dies', 'c'], ['c']]
     assert given_up == [('hangs', 'took longer than its budget'), ('dies', 'ended its process with code 3')]
 
 
-@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_no_cell_is_begun_that_could_not_end(capsys):
     assert supervise(['a'], seconds=1.0) == ([], []) and 'no time left for a' in capsys.readouterr().out
 

@@ -103,6 +103,7 @@ def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(folder, 
     assert losses(folder / name) == undisturbed
 
 
+@pytest.mark.exhaustive
 def test_a_frozen_process_counts_as_dead_and_all_are_started_again(folder, undisturbed):
     """S5. JAX sees by its heartbeat that it is gone: the other one waits in a collective, and would for ever."""
     process = start(folder, 'frozen', 2, 4, faults='1:sleep@6=5', **{'processes.heartbeat-s': 10, 'processes.shutdown-s': 10})

@@ -165,7 +165,11 @@ TPU_WORKER = dict(
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    'name, own, variables', [('SLURM', ['SLURM_PROCID', 'SLURM_LOCALID'], SLURM_STEP), ('Cloud TPU', ['TPU_WORKER_ID'], TPU_WORKER)]
+    'name, own, variables',
+    [
+        ('SLURM', ['SLURM_PROCID', 'SLURM_LOCALID'], SLURM_STEP),
+        pytest.param('Cloud TPU', ['TPU_WORKER_ID'], TPU_WORKER, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_processes_of_a_faked_cluster_find_one_another(name, own, variables):
     """Through JAX's own reading of the variables: the host and, under SLURM, the port are in them."""
