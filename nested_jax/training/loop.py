@@ -88,7 +88,7 @@ def train(
     Raises:
         ValueError: for settings that don't fit each other, or don't fit the folder.
         ClusterError: when processes differ in what they are to do, or the first failed where the others wait for it.
-        DivergedError: at the first step whose loss or gradient is not finite; nothing of it is saved.
+        DivergedError: at the first step whose loss, gradient or new state is not finite; nothing of it is saved.
         DamagedCheckpointsError: when the folder has checkpoints and all are damaged.
     """
     devices = list(devices or jax.devices())
@@ -208,6 +208,7 @@ class _Trainer:
         with jax.set_mesh(self.placement.mesh), use_kernels(self.config.kernels):  # the mesh: what the model splits its rows over
             self.step_function = step.lower(*self.arguments(self.batches[0])).compile()
             self.eval_step = eval_step.lower(self.state.params, self.place(self.during[0])).compile()
+        jax.block_until_ready(_all_finite(self.state))  # compiled here, not within the limit of the first step
         self.progress.say(f'compiled in {time.monotonic() - began:.1f} s')
 
     def loop(self) -> int | None:
@@ -281,6 +282,8 @@ class _Trainer:
         began = time.monotonic()
         num_bytes = self.count_bytes(batch['targets'], batch['weights'])
         self.state, metrics = self.run_step(batch)
+        if self.skips is None:
+            metrics['finite'] = _all_finite(self.state)  # a program of its own: that of the step stays as it was, to the bit
         self.window.seconds += time.monotonic() - began
         self.settle()
         self.pending = lambda: self.look_at(step, metrics, num_bytes)
@@ -307,6 +310,8 @@ class _Trainer:
         """Adds a finished step to the window, or says that it was skipped."""
         if self.skips is None or not metrics['skipped']:
             self.window.add(step, metrics, num_bytes)
+            if not metrics.get('finite', True):
+                raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
             return
         loss, grad_norm = (float(metrics[name]) for name in ('loss', 'grad_norm'))
         self.window.skipped += 1

@@ -240,6 +240,14 @@ def test_killed_and_hung_processes_resumed_end_with_the_numbers_of_the_unbroken_
     assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
 
 
+@pytest.mark.slow
+def test_run_that_diverges_is_one_line_exit_code_1_and_no_checkpoint(forty_steps, tmp_path):
+    code, said, complained, _ = run(*forty_steps, '--train.output', tmp_path, NESTED_JAX_FAULTS='nan_batch@3')
+    assert code == 1 and complained == 'error: at step 3 the loss is nan and the norm of the gradient nan; the step is not saved\n'
+    assert [line['step'] for line in read_metrics(tmp_path / 'metrics.jsonl')] == [1, 2]
+    assert not list((tmp_path / 'checkpoints').iterdir())
+
+
 def test_stored_transformer_is_found_by_digest_and_nearest_budget(tmp_path):
     args = hope_pretrain.Args()
     tokens = args.train.steps * args.train.tokens_per_step

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from nested_jax.memory.matrix import delta_rule
 from nested_jax.optim.levels import by_level
 from nested_jax.training.guard import ENOUGH, WINDOW, DivergedError, Skips, guard_from_json, guard_to_json, guarded, init_guard
 from nested_jax.training.state import init_state
@@ -97,6 +98,26 @@ def test_what_is_not_finite_changes_nothing_but_the_step(kind):
         assert int(state.step) == done + 1
         assert (int(new.skipped), int(new.consecutive), int(seen[-1]['skipped'])) == (1, 1, 1)
         assert_same((new.losses, new.norms, new.recorded), (guard.losses, guard.norms, guard.recorded))
+
+
+def test_a_memory_that_overflows_within_the_forward_pass_changes_nothing():
+    """N1. Nothing that comes in is large: what the memory holds grows by a rate beyond its bound, token by token."""
+    rng = np.random.default_rng(0)
+    k, v = (jnp.asarray(rng.normal(size=(ROWS, 48, 1, LENGTH)), jnp.float32) for _ in range(2))
+
+    def loss(params, batch):
+        key = k @ params['level_0'] @ params['level_1'].T
+        key = key / jnp.linalg.norm(key, axis=-1, keepdims=True)
+        read, memory = delta_rule(key, key, v, jnp.full(k.shape[:3], batch['beta']), chunk_size=16)
+        return jnp.sum(jnp.square(read - v)), jnp.float32(v.size)
+
+    step = jax.jit(guarded(make_train_step(loss, optimizer()), None))
+    good, bad = dict(beta=jnp.float32(0.5)), dict(beta=jnp.float32(50.0))
+    before, guard, seen = after(step, [good])
+    assert np.isfinite(seen[0]['loss']) and not int(guard.skipped)
+    state, guard, seen = after(step, [good, bad])
+    assert int(guard.skipped) == 1 and not (np.isfinite(seen[1]['loss']) and np.isfinite(seen[1]['grad_norm']))
+    assert_same(state._replace(step=before.step), before)
 
 
 def test_a_kept_step_ends_a_row_of_skips():

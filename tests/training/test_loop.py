@@ -301,6 +301,24 @@ def test_poisoned_optimizer_is_not_saved(data, tmp_path, monkeypatch):
     assert not list((tmp_path / 'checkpoints').iterdir())
 
 
+def test_poisoned_optimizer_is_found_on_the_step(data, tmp_path, monkeypatch):
+    """N1. Step 4 is no step that is logged or saved; its loss and gradient are finite, and the parameters it makes are not."""
+    real = loop._Trainer.run_step
+
+    def poisoned(self, batch):
+        if int(self.state.step) == 3:
+            spoil = lambda leaf: leaf.at[0].set(jnp.inf) if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim else leaf
+            self.state = self.state._replace(opt_state=jax.tree.map(spoil, self.state.opt_state))
+        state, metrics = real(self, batch)
+        assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
+        return state, metrics
+
+    monkeypatch.setattr(loop._Trainer, 'run_step', poisoned)
+    with pytest.raises(loop.DivergedError, match='not finite after step 4, which is not saved'):
+        train(tmp_path, data)
+    assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000003']
+
+
 SKIP = dataclasses.replace(TRAIN, on_nonfinite='skip', max_skips=2)
 
 

@@ -4,10 +4,12 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 import rich.console
 
-from nested_jax.training.metrics import MetricLog, Progress, clock, loss_curve, read_metrics
+from nested_jax.training.guard import DivergedError
+from nested_jax.training.metrics import LossWindow, MetricLog, Progress, clock, loss_curve, read_metrics
 
 
 def test_lines_are_readable_while_the_log_is_open(tmp_path):
@@ -74,3 +76,13 @@ def test_loss_curve_is_a_picture(tmp_path):
     for name, content in (('full.png', records), ('empty.png', [])):
         loss_curve(content, tmp_path / name, title='curve')
         assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('name', ['loss', 'grad_norm'])
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_a_window_takes_no_step_whose_loss_or_gradient_is_not_finite(name, value):
+    window, good = LossWindow(), dict(loss=2.0, grad_norm=1.0, tokens=8.0)
+    window.add(1, good, 8)
+    with pytest.raises(DivergedError, match='at step 2 the loss is .* and the norm of the gradient .*; the step is not saved'):
+        window.add(2, good | {name: value}, 8)
+    assert window == LossWindow(nats=16.0, tokens=8.0, num_bytes=8, grad_norm=1.0)
