@@ -18,6 +18,7 @@ import rich.console
 from nested_jax.config import LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
 from nested_jax.training import loop
+from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.faults import SAVE_PHASES
 from nested_jax.training.goodput import summary
@@ -34,9 +35,9 @@ TRAIN = TrainConfig(
 )
 
 
-def run(folder, texts):
+def run(folder, texts, steps=TRAIN.steps):
     """One process of the run, on one device; called in processes of its own, and here to read what a finished run left."""
-    config = dataclasses.replace(TRAIN, output=str(folder))
+    config = dataclasses.replace(TRAIN, steps=int(steps), output=str(folder))
     settings = dict(model=as_dict(MODEL), train=as_dict(config))
     console = rich.console.Console(file=io.StringIO(), width=200)
     result = loop.train(config, MODEL, open_dataset(texts), settings, devices=jax.devices()[:1], console=console)
@@ -59,12 +60,12 @@ def launch(texts, tmp_path_factory):
     program = 'import sys; sys.path.insert(0, sys.argv[1]); import test_chaos; test_chaos.run(*sys.argv[2:])'
     command = [sys.executable, '-c', program, str(pathlib.Path(__file__).parent)]
 
-    def launched(folder, plan='', kill_s=None):
+    def launched(folder, plan='', kill_s=None, steps=TRAIN.steps):
         environment = os.environ | cache | dict(NESTED_JAX_FAULTS=plan, JAX_PLATFORMS='cpu', PYTHONPATH=str(ROOT))
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen([*command, str(folder), str(texts)], cwd=ROOT, env=environment, **pipes)
+        process = subprocess.Popen([*command, str(folder), str(texts), str(steps)], cwd=ROOT, env=environment, **pipes)
         try:
-            said, complained = process.communicate(timeout=kill_s or 300)
+            said, complained = process.communicate(timeout=kill_s or 900)
         except subprocess.TimeoutExpired:
             process.kill()
             said, complained = process.communicate()
@@ -81,9 +82,9 @@ def unbroken(launch, texts, tmp_path_factory):
     return folder, run(folder, texts).state
 
 
-def assert_ends_as(unbroken, folder, texts):
+def assert_ends_as(unbroken, folder, texts, steps=TRAIN.steps):
     raw = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
-    state = run(folder, texts).state
+    state = run(folder, texts, steps).state
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(raw(a), raw(b)), state, unbroken[1])
     without_speed = lambda path: [line | dict(tokens_per_second=0) for line in read_metrics(path / 'metrics.jsonl')]
     assert without_speed(folder) == without_speed(unbroken[0])
@@ -111,27 +112,45 @@ def test_kill_flipped_bit_and_full_disk(launch, unbroken, texts, tmp_path):
     assert_ends_as(unbroken, tmp_path, texts)
 
 
-def plans(rng):
-    """Two rounds of every way to end, in random order and at random steps."""
-    saved = lambda: rng.randrange(EVERY, TRAIN.steps, EVERY)
-    kinds = [lambda: f'kill@{rng.randrange(2, TRAIN.steps)}', lambda: f'disk_full@{saved()}/{rng.choice(SAVE_PHASES[:3])}']
-    kinds += [lambda phase=phase: f'kill@{saved()}/{phase}' for phase in SAVE_PHASES]
-    made = [make() for make in kinds for _ in range(2)]
-    rng.shuffle(made)
-    return made
+def newest(folder):
+    """Step of the newest checkpoint."""
+    return max((int(path.name) for path in folder.glob('checkpoints/*') if path.name.isdigit()), default=0)
+
+
+def ending(rng, kind, step):
+    """A plan that ends a process at about a step, one second after the other: (plan, seconds after which it is killed)."""
+    saved = max(step // EVERY, 1) * EVERY
+    if kind == 'kill':
+        kind = rng.choice(('step', 'clock', *SAVE_PHASES))
+    if kind == 'clock':
+        return '', rng.uniform(2, 25)  # wherever it is then, reading and compiling included
+    return {
+        'flip': f'flip_bit@{saved}/renamed={rng.randrange(10_000)},kill@{saved + EVERY}/save',
+        'disk': f'disk_full@{saved}/{rng.choice(SAVE_PHASES[:3])}',
+        'step': f'kill@{step}',
+    }.get(kind, f'kill@{saved}/{kind}'), None
 
 
 @pytest.mark.exhaustive
-def test_random_kills_for_two_minutes(launch, unbroken, texts, tmp_path):
-    """Faults by plan and by the clock; a fault whose step lies behind lets the run finish, which ends the test early."""
-    rng = random.Random(0)
-    began, codes, made = time.monotonic(), [], plans(rng)
-    slow_steps = 'sleep@1-40=0.1'
-    assert launch(tmp_path, 'flip_bit@10/renamed=99,kill@13')[0] == -9
-    while made and time.monotonic() - began < 120 and 0 not in codes:
-        codes.append(launch(tmp_path, f'{slow_steps},{made.pop()}', kill_s=rng.uniform(4, 15))[0])
-    code, _, complained = launch(tmp_path)
-    print(codes)
-    assert code == 0, complained
-    assert set(codes) <= {0, 1, -9} and report(tmp_path).restarts >= 1
-    assert_ends_as(unbroken, tmp_path, texts)
+@pytest.mark.parametrize(('minutes', 'apart_s'), [(2, 15), (10, 50)])
+def test_random_kills(launch, texts, tmp_path, record_property, minutes, apart_s):
+    """Steps take a second each, so that the run lasts as long as it says and more. Its second and third end are a flipped bit and a full
+    disk, all others SIGKILL: before a step, in any phase of a save, or by the clock. Every process is to end ahead of where it began.
+    """
+    rng, steps, codes, began = random.Random(minutes), 60 * minutes, [], time.monotonic()
+    whole = tmp_path / 'whole'
+    assert launch(whole, steps=steps)[0] == 0
+    unbroken = whole, run(whole, texts, steps).state
+    folder, began = tmp_path / 'run', time.monotonic()
+    while 0 not in codes:
+        kind = {1: 'flip', 2: 'disk'}.get(len(codes), 'kill')
+        plan, kill_s = ending(rng, kind, newest(folder) + EVERY + round(apart_s * rng.uniform(0.5, 1.5)))
+        codes.append(launch(folder, f'sleep@1-{steps}=1' + ',' * bool(plan) + plan, kill_s, steps)[0])
+        assert kind != 'flip' or 'is damaged' in Checkpoints(folder / 'checkpoints').verify(newest(folder))
+    lasted, spent = time.monotonic() - began, report(folder)
+    print(codes, f'{lasted:.0f} s')
+    told = dataclasses.asdict(spent) | dict(goodput=spent.goodput, lasted_s=lasted, kills=codes.count(-9), full_disks=codes.count(1))
+    record_property('chaos', told)
+    assert lasted >= 60 * minutes and 0 < spent.restarts < len(codes)  # one that is killed before it has read a checkpoint leaves no line
+    assert codes.count(1) == 1 and codes.count(-9) >= minutes / 2 and set(codes) == {0, 1, -9}
+    assert_ends_as(unbroken, folder, texts, steps)
