@@ -40,6 +40,13 @@ def _forward(function):
     return lambda a, b, precision: (function(a, b, precision), (a, b))
 
 
+def _outer_forward(inputs: jax.Array, rows: jax.Array, precision: Precision) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The sums with zero are no work once compiled. Without them, arguments being residuals, the derivative of a derivative takes for its
+    first factor the number of the platform that `_transposed` asks for (jax 0.10.2).
+    """
+    return outer(inputs, rows, precision), (inputs + 0, rows + 0)
+
+
 def _product_backward(precision: Precision, factors: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, weight = factors
     return inner(cotangent, weight, precision), outer(rows, cotangent, precision)
@@ -56,5 +63,5 @@ def _inner_backward(precision: Precision, factors: tuple[jax.Array, jax.Array], 
 
 
 product.defvjp(_forward(product), _product_backward)
-outer.defvjp(_forward(outer), _outer_backward)
+outer.defvjp(_outer_forward, _outer_backward)
 inner.defvjp(_forward(inner), _inner_backward)

@@ -31,3 +31,18 @@ def test_products_and_their_derivatives(x64, name):
 
     got, want = jax.jit(lambda: (curvature(function), curvature(plain)))()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12), got, want)
+
+
+def test_the_derivative_of_a_derivative_is_right_through_a_scan_with_checkpoints(x64):
+    """As of levels that learn within the sequence beside memories that learn within the chunk."""
+    rng = np.random.default_rng(0)
+    weight, inputs, rows, way = (jnp.asarray(rng.normal(size=shape) / 4) for shape in ((3, 5), (4, 3), (4, 5), (3, 5)))
+
+    @jax.checkpoint
+    def step(weight, _):
+        return jnp.tanh(outer(inputs, product(rows, product(jnp.tanh(weight).T, weight))) + weight), None
+
+    inner_loss = lambda weight: jnp.sum(jax.lax.scan(step, weight, None, length=2)[0] ** 2)
+    loss = jax.jit(lambda weight: jnp.sum(jnp.sin(jax.grad(inner_loss)(weight))))
+    slope = (loss(weight + 1e-6 * way) - loss(weight - 1e-6 * way)) / 2e-6
+    np.testing.assert_allclose(jnp.vdot(jax.grad(loss)(weight), way), slope, rtol=1e-6)
