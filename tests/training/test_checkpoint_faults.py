@@ -47,6 +47,11 @@ elif case == 'refused':
         checkpoints.wait()
     except SaveError as error:
         print(error)
+elif case == 'full':
+    try:
+        save(3, 5_000_000), checkpoints.wait()
+    except SaveError as error:
+        print(error)
 save(3)
 checkpoints.wait()
 """
@@ -62,10 +67,10 @@ def save(checkpoints, step, state=None):
     checkpoints.wait()
 
 
-def run_child(folder, case, plan=''):
+def run_child(folder, case, plan='', before=()):
     environment = os.environ | dict(NESTED_JAX_FAULTS=plan, JAX_NUM_CPU_DEVICES='1', JAX_PLATFORMS='cpu')
     ended = subprocess.run(
-        [sys.executable, '-c', CHILD, folder, case], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [*before, sys.executable, '-c', CHILD, folder, case], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     return ended.returncode, ended.stdout, ended.stderr
 
@@ -97,6 +102,19 @@ def test_write_that_the_system_refuses_is_an_error_in_a_line_and_a_later_save_wo
     assert said.startswith(f'step 3 could not be saved in {tmp_path}') and 'the newest checkpoint is that of step 2' in said
     assert Checkpoints(tmp_path).steps() == [2, 3] and not list(tmp_path.glob('*.tmp'))
     assert Checkpoints(tmp_path).restore(like()).step == 3
+
+
+@pytest.mark.exhaustive
+def test_disk_that_is_full(tmp_path):
+    """C5: a file system of 6 MB, a state of 20 MB."""
+    mount = f'mount -t tmpfs -o size=6m none {tmp_path}'
+    private = lambda command: ('unshare', '-rm', 'sh', '-c', f'{mount} && {command}', 'sh')
+    if subprocess.run(private('true'), capture_output=True).returncode:
+        pytest.skip('this system lets nobody mount a file system of their own')
+    code, said, complained = run_child(tmp_path, 'full', before=private(f'"$@" && ls {tmp_path}'))
+    assert code == 0, complained
+    assert said.startswith(f'step 3 could not be saved in {tmp_path}') and 'the newest checkpoint is that of step 2' in said
+    assert said.splitlines()[-2:] == ['00000002', '00000003']  # a later save that fits works, and nothing is left of the other
 
 
 @pytest.mark.parametrize('phase', ['save', 'arrays', 'manifest'])

@@ -93,6 +93,19 @@ def test_restores_onto_other_devices(saved):
     assert restored[0].params['kernel'].sharding.is_equivalent_to(whole, 2)
 
 
+def test_arrays_stay_the_same_from_one_device_to_eight(tmp_path):
+    """R3. One after the other 1, 2, 4 and 8 devices, whole on each and split over them, and back to one."""
+    state = {'kernel': jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32), 'half': jnp.arange(8, dtype=jnp.bfloat16)}
+    checkpoints, expected = Checkpoints(tmp_path), jax.tree.map(np.asarray, state)
+    for step, (count, spec) in enumerate([(1, None), (2, 'fsdp'), (4, None), (8, 'fsdp'), (8, None), (1, None)], 1):
+        checkpoints.save(step, state, config={}, data={})
+        where = jax.sharding.NamedSharding(jax.sharding.Mesh(np.asarray(jax.devices()[:count]), ('fsdp',)), jax.P(spec))
+        like = jax.tree.map(lambda x, where=where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state)
+        state = checkpoints.restore(like).state
+        assert state['kernel'].sharding == where and state['kernel'].addressable_shards[0].data.shape[0] == 16 // (count if spec else 1)
+        assert_same(jax.tree.map(np.asarray, state), expected)
+
+
 def test_empty_folder_has_nothing_to_restore(tmp_path):
     assert Checkpoints(tmp_path / 'new').restore(make_state(0)) is None
 

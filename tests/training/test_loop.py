@@ -200,8 +200,9 @@ def test_refuses_to_start_over_when_every_checkpoint_is_damaged(data, tmp_path, 
 
 def test_folder_of_another_configuration_is_refused(unbroken, data):
     _, _, folder = unbroken
-    with pytest.raises(ValueError, match='train.learning_rate is 0.5'):
-        train(folder, data, dataclasses.replace(TRAIN, learning_rate=0.5))
+    for field, value in dict(learning_rate=0.5, seed=1, batch_size=8, sequence_length=32).items():  # R6 among them
+        with pytest.raises(ValueError, match=f'train.{field} is {value}, but .*{field} = '):
+            train(folder, data, dataclasses.replace(TRAIN, **{field: value}))
     with pytest.raises(ValueError, match='model.levels.1.period is 64'):
         levels = (LEVELS[0], LevelConfig(8, 64), LEVELS[2])
         train(folder, data, model=dataclasses.replace(MODEL, levels=levels))
