@@ -23,10 +23,9 @@ from nested_jax.evaluation.rows import append_row, hardware_name, make_row
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.config import TrainConfig
-from nested_jax.training.loop import make_loss
 from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.state import init_state
-from nested_jax.training.step import make_eval_step
+from nested_jax.training.step import make_eval_step, make_loss
 
 EXPERIMENT = 'context_length'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'

@@ -113,6 +113,8 @@ class Args:
     processes: ProcessConfig = ProcessConfig()
     mesh: str | None = None
     """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp, sequence and tensor; None: data, for large models fsdp."""
+    explicit: bool = False
+    """Make the mesh's axes Explicit: types of arrays say how they are split. Else they are Auto."""
     allow_data_change: bool = False
     """Go on in a run's folder with another text, --train.seed or --train.batch-size; each step reads the batch of its number."""
     smoke: bool = False
@@ -135,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
 
     _introduce(args, model_config, data)
     try:
-        result = train(args.train, model_config, data, run_config, mesh=args.mesh, allow_data_change=args.allow_data_change)
+        layout = dict(mesh=args.mesh, explicit=args.explicit)
+        result = train(args.train, model_config, data, run_config, **layout, allow_data_change=args.allow_data_change)
     except (ClusterError, DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

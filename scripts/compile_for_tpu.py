@@ -36,11 +36,10 @@ from nested_jax.evaluation.rows import append_row, commit, make_row
 from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
 from nested_jax.training.config import TrainConfig, check_devices, check_model
-from nested_jax.training.loop import make_loss
 from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh
 from nested_jax.training.state import init_state
-from nested_jax.training.step import make_train_step
+from nested_jax.training.step import make_loss, make_train_step
 
 EXPERIMENT = 'compile_for_tpu'
 RESULTS = ROOT / 'experiments' / 'results' / f'{EXPERIMENT}.jsonl'

@@ -11,7 +11,6 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,7 @@ from nested_jax.evaluation.perplexity import HeldOut, evaluate
 from nested_jax.evaluation.rows import config_digest
 from nested_jax.layers.kernels import use_kernels
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.models.loss import model_loss
-from nested_jax.models.streaming import fast_weight_bytes, in_sequence_loss
+from nested_jax.models.streaming import fast_weight_bytes
 from nested_jax.training.checkpoints import Checkpoints, Restored
 from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, lock_folder, renew_claim
 from nested_jax.training.distributed import check_same, first_then_others, is_first, total
@@ -37,7 +35,7 @@ from nested_jax.training.optimizer import level_periods, make_optimizer, warmup_
 from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh, process_rows
 from nested_jax.training.signals import StopSignals
 from nested_jax.training.state import TrainState, init_state
-from nested_jax.training.step import LossFunction, make_eval_step, make_train_step
+from nested_jax.training.step import make_eval_step, make_loss, make_train_step
 from nested_jax.training.supervisor import VARIABLE, Whereabouts
 from nested_jax.training.watchdog import Watchdog
 
@@ -64,6 +62,7 @@ def train(
     *,
     devices: list | None = None,
     mesh: str | None = None,
+    explicit: bool = False,
     allow_data_change: bool = False,
     console: rich.console.Console | None = None,
 ) -> Result:
@@ -82,6 +81,7 @@ def train(
         run_config: everything that decides what the numbers come out as, JSON; a folder of another one is refused.
         devices: that share the work; None for all.
         mesh: how, as 'data=2,fsdp=4'; None is `choose_mesh`'s default. A run may go on with other devices on another mesh.
+        explicit: whether the mesh's axes are Explicit, where types of arrays say how they are split; else Auto.
         allow_data_change: go on with another text, seed or batch size; a step reads the batch of its number of what is there now.
         console: for progress; None is standard output.
 
@@ -97,7 +97,7 @@ def train(
     check_kernels(config, len(devices))
     check_model(config, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
     first_then_others(lambda: claim_folder(config.output, run_config, allow_data_change))
-    placement = Placement.on(make_mesh(sizes, devices))
+    placement = Placement.on(make_mesh(sizes, devices, explicit))
     with contextlib.ExitStack() as stack:
         first_then_others(lambda: stack.enter_context(lock_folder(config.output)) if is_first() else None)
         console = console if is_first() else rich.console.Console(quiet=True)
@@ -387,19 +387,6 @@ class _Trainer:
 
     def result(self, heldout: HeldOut | None, stopped_by: int | None) -> Result:
         return Result(self.model, self.state, int(self.state.step), heldout, stopped_by, self.path, self.start, self.rejected)
-
-
-def make_loss(model: LanguageModel) -> LossFunction:
-    """The next-token loss of a batch of the data pipeline, (params, batch) -> (sum of nats, number of targets).
-
-    Where `in_sequence` is set, of the model that learns while it reads.
-    """
-    objective = model_loss if model.config.in_sequence is None else in_sequence_loss
-
-    def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return objective(model, params, batch['tokens'], batch['targets'], batch['segment_ids'], batch['weights'])
-
-    return loss
 
 
 _all_finite = jax.jit(all_finite)

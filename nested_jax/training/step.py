@@ -11,12 +11,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nested_jax.models.language_model import LanguageModel
+from nested_jax.models.loss import model_loss
+from nested_jax.models.streaming import in_sequence_loss
 from nested_jax.optim.sharding import run_in_auto_mode
 from nested_jax.training.optimizer import global_norm
 from nested_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
 LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+
+
+def make_loss(model: LanguageModel) -> LossFunction:
+    """The next-token loss of a batch of the data pipeline, (params, batch) -> (sum of nats, number of targets).
+
+    Where `in_sequence` is set, of the model that learns while it reads.
+    """
+    objective = model_loss if model.config.in_sequence is None else in_sequence_loss
+
+    def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return objective(model, params, batch['tokens'], batch['targets'], batch['segment_ids'], batch['weights'])
+
+    return loss
 
 
 def make_train_step(

@@ -56,11 +56,11 @@ def run_config(train, model=MODEL):
     return {'model': as_dict(model), 'train': as_dict(train)}
 
 
-def train(folder, data, config=TRAIN, model=MODEL, devices=1, allow_data_change=False):
+def train(folder, data, config=TRAIN, model=MODEL, devices=1, **options):
     config = dataclasses.replace(config, output=str(folder))
     console = rich.console.Console(file=io.StringIO(), width=200)
     where = dict(devices=jax.devices()[:devices], console=console)
-    result = loop.train(config, model, data, run_config(config, model), allow_data_change=allow_data_change, **where)
+    result = loop.train(config, model, data, run_config(config, model), **options, **where)
     return result, console.file.getvalue()
 
 
@@ -485,8 +485,9 @@ def test_step_is_traced_once_whatever_happens_around_it(data, tmp_path, monkeypa
 def test_eight_devices_agree_with_one(unbroken, data, tmp_path):
     config = dataclasses.replace(TRAIN, batch_size=8, accumulation=1, steps=2, warmup_steps=1)
     one, _ = train(tmp_path / 'one', data, config)
-    eight, _ = train(tmp_path / 'eight', data, config, devices=8)
+    eight, _ = train(tmp_path / 'eight', data, config, devices=8, mesh='fsdp=8', explicit=True)
     np.testing.assert_allclose(eight.heldout.nats, one.heldout.nats, rtol=1e-5)
+    assert any('fsdp' in str(jax.typeof(leaf)) for leaf in jax.tree.leaves(eight.state.params))
 
 
 def test_batch_that_the_devices_do_not_divide(data, tmp_path):
