@@ -247,6 +247,7 @@ def test_changed_data_is_refused_by_the_field(data, other_text, tmp_path, monkey
         train(tmp_path, data, dataclasses.replace(TRAIN, learning_rate=1.0), allow_data_change=True)
 
 
+@pytest.mark.slow
 def test_changed_data_is_read_when_asked_for_and_said(data, other_text, tmp_path, monkeypatch):
     """R6. From then on the folder is that of the changed run: no more asking, and the run before the change is refused."""
     read, changed = [], dataclasses.replace(TRAIN, seed=7)

@@ -99,10 +99,8 @@ def test_a_checkpoint_goes_from_one_mesh_to_the_next(tmp_path):
         placement, init, shapes, shardings = placed(**sizes)
         if first is None:
             state = init_state(init, OPTIMIZER, 0, shardings)
-            count = lambda leaf: np.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
-            state = state._replace(
-                opt_state=jax.device_put(jax.tree.map(count, state.opt_state), shardings.opt_state)
-            )  # of other than zeros
+            count = lambda leaf: np.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)  # moments start at zero
+            state = state._replace(opt_state=jax.device_put(jax.tree.map(count, state.opt_state), shardings.opt_state))
             first = jax.tree.map(raw, state)
         else:
             like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
@@ -110,7 +108,7 @@ def test_a_checkpoint_goes_from_one_mesh_to_the_next(tmp_path):
         for leaf, where, wanted in zip(*map(jax.tree.leaves, (state, shardings, first)), strict=True):
             assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
             np.testing.assert_array_equal(raw(leaf), wanted, strict=True)
-        for dtype, tolerance in (('float32', 1e-6), ('bfloat16', 2e-3)):
+        for dtype, tolerance in (('float32', 1e-6), ('bfloat16', 2e-3))[: 2 if number in (0, 3) else 1]:
             with jax.set_mesh(placement.mesh):
                 nats, count = jax.jit(loss_of(dataclasses.replace(MODEL, dtype=dtype)))(state.params, batch_on(placement))
             np.testing.assert_allclose(nats / count, expected.setdefault(dtype, nats / count), rtol=tolerance)
