@@ -34,21 +34,11 @@ def as_dict(value: Any) -> Any:
     return tuple(map(as_dict, value)) if isinstance(value, tuple) else value
 
 
-_SECRET_WORDS = {
-    'token',
-    'key',
-    'apikey',
-    'secret',
-    'password',
-    'passwd',
-    'passphrase',
-    'credential',
-    'credentials',
-    'auth',
-    'authorization',
-}
-# Of the services training meets, and what stands before the @ of an address.
-_SECRET_SHAPES = re.compile(r'(?<=://)[^/@\s]+(?=@)|\b(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|AKIA|AIza)[A-Za-z0-9_-]{12,}')
+_SECRET_WORDS = set('token key apikey secret password passwd passphrase credential credentials auth authorization'.split())
+# Of the services that training meets, and what stands before the @ of an address.
+_SECRET_SHAPES = re.compile(
+    r'(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{30,}|\bgh[a-z]_[A-Za-z0-9]{30,}|\b(?:github_pat_|glpat-|sk-)[\w-]{20,}|\bAKIA[0-9A-Z]{16}|\bAIza[\w-]{30,}'
+)
 
 
 def redacted(value: Any, name: str = '') -> Any:

@@ -67,7 +67,7 @@ def test_variants_of_attention_are_checked(preset_name, attention, message):
 def test_secrets_are_not_stored():
     """By the words of a field's name or by their form; what only sounds alike stays, and so does what is no text."""
     kept = dict(tokenizer='bpe:8192', eval_tokens=128, num_keys='many', token=5, without=('key', 'value'), digest='a3' * 20, hf_token='')
-    kept |= dict(path='/mnt/hf_data/sk-1', corpus='s3://bucket/a@b', url='https://host/x')
+    kept |= dict(path='/mnt/hf_datasets_of_many_words_that_go_on_and_on/sk-1', corpus='s3://bucket/a@b', url='https://host/x')
     assert redacted(kept) == kept
     secret = dict(
         hf_token='x', wandb_api_key='x', AWS_SECRET='x', password='x', nested=[dict(Auth='x'), ('https://me:pw@host/x', 'ghp_' + 'a' * 36)]

@@ -32,7 +32,7 @@ def test_commit_is_unknown_outside_a_repository(monkeypatch, tmp_path):
 
 
 def test_rows_hold_no_secrets(monkeypatch):
-    words = ['--api-key', 'x1', '--model', 'hf_' + 'x2' * 10, '--wandb.token=x3', '--smoke', 'a=b', '--', '--steps=3']
+    words = ['--api-key', 'x1', '--model', 'hf_' + 'x2' * 17, '--wandb.token=x3', '--smoke', 'a=b', '--', '--steps=3']
     monkeypatch.setattr('sys.argv', ['run.py', *words])
     row = rows.make_row(**ROW | dict(config={'a': 1, 'hf_token': 'x4'}))
     assert row['command'].endswith(' --api-key redacted --model redacted --wandb.token=redacted --smoke a=b -- --steps=3')
