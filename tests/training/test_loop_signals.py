@@ -88,7 +88,7 @@ def test_a_signal_in_any_phase(data, unbroken, tmp_path, monkeypatch, place):
         else:
             result, _ = train(tmp_path, data)
             done = result.step
-            assert result.stopped_by == signal.SIGINT and done == dict(save=4, evaluate=4)[place]
+            assert result.stopped_by == signal.SIGINT and done == dict(save=4, evaluate=5)[place]
     assert not list(tmp_path.glob('checkpoints/*.tmp'))
     assert train(tmp_path, data)[0].resumed_from == done
     assert history(tmp_path) == unbroken
@@ -98,13 +98,13 @@ def test_a_signal_in_any_phase(data, unbroken, tmp_path, monkeypatch, place):
 def test_a_spike_is_skipped_and_comes_again_the_same_when_the_steps_are_done_again(data, tmp_path, monkeypatch):
     """N2 and N5: 6 sigma in a run, and the loss of the spike to the bit after going back without passing over its batch."""
     config = dataclasses.replace(
-        TRAIN, steps=76, eval_every=100, checkpoint_every=36, keep=9, on_nonfinite='skip', spike_sigma=6.0, learning_rate=1e-3
+        TRAIN, steps=76, eval_every=100, checkpoint_every=36, keep=9, on_nonfinite='skip', spike_sigma=6.0, learning_rate=1e-5
     )
     real, seen = loop._Trainer.look_at, []
 
     def disturb(self, step, batch):
-        noise = np.random.default_rng(0).integers(1, 256, (2, *batch['tokens'].shape), np.int32)
-        return batch | dict(tokens=noise[0], targets=noise[1]) if step == 74 else batch
+        alike = {name: np.full_like(batch[name], value) for name, value in dict(tokens=65, targets=200).items()}  # all pull the same way
+        return batch | alike if step == 74 else batch
 
     def look_at(self, step, metrics, num_bytes):
         seen.append((step, np.float32(metrics['loss']).tobytes(), int(metrics['skipped'])))
