@@ -5,6 +5,8 @@ Shapes: (..., m, n). Einsum letters: m and k rows, n columns.
 
 import collections
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +36,8 @@ _COEFFICIENTS = {
     'polar_express': (*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS), (1.875, -1.25, 0.375)),
 }
 METHODS = (*_COEFFICIENTS, 'svd')
+
+_LARGE = 2**16  # entries of a matrix whose products take longer than what a step of a loop costs
 
 
 def orthogonalize(x: jax.Array, *, method: str = 'quintic', steps: int = 5, sharding: NamedSharding | None = None) -> jax.Array:
@@ -141,7 +145,8 @@ def _check_matrices(x: jax.Array) -> None:
 
 def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None, method: str, steps: int) -> list[jax.Array]:
     """Matrices of one shape and layout, not tall, in one stack."""
-    polar = _polar_factor if method == 'svd' else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    one_or_all = _polar_factor if method == 'svd' else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    polar = functools.partial(_matrix_by_matrix, one_or_all)
     if len(matrices) == 1:
         return [_in_layouts(polar, matrices[0], layout)]
     return list(_in_layouts(polar, jnp.stack(matrices), layout and layout.stacked()))
@@ -156,6 +161,17 @@ def _in_layouts(function, x: jax.Array, layout: Layout | None) -> jax.Array:
     for move in reversed(moves):
         x = constrain(x, move)
     return x
+
+
+def _matrix_by_matrix(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
+    """`function(stack)`, by a loop over large matrices on a CPU: all steps of one find it in the cache, which a stack overflows.
+
+    Other platforms take the stack at once. So do several devices: it may be split over them, and the loop would gather it.
+    """
+    if stack.ndim < 3 or math.prod(stack.shape[-2:]) < _LARGE or jax.device_count() > 1:
+        return function(stack)
+    loop = lambda x: jax.lax.map(function, x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+    return jax.lax.platform_dependent(stack, cpu=loop, default=function)
 
 
 def _coefficients(method: str, steps: int) -> tuple[tuple[float, ...], ...]:

@@ -148,6 +148,19 @@ def test_leaves_of_equal_shape_share_one_iteration():
     assert orthogonalize_tree({}) == {}
 
 
+def test_large_matrices_of_a_stack_are_looped_over_on_one_cpu(monkeypatch):
+    """The same numbers and derivatives, without a product over the stack."""
+    x = jnp.asarray(draw(2, 256, 257), jnp.float32).at[1].set(0.0)
+    products_of_stacks = lambda run: re.findall(r'f32\[2,\d+,\d+\]\S* dot\(', run.lower(x).compile().as_text())
+    results = []
+    for devices, expected in (1, 0), (8, 3):
+        monkeypatch.setattr(jax, 'device_count', lambda devices=devices: devices)
+        run = lambda x: orthogonalize(x, steps=1)
+        assert len(products_of_stacks(jax.jit(run))) == expected
+        results.append(jax.jit(lambda x, run=run: jax.vjp(run, x)[1](x)[0] + run(x))(x))
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
