@@ -5,6 +5,8 @@ Shapes: (..., m, n). Einsum letters: m and k rows, n columns.
 
 import collections
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,6 +36,9 @@ _COEFFICIENTS = {
     'polar_express': (*((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS), (1.875, -1.25, 0.375)),
 }
 METHODS = (*_COEFFICIENTS, 'svd')
+
+_GRAM_STEPS = 3  # between two products of a wide matrix with its transpose
+_LARGE = 2**16  # entries of a matrix whose products take longer than what a step of a loop costs
 
 
 def orthogonalize(x: jax.Array, *, method: str = 'quintic', steps: int = 5, sharding: NamedSharding | None = None) -> jax.Array:
@@ -140,11 +145,19 @@ def _check_matrices(x: jax.Array) -> None:
 
 
 def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None, method: str, steps: int) -> list[jax.Array]:
-    """Matrices of one shape and layout, not tall, in one stack."""
+    """Matrices of one shape and layout, not tall, in one stack; on a CPU large ones that are not split by themselves.
+
+    There all steps of one find it in the cache, which a stack overflows, and XLA compiles equal programs once, but a slice of a stack for
+    each leaf.
+    """
     polar = _polar_factor if method == 'svd' else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    alone = jax.jit(functools.partial(_matrix_by_matrix, polar))
     if len(matrices) == 1:
-        return [_in_layouts(polar, matrices[0], layout)]
-    return list(_in_layouts(polar, jnp.stack(matrices), layout and layout.stacked()))
+        return [_in_layouts(alone, matrices[0], layout)]
+    together = lambda *matrices: list(_in_layouts(polar, jnp.stack(matrices), layout and layout.stacked()))
+    if layout is not None or not _is_large(matrices[0]):
+        return together(*matrices)
+    return jax.lax.platform_dependent(*matrices, cpu=lambda *matrices: list(map(alone, matrices)), default=together)
 
 
 def _in_layouts(function, x: jax.Array, layout: Layout | None) -> jax.Array:
@@ -158,23 +171,58 @@ def _in_layouts(function, x: jax.Array, layout: Layout | None) -> jax.Array:
     return x
 
 
+def _matrix_by_matrix(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
+    """`function(stack)`, by a loop over large matrices on a CPU.
+
+    Several devices take the stack at once: it may be split over them, and the loop would gather it.
+    """
+    if stack.ndim < 3 or not _is_large(stack) or jax.device_count() > 1:
+        return function(stack)
+    loop = lambda x: jax.lax.map(function, x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+    return jax.lax.platform_dependent(stack, cpu=loop, default=function)
+
+
+def _is_large(x: jax.Array) -> bool:
+    return math.prod(x.shape[-2:]) >= _LARGE
+
+
 def _coefficients(method: str, steps: int) -> tuple[tuple[float, ...], ...]:
     table = _COEFFICIENTS[method]
     return tuple(table[min(step, len(table) - 1)] for step in range(steps))
 
 
 def _newton_schulz(x: jax.Array, coefficients: tuple[tuple[float, ...], ...]) -> jax.Array:
-    dtype, accumulator = x.dtype, working_dtype(x)
-    product = lambda letters, a, b: jnp.einsum(letters, a.astype(dtype), b.astype(dtype), preferred_element_type=accumulator)
+    x, rows = normalized(x), jnp.asarray(coefficients, working_dtype(x))
+    if rows.shape[1] == 2 or x.shape[-1] < 2 * x.shape[-2] or x.dtype != rows.dtype:
+        return jax.lax.scan(lambda x, row: (_newton_schulz_step(x, row), None), x, rows)[0]
+    whole = len(rows) - len(rows) % _GRAM_STEPS
+    x = jax.lax.scan(lambda x, rows: (_newton_schulz_on_gram(x, rows), None), x, rows[:whole].reshape(-1, _GRAM_STEPS, 3))[0]
+    return x if whole == len(rows) else _newton_schulz_on_gram(x, rows[whole:])
 
-    def step(x, row):
-        gram = product('...mn,...kn->...mk', x, x)
-        polynomial = row[1] * gram
-        if len(row) == 3:
-            polynomial += row[2] * product('...mk,...kn->...mn', gram, gram)
-        return (row[0] * x + product('...mk,...kn->...mn', polynomial, x)).astype(dtype), None
 
-    return jax.lax.scan(step, normalized(x), jnp.asarray(coefficients, accumulator))[0]
+def _newton_schulz_step(x: jax.Array, row: jax.Array) -> jax.Array:
+    product = lambda letters, a, b: jnp.einsum(letters, a.astype(x.dtype), b.astype(x.dtype), preferred_element_type=row.dtype)
+    gram = product('...mn,...kn->...mk', x, x)
+    polynomial = row[1] * gram
+    if len(row) == 3:
+        polynomial += row[2] * product('...mk,...kn->...mn', gram, gram)
+    return (row[0] * x + product('...mk,...kn->...mn', polynomial, x)).astype(x.dtype)
+
+
+def _newton_schulz_on_gram(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """The steps of some rows of coefficients, by products of short sides but for the first and the last.
+
+    What the steps multiply `x` by are polynomials of its Gram matrix, which commute: the next Gram matrix is that of before between two of
+    them. Rounding in a Gram matrix grows with each, hence few steps: the error stays that of single steps also for missing rank.
+    """
+    gram, total = jnp.einsum('...mn,...kn->...mk', x, x), None
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=x.dtype), gram.shape)
+    for index, row in enumerate(rows):
+        polynomial = row[0] * identity + row[1] * gram + row[2] * gram @ gram
+        total = polynomial if index == 0 else polynomial @ total
+        if index < len(rows) - 1:
+            gram = polynomial @ gram @ polynomial
+    return total @ x
 
 
 def normalized(x: jax.Array) -> jax.Array:

@@ -17,6 +17,14 @@ def layer_shapes(width: int, hidden: int, layers: int) -> list[dict[str, tuple[i
     return [layer | dict(gate=(width, hidden), up=(width, hidden), down=(hidden, width)) for _ in range(layers)]
 
 
+def compile_update(make: Callable, shapes: list) -> tuple[float, int]:
+    """Seconds to compile an update, which needs no parameters, and bytes of its temporaries."""
+    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, 'float32'), shapes, is_leaf=lambda shape: isinstance(shape, tuple))
+    optimizer = make()
+    update, seconds = compile_timed(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)
+    return seconds, update.memory_analysis().temp_size_in_bytes
+
+
 def optimizer_step(make: Callable, shapes: list, advance: int) -> tuple[Callable[[], object], float, int]:
     """A compiled update as a synchronised call, `advance` steps into training; compile seconds and temporary bytes."""
     params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
@@ -52,6 +60,11 @@ def optimizer_steps(settings: Settings):
                 renewing = measure(optimizer_step(make, shapes, advance=period)[0], settings.repeats).median
                 seconds = ((period - 1) * seconds + renewing) / period
             yield dict(what='optimizer', model=name, tree=tree, step_s=seconds, compile_s=compile_seconds, temporary_mib=temporary / 2**20)
+    # All layers are only compiled: a step of theirs takes minutes, and optax.contrib.muon 7 GiB of temporaries beside 5 of arrays.
+    whole = layer_shapes(large.width, large.levels[0].hidden_dim, large.num_layers)
+    for name, make in makers.items():
+        seconds, temporary = compile_update(make, whole)
+        yield dict(what='optimizer', model=name, tree='the 340m preset', compile_s=seconds, temporary_mib=temporary / 2**20)
 
 
 PARTS = (optimizer_steps,)

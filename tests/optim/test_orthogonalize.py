@@ -148,6 +148,44 @@ def test_leaves_of_equal_shape_share_one_iteration():
     assert orthogonalize_tree({}) == {}
 
 
+def test_large_matrices_of_a_stack_are_looped_over_on_one_cpu(monkeypatch):
+    """The same numbers and derivatives, without a product over the stack."""
+    x = jnp.asarray(draw(2, 256, 257), jnp.float32).at[1].set(0.0)
+    products_of_stacks = lambda run: re.findall(r'f32\[2,\d+,\d+\]\S* dot\(', run.lower(x).compile().as_text())
+    results = []
+    for devices, expected in (1, 0), (8, 3):
+        monkeypatch.setattr(jax, 'device_count', lambda devices=devices: devices)
+        run = lambda x: orthogonalize(x, steps=1)
+        assert len(products_of_stacks(jax.jit(run))) == expected
+        results.append(jax.jit(lambda x, run=run: jax.vjp(run, x)[1](x)[0] + run(x))(x))
+    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_large_leaves_are_not_stacked_on_a_cpu():
+    leaves = [jnp.asarray(draw(*shape, seed=seed), jnp.float32) for seed, shape in enumerate([(256, 257), (257, 256)])]
+    run = jax.jit(lambda leaves: orthogonalize_tree(leaves, steps=1))
+    assert not re.findall(r'f32\[2,\d+,\d+\]', run.lower(leaves).compile().as_text())
+    for actual, leaf in zip(run(leaves), leaves, strict=True):
+        np.testing.assert_allclose(actual, compiled(leaf, steps=1), atol=2e-6)
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 5, 7])
+@pytest.mark.parametrize('shape', [(4, 8), (3, 2, 30)])
+def test_wide_matrices_take_the_same_steps_on_their_gram_matrix(x64, shape, steps):
+    x = jnp.asarray(draw(*shape)).at[..., 0, :].set(0.0)
+    expected = np.stack([newton_schulz(matrix, TABLES['quintic'][:1] * steps) for matrix in np.asarray(x).reshape(-1, *shape[-2:])])
+    np.testing.assert_allclose(compiled(x, steps=steps), expected.reshape(shape), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(('smallest', 'rank'), [(1e-2, 32), (1e-4, 32), (1e-8, 32), (1e-1, 8)])
+def test_the_gram_matrix_costs_no_precision(smallest, rank):
+    """Small singular values, which it squares; steps one by one are off by up to 1.1e-5 here."""
+    singular = np.geomspace(1.0, smallest, 32) * (np.arange(32) < rank)
+    x = (polar(draw(32, 32)) * singular @ polar(draw(32, 96, seed=1))).astype(np.float32)
+    expected = newton_schulz(x.astype(np.float64), TABLES['quintic'])
+    assert np.linalg.norm(compiled(jnp.asarray(x)) - expected) < 2e-5 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
