@@ -192,9 +192,15 @@ def _coefficients(method: str, steps: int) -> tuple[tuple[float, ...], ...]:
 
 
 def _newton_schulz(x: jax.Array, coefficients: tuple[tuple[float, ...], ...]) -> jax.Array:
+    """Iterations of (..., m, n), m <= n; of wide matrices on the Gram matrix where products of float32 are exact, which is on a CPU."""
     x, rows = normalized(x), jnp.asarray(coefficients, working_dtype(x))
+    one_by_one = lambda x, rows: jax.lax.scan(lambda x, row: (_newton_schulz_step(x, row), None), x, rows)[0]
     if rows.shape[1] == 2 or x.shape[-1] < 2 * x.shape[-2] or x.dtype != rows.dtype:
-        return jax.lax.scan(lambda x, row: (_newton_schulz_step(x, row), None), x, rows)[0]
+        return one_by_one(x, rows)
+    return jax.lax.platform_dependent(x, rows, cpu=_newton_schulz_few_by_few, default=one_by_one)
+
+
+def _newton_schulz_few_by_few(x: jax.Array, rows: jax.Array) -> jax.Array:
     whole = len(rows) - len(rows) % _GRAM_STEPS
     x = jax.lax.scan(lambda x, rows: (_newton_schulz_on_gram(x, rows), None), x, rows[:whole].reshape(-1, _GRAM_STEPS, 3))[0]
     return x if whole == len(rows) else _newton_schulz_on_gram(x, rows[whole:])
