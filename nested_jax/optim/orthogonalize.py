@@ -151,13 +151,13 @@ def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None,
     each leaf.
     """
     polar = _polar_factor if method == 'svd' else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
-    alone = jax.jit(functools.partial(_matrix_by_matrix, polar))
+    alone = functools.partial(_matrix_by_matrix, polar)
     if len(matrices) == 1:
         return [_in_layouts(alone, matrices[0], layout)]
     together = lambda *matrices: list(_in_layouts(polar, jnp.stack(matrices), layout and layout.stacked()))
     if layout is not None or not _is_large(matrices[0]):
         return together(*matrices)
-    return jax.lax.platform_dependent(*matrices, cpu=lambda *matrices: list(map(alone, matrices)), default=together)
+    return jax.lax.platform_dependent(*matrices, cpu=lambda *matrices: list(map(jax.jit(alone), matrices)), default=together)
 
 
 def _in_layouts(function, x: jax.Array, layout: Layout | None) -> jax.Array:
