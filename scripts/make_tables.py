@@ -57,6 +57,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'seal_arc': arc_table(rows('seal_arc')),
         'seal_continual': continual_table(rows('seal_continual')),
         'compile_for_tpu': tpu_table(rows('compile_for_tpu')),
+        'reliability': reliability_table(rows('reliability')),
     }
 
 
@@ -144,6 +145,18 @@ def tpu_table(rows: list[dict]) -> list[str]:
         moved = ' | '.join(gib(metrics['collectives'].get(kind, {}).get('bytes', 0)) for kind in kinds)
         memory = gib(metrics['memory']['total'])
         lines.append(f'| {model} | {topology} | {mesh} | {memory} | {moved} | {metrics["full_rematerialisations"]} |')
+    return lines if latest else []
+
+
+def reliability_table(rows: list[dict]) -> list[str]:
+    """Lines of what `scripts/test.sh --full` came to, the latest row of each choice of tests; none without rows."""
+    latest = {row['config']['tests']: row for row in rows}
+    heads = ('tests', 'passed', 'failed', 'skipped', 'minutes', 'commit')
+    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    for tests, row in latest.items():
+        found = row['metrics']
+        counts = ' | '.join(str(found[name]) for name in ('passed', 'failed', 'skipped'))
+        lines.append(f'| {tests} | {counts} | {found["seconds"] / 60:.1f} | {row["commit"][:7]} |')
     return lines if latest else []
 
 
