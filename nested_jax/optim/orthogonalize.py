@@ -53,11 +53,13 @@ def orthogonalize(x: jax.Array, *, method: str = 'quintic', steps: int = 5, shar
     is one gradient step of Eq. (44), arXiv:2512.24695v1, with :math:`\zeta = 1/4`; it converges to 1, slowly. 'polar_express' takes the
     best polynomial for the interval each step leaves. 'svd' is exact, with singular values that vanish left at zero.
 
-    The result does not depend on the scale of `x`, a matrix of zeros gives zeros, and derivatives are finite there. The steps are scanned.
-    Products of 16-bit matrices accumulate in float32.
+    The result does not depend on the scale of `x`, a matrix of zeros gives zeros, and derivatives are finite there. The steps are scanned;
+    on a CPU those of wide matrices in float32 are taken on their Gram matrix, three at a time. Products of 16-bit matrices accumulate in
+    float32.
 
     A matrix axis that is split over a mesh axis hands it to a batch axis where that divides: all-to-alls and no gather. Else the longer
-    matrix axis takes it and partial products are summed.
+    matrix axis takes it and partial products are summed. XLA gathers where neither divides, for 'svd', and where it is not told: on an
+    Auto mesh without `sharding`.
 
     Args:
         x: (..., m, n), real floating point; each matrix is orthogonalised alone.
