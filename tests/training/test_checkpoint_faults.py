@@ -145,9 +145,8 @@ def test_bit_that_flips_after_the_save_costs_that_checkpoint_only(tmp_path):
 
 
 def test_slow_disk_is_waited_for(tmp_path, monkeypatch):
-    slept = []
+    slept, checkpoints = [], Checkpoints(tmp_path, 2, parse_faults('sleep@1/arrays=5'))  # made first: it waits for git, which may sleep
     monkeypatch.setattr('nested_jax.training.faults.time.sleep', slept.append)
-    checkpoints = Checkpoints(tmp_path, 2, parse_faults('sleep@1/arrays=5'))
     save(checkpoints, 1)
     assert slept == [5.0] and checkpoints.verify(1) is None
 
