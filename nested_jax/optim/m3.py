@@ -132,7 +132,6 @@ def m3(
 
     Returns:
         The transformation. Its state is optax's for `partition`, under the keys 'matrix' and 'adam', with an `M3State` in each.
-        With `optax.inject_hyperparams`, `static_args=('ns_steps',)`.
 
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
