@@ -9,6 +9,7 @@ import collections
 import os
 import pathlib
 import platform
+import re
 import shlex
 import time
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'experiments' / 'results' / f'{EXPERIMENT}.jsonl'
 ARGUMENTS, FILE = 'NESTED_JAX_FULL', 'NESTED_JAX_FULL_RESULTS'
 MARKERS = ('slow', 'multiprocess', 'exhaustive')
+_GROUP = re.compile(r'@[^@\]]*$')  # pytest-xdist puts a test's group behind its name, here a path of this machine
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,16 +50,17 @@ class FullSuite:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Each test is reported three times: when it is set up, called and taken down."""
+        name = _GROUP.sub('', report.nodeid)
         marks = '+'.join(name for name in MARKERS if name in report.keywords) or 'default'
-        folder = '/'.join(report.nodeid.split('::')[0].split('/')[:2])
-        test = self._tests.setdefault(report.nodeid, dict(outcome='passed', marks=marks, folder=folder, seconds=0.0))
+        folder = '/'.join(name.split('::')[0].split('/')[:2])
+        test = self._tests.setdefault(name, dict(outcome='passed', marks=marks, folder=folder, seconds=0.0))
         test['seconds'] += report.duration
         if report.outcome != 'passed' and test['outcome'] != 'failed':
             test['outcome'] = report.outcome
         if report.failed:
-            self._failures.setdefault(report.nodeid, _last_line(report))
+            self._failures.setdefault(name, _last_line(report))
         if report.when == 'teardown' and report.user_properties:
-            self._measured[report.nodeid] = dict(report.user_properties)
+            self._measured[name] = dict(report.user_properties)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that cannot be read has no tests to fail."""

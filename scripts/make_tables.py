@@ -156,7 +156,7 @@ def reliability_table(rows: list[dict]) -> list[str]:
     for tests, row in latest.items():
         found = row['metrics']
         counts = ' | '.join(str(found[name]) for name in ('passed', 'failed', 'skipped'))
-        lines.append(f'| {tests} | {counts} | {found["seconds"] / 60:.1f} | {row["commit"][:7]} |')
+        lines.append(f'| {tests} | {counts} | {row["wall_s"] / 60:.1f} | {row["commit"][:7]} |')
     return lines if latest else []
 
 

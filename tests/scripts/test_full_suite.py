@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from nested_jax.evaluation.rows import read_rows
+from scripts import full_suite
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SUITE = """
@@ -69,3 +70,11 @@ def test_everything_is_in_one_row(tmp_path):
     assert [value for name, value in found['measured'].items()] == [dict(chaos=dict(goodput=0.5))]
     again, row = run(tmp_path, '-n', '0', '-k', 'good', 'tests/a')
     assert again.returncode == 0 and row['metrics']['passed'] == 1 and row['metrics']['failures'] == {}
+
+
+def test_a_group_behind_a_tests_name_is_cut_off():
+    counted = full_suite.FullSuite('', 'rows.jsonl')
+    for name in ('a.py::t[kill@3]@/b/c.py', 'a.py::t[kill@3]', 'a.py::u@/b/c.py'):
+        outcome = dict(outcome='passed', longrepr=None, when='call', duration=1.0)
+        counted.pytest_runtest_logreport(pytest.TestReport(name, ('a.py', 1, ''), {}, **outcome))
+    assert {name: test['seconds'] for name, test in counted._tests.items()} == {'a.py::t[kill@3]': 2.0, 'a.py::u': 1.0}

@@ -4,6 +4,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from nested_jax.data import open_dataset
+
 
 @pytest.fixture(scope='module')
 def compilations_on_disk(tmp_path_factory):
@@ -20,3 +22,12 @@ def compilations_on_disk(tmp_path_factory):
         compilation_cache.reset_cache()
         if values is settings:
             yield
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Forty short texts, some of which fall to the held-out side."""
+    folder = tmp_path_factory.mktemp('texts')
+    for number in range(40):
+        (folder / f'{number}.txt').write_text(f'document {number} ' * 12)
+    return open_dataset(folder)

@@ -43,15 +43,6 @@ TRAIN = TrainConfig(
 )
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    """Twenty short texts, some of which fall to the held-out side."""
-    folder = tmp_path_factory.mktemp('texts')
-    for number in range(40):
-        (folder / f'{number}.txt').write_text(f'document {number} ' * 12)
-    return open_dataset(folder)
-
-
 def run_config(train, model=MODEL):
     return {'model': as_dict(model), 'train': as_dict(train)}
 

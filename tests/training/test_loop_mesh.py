@@ -11,7 +11,6 @@ import pytest
 import rich.console
 
 from nested_jax.config import LevelConfig, ModelConfig, as_dict
-from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.config import TrainConfig
 
@@ -20,14 +19,6 @@ MODEL = ModelConfig('attention', num_layers=2, width=16, num_heads=2, head_dim=8
 TRAIN = TrainConfig(
     steps=6, batch_size=4, sequence_length=16, warmup_steps=2, log_every=3, eval_every=6, eval_tokens=128, checkpoint_every=6
 )
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('texts')
-    for number in range(40):
-        (folder / f'{number}.txt').write_text(f'document {number} ' * 12)
-    return open_dataset(folder)
 
 
 def train(folder, data, devices, mesh=None, model=MODEL):

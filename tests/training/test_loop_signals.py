@@ -13,7 +13,6 @@ import pytest
 import rich.console
 
 from nested_jax.config import LevelConfig, ModelConfig, as_dict
-from nested_jax.data import open_dataset
 from nested_jax.training import loop
 from nested_jax.training.checkpoints import SaveError
 from nested_jax.training.config import TrainConfig
@@ -27,14 +26,6 @@ MODEL = ModelConfig(
 TRAIN = TrainConfig(
     steps=8, batch_size=4, sequence_length=16, warmup_steps=2, log_every=1, eval_every=4, eval_tokens=128, checkpoint_every=3
 )
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('texts')
-    for number in range(40):
-        (folder / f'{number}.txt').write_text(f'document {number} ' * 12)
-    return open_dataset(folder)
 
 
 def train(folder, data, config=TRAIN):
