@@ -119,7 +119,7 @@ def test_a_process_that_is_alive_and_stuck_is_ended_with_its_stacks(folder, undi
     said = finish(start(folder, 'stuck', 2, 4, faults='1:sleep@6=300', restarts=0, **{'train.watchdog-s': 20}), code=76)
     assert 'ended with code 76 at step 6' in said
     logs = ''.join(path.read_text() for path in (folder / 'stuck-logs').glob('*.log'))
-    assert 'watchdog: step 6 has not ended within 10 s' in logs and 'Thread 0x' in logs
+    assert 'watchdog: step 6 has not ended within 20 s' in logs and 'Thread 0x' in logs
     assert {step: loss for step, loss in undisturbed.items() if step < 6}.items() >= losses(folder / 'stuck').items()
 
 
