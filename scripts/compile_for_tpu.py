@@ -19,6 +19,7 @@ import resource
 import sys
 import tempfile
 import time
+from typing import Literal
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -61,6 +62,8 @@ class Args:
     """Tokens a sequence."""
     accumulation: int = 1
     """Microbatches a step."""
+    optimizer: Literal['adamw', 'muon', 'm3'] = 'adamw'
+    """As of experiments.hope_pretrain."""
     dtype: str = 'bfloat16'
     """Of activations and matrix products."""
     remat: str = 'block'
@@ -74,7 +77,9 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     began, head = time.monotonic(), commit()  # of the code that is compiled; the tree may move on meanwhile
     try:
-        train = TrainConfig(batch_size=args.batch_size, sequence_length=args.sequence_length, accumulation=args.accumulation)
+        train = TrainConfig(
+            batch_size=args.batch_size, sequence_length=args.sequence_length, accumulation=args.accumulation, optimizer=args.optimizer
+        )  # fmt: skip
         config = preset(args.preset, dtype=args.dtype, remat=args.remat)
         devices = topologies.get_topology_desc(platform='tpu', topology_name=args.topology).devices
         sizes = choose_mesh(args.mesh, config, len(devices))
@@ -105,9 +110,11 @@ def main() -> int:
 def compile_step(config: ModelConfig, train: TrainConfig, placement: Placement) -> tuple[jax.stages.Compiled, int]:
     """The trainer's step for shapes alone, no array is made; and the operations of its matrix products on all chips."""
     model = LanguageModel(config)
-    optimizer = make_optimizer(train, level_periods(config, train.sequence_length))
     tokens = jnp.zeros((1, train.sequence_length), jnp.int32)
-    shapes = jax.eval_shape(lambda: init_state(lambda key: model.init(key, tokens)['params'], optimizer, 0))
+    init_params = lambda key: model.init(key, tokens)['params']
+    where = placement.params(jax.eval_shape(init_params, jax.random.key(0)))
+    optimizer = make_optimizer(train, level_periods(config, train.sequence_length), where)
+    shapes = jax.eval_shape(lambda: init_state(init_params, optimizer, 0))
     shardings = placement.state(optimizer, shapes.params)
     state = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
     rows = lambda dtype: jax.ShapeDtypeStruct((train.batch_size, train.sequence_length), dtype, sharding=placement.rows)

@@ -36,7 +36,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global norm the gradient is clipped to
     accumulation: int = 1  # microbatches a step
-    beta1: float = 0.9
+    beta1: float = 0.9  # of Adam, which Muon and M3 leave embeddings, gates, norms and learned memories to
     beta2: float = 0.95
     seed: int = 0
     eval_every: int = 1000  # steps between two evaluations on held-out text; the last step is always evaluated
@@ -48,6 +48,8 @@ class TrainConfig:
     on_nonfinite: Literal['abort', 'skip'] = added('abort')  # what is done where a loss, gradient or new value is not finite
     spike_sigma: float | None = added(None)  # with 'skip': nor a loss or gradient norm so far above the last 128
     max_skips: int = added(10)  # with 'skip': so many in a row go back to the last checkpoint and pass over the batches since
+    optimizer: Literal['adamw', 'muon', 'm3'] = added('adamw')  # learning rates are those of AdamW for all three
+    slow_period: int = added(100)  # with 'm3': steps between two updates of the slow momentum
     watchdog_s: float | None = added(None)  # a step that takes longer ends the process, with all stacks on standard error; None: no limit
     kernels: Literal['plain', 'gpu', 'tpu'] = added('plain')  # what layers compute with: see nested_jax.layers.kernels
     output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
@@ -64,6 +66,7 @@ class TrainConfig:
             'keep',
             'log_every',
             'max_skips',
+            'slow_period',
         ):
             self._check(name, getattr(self, name) >= 1, 'an integer of at least 1')
         self._check('final_eval_tokens', self.final_eval_tokens is None or self.final_eval_tokens >= 1, 'an integer of at least 1 or None')
@@ -75,6 +78,8 @@ class TrainConfig:
         self._check('warmup_steps', 0 <= self.warmup_steps < self.steps, f'an integer from 0 to below steps={self.steps}')
         self._check('accumulation', self.batch_size % self.accumulation == 0, f'a divisor of batch_size={self.batch_size}')
         self._check('seed', 0 <= self.seed < 2**32, 'an integer from 0 to below 2**32')
+        self._check('optimizer', self.optimizer in ('adamw', 'muon', 'm3'), "'adamw', 'muon' or 'm3'")
+        self._check('slow_period', self.slow_period == 100 or self.optimizer == 'm3', "100 unless optimizer='m3'")
         self._check('on_nonfinite', self.on_nonfinite in ('abort', 'skip'), "'abort' or 'skip'")
         self._check('kernels', self.kernels in ('plain', 'gpu', 'tpu'), "'plain', 'gpu' or 'tpu'")
         for name in ('spike_sigma', 'watchdog_s'):

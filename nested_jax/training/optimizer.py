@@ -1,4 +1,4 @@
-"""The outer optimizer: AdamW with warm-up and cosine, clipping that is safe at zero, and a period for each CMS level."""
+"""The outer optimizer: AdamW, Muon or M3 with warm-up and cosine, clipping that is safe at zero, and a period for each CMS level."""
 
 from typing import Any
 
@@ -8,13 +8,17 @@ import optax
 
 from nested_jax.config import ModelConfig
 from nested_jax.optim.levels import by_level, steps_of
+from nested_jax.optim.m3 import scale_by_m3
+from nested_jax.optim.muon import scale_by_muon
 from nested_jax.training.config import TrainConfig
 
 PyTree = Any
 
 
-def make_optimizer(config: TrainConfig, level_periods: dict[str, int] | None = None) -> optax.GradientTransformation:
-    """AdamW as the trainer runs it.
+def make_optimizer(
+    config: TrainConfig, level_periods: dict[str, int] | None = None, shardings: PyTree | None = None
+) -> optax.GradientTransformation:
+    """The optimizer as the trainer runs it.
 
     Clipping sees the whole gradient at every step. The learning rate follows the step and not the number of a level's updates, so
     slow and fast levels stand at the same point of the schedule.
@@ -22,15 +26,31 @@ def make_optimizer(config: TrainConfig, level_periods: dict[str, int] | None = N
     Args:
         config: the run's settings.
         level_periods: CMS level's name -> tokens between its updates; levels not named, and everything else, are updated every step.
+        shardings: of the parameters, a NamedSharding for each: without them Muon and M3 gather matrices that Auto meshes split.
     """
-    adamw = optax.chain(
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-    )
+    rule = optax.chain(_scale_by(config, shardings), optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     steps = {name: steps_of(period, config.tokens_per_step) for name, period in (level_periods or {}).items()}
     if max(steps.values(), default=1) > 1:
-        adamw = by_level(adamw, lambda path: next((steps[name] for name in path.split('/') if name in steps), 1))
-    return optax.chain(clip_by_global_norm(config.clip_norm), adamw, optax.scale_by_learning_rate(warmup_cosine(config)))
+        rule = by_level(rule, lambda path: next((steps[name] for name in path.split('/') if name in steps), 1))
+    return optax.chain(clip_by_global_norm(config.clip_norm), rule, optax.scale_by_learning_rate(warmup_cosine(config)))
+
+
+def _scale_by(config: TrainConfig, shardings: PyTree | None) -> optax.GradientTransformation:
+    """AdamW's direction, or Muon's or M3's for the matrices that projections are, sized as AdamW's updates are."""
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2)
+    if config.optimizer == 'adamw':
+        return adam
+    if config.optimizer == 'muon':
+        matrix = scale_by_muon(scaling='moonshot', shardings=shardings)
+    else:
+        matrix = scale_by_m3(periods=(config.slow_period,), scaling='rms', shardings=shardings)
+    return optax.partition({'matrix': matrix, 'adam': adam}, matrix_labels)
+
+
+def matrix_labels(params: PyTree) -> PyTree:
+    """'matrix' for the kernels that decay, which are stacks of (inputs, outputs); 'adam' for everything else, the head included."""
+    label = lambda path, _: 'matrix' if _names(path)[-1] == 'kernel' and _decays(*_names(path)) else 'adam'
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def warmup_cosine(config: TrainConfig) -> optax.Schedule:
@@ -46,8 +66,11 @@ def decay_mask(params: PyTree) -> PyTree:
     Left out are initial memories, gates, norms, biases, convolutions and embeddings: zero is not "simple" there, it is a memory that starts
     empty or a gate half open.
     """
-    names = lambda path: jax.tree_util.keystr(path, simple=True, separator='/').split('/')
-    return jax.tree_util.tree_map_with_path(lambda path, _: _decays(*names(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _decays(*_names(path)), params)
+
+
+def _names(path: tuple) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator='/').split('/')
 
 
 def _decays(*names: str) -> bool:

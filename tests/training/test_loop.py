@@ -503,6 +503,8 @@ def test_batch_that_the_devices_do_not_divide(data, tmp_path):
         ('spike_sigma', 6.0),
         ('max_skips', 0),
         ('watchdog_s', 0.0),
+        ('optimizer', 'sgd'),
+        ('slow_period', 7),
     ],
 )
 def test_impossible_settings_name_the_field(field, value):
@@ -526,7 +528,7 @@ def test_config_survives_json():
 
 def test_younger_settings_are_in_a_configuration_only_when_used():
     """Digests of stored results were made without them."""
-    younger = {'on_nonfinite', 'spike_sigma', 'max_skips', 'watchdog_s'}
+    younger = {'on_nonfinite', 'spike_sigma', 'max_skips', 'watchdog_s', 'optimizer', 'slow_period'}
     assert not younger & set(as_dict(TRAIN)) and younger <= set(dataclasses.asdict(TRAIN))
     used = dataclasses.replace(TRAIN, on_nonfinite='skip', spike_sigma=6.0)
     assert younger & set(as_dict(used)) == {'on_nonfinite', 'spike_sigma'}

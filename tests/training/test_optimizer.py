@@ -1,13 +1,18 @@
 """The outer optimizer: clipping, schedule, what decays, and levels at their own periods."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from nested_jax.models import LanguageModel, preset, preset_names
+from nested_jax.optim.m3 import scale_by_m3
+from nested_jax.optim.muon import scale_by_muon
 from nested_jax.training.config import TrainConfig
-from nested_jax.training.optimizer import clip_by_global_norm, decay_mask, global_norm, make_optimizer, warmup_cosine
+from nested_jax.training.optimizer import clip_by_global_norm, decay_mask, global_norm, make_optimizer, matrix_labels, warmup_cosine
 
 CONFIG = TrainConfig(steps=100, warmup_steps=10, batch_size=2, sequence_length=8, learning_rate=1e-2)
 
@@ -86,6 +91,34 @@ def test_decay_mask_holds_projections_only():
         'blocks/channel/level_0/gate/kernel',
         'blocks/channel/level_0/down/kernel',
     }
+
+
+def test_matrices_are_the_projections_that_decay():
+    """In all families, none of them a vector, a gate, a memory or the head."""
+    for name in (name for name in preset_names() if name.endswith('-tiny')):
+        model = LanguageModel(preset(name))
+        params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, model.config.grid), jnp.int32))['params']
+        labels, decays = (jax.tree.leaves_with_path(tree) for tree in (matrix_labels(params), decay_mask(params)))
+        paths = [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in labels]
+        matrices = {path for path, (_, label) in zip(paths, labels, strict=True) if label == 'matrix'}
+        assert matrices == {path for path, (_, on) in zip(paths, decays, strict=True) if on} - {'head'}
+        assert matrices, name
+
+
+@pytest.mark.parametrize('name', ['muon', 'm3'])
+def test_matrices_go_to_the_chosen_optimizer_and_the_rest_to_adam(name):
+    config = dataclasses.replace(CONFIG, optimizer=name, slow_period=2 if name == 'm3' else 100, clip_norm=1e9)
+    params = {'blocks': {'query': {'kernel': jax.random.normal(jax.random.key(0), (2, 4, 6))}}, 'head': jnp.ones((4, 3))}
+    gradients = [jax.tree.map(lambda p, key=key: jax.random.normal(key, p.shape), params) for key in jax.random.split(jax.random.key(1), 5)]
+    rate, decay = optax.scale_by_learning_rate(warmup_cosine(config)), optax.add_decayed_weights(config.weight_decay)
+    rules = {'muon': scale_by_muon(scaling='moonshot'), 'm3': scale_by_m3(periods=(2,), scaling='rms')}
+    matrix = optax.chain(rules[name], decay, rate)
+    expected = _run(matrix, params['blocks'], [gradient['blocks'] for gradient in gradients])[-1]
+    adam = optax.chain(optax.scale_by_adam(b1=config.beta1, b2=config.beta2), decay, rate)
+    head = _run(adam, params['head'], [gradient['head'] for gradient in gradients])[-1]
+    found = _run(make_optimizer(config), params, gradients)[-1]
+    np.testing.assert_allclose(found['blocks']['query']['kernel'], expected['query']['kernel'], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found['head'], head, rtol=1e-6)
 
 
 def _level_params():

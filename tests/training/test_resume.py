@@ -16,19 +16,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import rich.console
 
 from nested_jax.config import LevelConfig, ModelConfig, as_dict
 from nested_jax.data import open_dataset
 from nested_jax.data.pipelines import rows_per_epoch
-from nested_jax.optim import by_level, m3, muon
-from nested_jax.optim.levels import steps_of
-from nested_jax.training import loop
 from nested_jax.training.config import TrainConfig
+from nested_jax.training.loop import train
 from nested_jax.training.metrics import read_metrics
-from nested_jax.training.optimizer import clip_by_global_norm, make_optimizer, warmup_cosine
 
 pytestmark = pytest.mark.usefixtures('compilations_on_disk')
 ROOT = pathlib.Path(__file__).parents[2]
@@ -38,24 +34,7 @@ TRAIN = TrainConfig(
     steps=STEPS, batch_size=4, sequence_length=16, learning_rate=1e-2, warmup_steps=2, log_every=3, eval_every=100, eval_tokens=128,
     checkpoint_every=1, keep=STEPS,
 )  # fmt: skip
-RULES = {
-    'muon': lambda: muon(1.0, scaling='moonshot', weight_decay=0.1),
-    'm3': lambda: m3(1.0, scaling='rms', periods=(3,), weight_decay=0.1),
-}
-
-
-def optimizer_of(name):
-    """What stands in for the trainer's, which is AdamW: the same clipping, schedule and levels around another rule."""
-    if name == 'adamw':
-        return make_optimizer
-
-    def make(config, periods):
-        steps = {level: steps_of(period, config.tokens_per_step) for level, period in periods.items()}
-        rule = by_level(RULES[name](), lambda path: next((steps[level] for level in path.split('/') if level in steps), 1))
-        schedule = optax.scale_by_learning_rate(warmup_cosine(config), flip_sign=False)  # the rule's rate of 1 has turned the sign
-        return optax.chain(clip_by_global_norm(config.clip_norm), rule, schedule)
-
-    return make
+SLOW = {'m3': 3}  # steps between two updates of its slow momentum
 
 
 def model(levels):
@@ -66,12 +45,11 @@ def model(levels):
 
 def run(folder, texts, name, levels):
     """(a digest of the last state, the step gone on from); called here, and in processes of its own, which print it."""
-    config, shape = dataclasses.replace(TRAIN, output=str(folder)), model(levels not in (False, 'False'))
+    config = dataclasses.replace(TRAIN, output=str(folder), optimizer=name, slow_period=SLOW.get(name, TRAIN.slow_period))
+    shape = model(levels not in (False, 'False'))
     settings = dict(model=as_dict(shape), train=as_dict(config))
     console = rich.console.Console(file=io.StringIO(), width=200)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, 'make_optimizer', optimizer_of(name))
-        result = loop.train(config, shape, open_dataset(texts), settings, devices=jax.devices()[:1], console=console)
+    result = train(config, shape, open_dataset(texts), settings, devices=jax.devices()[:1], console=console)
     raw = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
     return hashlib.sha256(b''.join(map(raw, jax.tree.leaves(result.state)))).hexdigest(), result.resumed_from
 

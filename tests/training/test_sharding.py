@@ -287,3 +287,33 @@ def test_rows_of_a_process_become_a_global_array():
     placed = placement.place(dict(tokens=tokens), 8)['tokens']
     assert placed.sharding == placement.rows
     np.testing.assert_array_equal(placed, tokens)
+
+
+@pytest.mark.parametrize('name', ['muon', pytest.param('m3', marks=pytest.mark.slow)])
+def test_split_matrices_are_orthogonalised_without_gathering_them(name, x64):
+    """Two updates of 12 layers on 2 x 4 devices: those of one device, moved by all-to-alls, no matrix whole anywhere."""
+    config = dataclasses.replace(TRAIN, optimizer=name, slow_period=2 if name == 'm3' else TRAIN.slow_period)
+    model = LanguageModel(preset('transformer-tiny', num_layers=8, width=64, num_heads=4, head_dim=16))
+    init = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(key, jnp.zeros((1, 64), jnp.int32))['params'])
+    placement, params = Placement.on(make_mesh(BOTH, jax.devices())), jax.jit(init)(jax.random.key(0))
+    gradients = jax.jit(init)(jax.random.key(1))
+
+    def two_updates(optimizer, state):
+        for _ in range(2):
+            updates, state = optimizer.update(gradients, state, params)
+        return updates
+
+    alone = make_optimizer(config)
+    expected = two_updates(alone, alone.init(params))
+    where = placement.params(params)
+    optimizer, shardings = make_optimizer(config, shardings=where), placement.state(make_optimizer(config), params).opt_state
+    params, gradients = jax.device_put((params, gradients), (where, where))
+    update = jax.jit(optimizer.update, out_shardings=(where, shardings)).lower(gradients, optimizer.init(params), params).compile()
+    state = jax.device_put(optimizer.init(params), shardings)
+    for _ in range(2):
+        updates, state = update(gradients, state, params)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12), updates, expected)
+    found = collectives(update.as_text())
+    assert 'all-to-all' in {each.kind for each in found}
+    whole = 8 * min(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 3)
+    assert all(each.num_bytes < whole for each in found if each.kind == 'all-gather'), found
