@@ -15,6 +15,7 @@ import optax
 from nested_jax.config import ModelConfig
 from nested_jax.models import LanguageModel
 from nested_jax.models.loss import model_loss
+from nested_jax.training.sharding import Placement, make_mesh
 
 
 class Settings(NamedTuple):
@@ -87,11 +88,13 @@ def free_bytes() -> int:
     return stats['bytes_limit'] - stats['bytes_in_use']
 
 
-def train_step(config: ModelConfig, batch: int, length: int) -> Step:
-    """A compiled AdamW step of a model, whose loss was seen to be finite."""
+def train_step(config: ModelConfig, batch: int, length: int, devices: int = 1) -> Step:
+    """A compiled AdamW step of a model, whose loss was seen to be finite; each of the devices has its rows of the batch."""
     model, optimizer = LanguageModel(config), optax.adamw(1e-3)
+    placement = Placement.on(make_mesh({'data': devices}, jax.devices()[:devices]))
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :16])['params']
+    params = jax.jit(model.init, out_shardings=placement.replicated)(jax.random.key(0), tokens[:1, :16])['params']
+    tokens = jax.device_put(tokens, placement.rows)
 
     def step(params, state, tokens):
         loss = lambda p: model_loss(model, p, tokens, tokens)[0] / tokens.size
@@ -99,8 +102,9 @@ def train_step(config: ModelConfig, batch: int, length: int) -> Step:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    state = optimizer.init(params)
-    compiled, seconds = compile_timed(step, params, state, tokens)
+    state = jax.jit(optimizer.init, out_shardings=placement.replicated)(params)
+    with jax.set_mesh(placement.mesh):
+        compiled, seconds = compile_timed(step, params, state, tokens)
     value = float(compiled(params, state, tokens)[2])
     if not np.isfinite(value):
         raise RuntimeError(f'loss of {config} is {value}')
@@ -113,12 +117,12 @@ def num_parameters(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def time_training(name: str, config: ModelConfig, batch: int, length: int, repeats: int) -> dict:
+def time_training(name: str, config: ModelConfig, batch: int, length: int, repeats: int, devices: int = 1) -> dict:
     """Training tokens a second of one model at one length."""
-    step = train_step(config, batch, length)
+    step = train_step(config, batch, length, devices)
     timing = measure(step.run, repeats)
     return dict(
-        what='training', model=name, batch=batch, length=length, tokens_per_step=batch * length, parameters=step.parameters,
+        what='training', model=name, batch=batch, length=length, devices=devices, tokens_per_step=batch * length, parameters=step.parameters,
         tokens_per_second=batch * length / timing.median, slowest=batch * length / timing.slowest,
         fastest=batch * length / timing.fastest, compile_s=step.compile_seconds, temporary_mib=step.temporary / 2**20,
     )  # fmt: skip
