@@ -198,9 +198,9 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     distributed.join(args.distributed, args.processes)
     import jax
 
-    from nested_jax.training.sharding import batch_shares, choose_mesh
+    from nested_jax.training.sharding import batch_shares, choose_mesh, count_slices
 
-    sizes = choose_mesh(args.mesh, model_config, len(jax.devices()))
+    sizes = choose_mesh(args.mesh, model_config, len(jax.devices()), count_slices(jax.devices()))
     check_devices(args.train, batch_shares(sizes))
     check_model(args.train, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
     text = dict(name=data.name, digest=data.digest, tokenizer=args.data.tokenizer, tokenizer_digest=data.tokenizer.digest)
@@ -244,6 +244,7 @@ def store_row(path: pathlib.Path, args: Args, run_config: dict, result: 'Result'
         tokens=args.train.steps * args.train.tokens_per_step,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(result.state.params)),
         resumed_from=result.resumed_from,
+        rejected_checkpoints=result.rejected,
     )
     row = make_row(
         experiment=EXPERIMENT, model=args.model.name, seed=args.train.seed, config=run_config, metrics=metrics,

@@ -38,7 +38,7 @@ from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
 from nested_jax.training.config import TrainConfig, check_devices, check_model
 from nested_jax.training.optimizer import level_periods, make_optimizer
-from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh
+from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, count_slices, make_mesh
 from nested_jax.training.state import init_state
 from nested_jax.training.step import make_loss, make_train_step
 
@@ -54,6 +54,8 @@ class Args:
     """Family and size."""
     topology: str = 'v5e:2x4'
     """Generation and torus: v5e:16x16, v5p:4x4x4, v6e:16x16, ..."""
+    slices: int = 1
+    """Of this topology, joined by a data centre's network; the mesh's replica is a multiple of them."""
     mesh: str | None = None
     """As of experiments.hope_pretrain."""
     batch_size: int = 128
@@ -81,8 +83,8 @@ def main() -> int:
             batch_size=args.batch_size, sequence_length=args.sequence_length, accumulation=args.accumulation, optimizer=args.optimizer
         )  # fmt: skip
         config = preset(args.preset, dtype=args.dtype, remat=args.remat)
-        devices = topologies.get_topology_desc(platform='tpu', topology_name=args.topology).devices
-        sizes = choose_mesh(args.mesh, config, len(devices))
+        devices = topologies.get_topology_desc(platform='tpu', topology_name=args.topology, num_slices=args.slices).devices
+        sizes = choose_mesh(args.mesh, config, len(devices), count_slices(devices))
         check_devices(train, batch_shares(sizes))
         check_model(train, config, 0, sizes.get('sequence', 1))
     except (ValueError, RuntimeError) as error:  # the latter without libtpu, for an unknown topology, or while another compiles
@@ -98,9 +100,11 @@ def main() -> int:
         host_peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
     show(metrics, seconds)
-    settings = dict(model=as_dict(config), train=as_dict(train), topology=args.topology, mesh=sizes, jax=jax.__version__)
+    topology = args.topology if args.slices == 1 else f'{args.slices} x {args.topology}'
+    model = args.preset if args.optimizer == 'adamw' else f'{args.preset} with {args.optimizer}'
+    settings = dict(model=as_dict(config), train=as_dict(train), topology=topology, mesh=sizes, jax=jax.__version__)
     row = make_row(
-        experiment=EXPERIMENT, model=args.preset, seed=0, config=settings, metrics=metrics,
+        experiment=EXPERIMENT, model=model, seed=0, config=settings, metrics=metrics,
         hardware=f'compiled for {len(devices)} x {devices[0].device_kind}, not run', wall_s=seconds,
     )  # fmt: skip
     append_row(args.results, row | dict(commit=head))

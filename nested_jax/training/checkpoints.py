@@ -275,7 +275,9 @@ class Checkpoints:
             failed = first_to_fail(reason is not None)
             if failed is None:
                 return self._load(step, like, config, tuple(rejected), allow_data_change, cast)
-            rejected.append(f'step {step}: {reason or f"process {failed} says why"}')
+            if reason is None and is_first():  # whose screen it is: what the other one found, by reading its files again
+                reason = self.verify(step, failed, jax.process_count())
+            rejected.append(f'step {step}: {reason or f"process {failed} could not read it"}')
         if rejected:
             raise DamagedCheckpointsError(
                 f'refusing to start over in {self.folder}: every checkpoint there is damaged ({"; ".join(rejected)}); '

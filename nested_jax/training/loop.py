@@ -32,7 +32,7 @@ from nested_jax.training.goodput import Ledger, summary
 from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
 from nested_jax.training.metrics import LossWindow, MetricLog, Progress, loss_curve, read_metrics
 from nested_jax.training.optimizer import level_periods, make_optimizer, warmup_cosine
-from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, make_mesh, process_rows
+from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, count_slices, make_mesh, process_rows
 from nested_jax.training.signals import StopSignals
 from nested_jax.training.state import TrainState, init_state
 from nested_jax.training.step import make_eval_step, make_loss, make_train_step
@@ -92,7 +92,7 @@ def train(
         DamagedCheckpointsError: when the folder has checkpoints and all are damaged.
     """
     devices = list(devices or jax.devices())
-    sizes = choose_mesh(mesh, model_config, len(devices))
+    sizes = choose_mesh(mesh, model_config, len(devices), count_slices(devices))
     check_devices(config, batch_shares(sizes))
     check_kernels(config, len(devices))
     check_model(config, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))

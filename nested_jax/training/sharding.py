@@ -5,7 +5,7 @@ do not say is propagated. On a mesh of Explicit axes that holds for the model al
 the layout of their result: what goes into the step and comes out of it, gradients and the optimizer have their layout in their types.
 
 The mesh axes, outermost first:
-    replica, data   copies of the parameters, each with its share of the batch
+    replica, data   copies of the parameters, each with its share of the batch; several TPU slices are replicas of each other
     fsdp            a share of the batch, and of every parameter, which is gathered when it is used
     sequence        a stretch of each sequence, by hand (`nested_jax.layers.sequence`); whole parameters and optimizer state
     tensor          a share of the heads, of the hidden units and of the vocabulary
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from nested_jax.config import ModelConfig
@@ -140,8 +140,8 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def choose_mesh(text: str | None, config: ModelConfig, num_devices: int) -> dict[str, int]:
-    """The sizes a command line asks for, or a default: all devices on one axis.
+def choose_mesh(text: str | None, config: ModelConfig, num_devices: int, num_slices: int = 1) -> dict[str, int]:
+    """The sizes a command line asks for, or a default: the devices of each slice on one axis.
 
     That is `data` while parameters, gradients and AdamW's moments fit every device whole in 1 GiB, else `fsdp`: gathering parameters
     costs more than it saves while they are small.
@@ -150,14 +150,20 @@ def choose_mesh(text: str | None, config: ModelConfig, num_devices: int) -> dict
         text: as `parse_mesh` takes it, or None.
         config: of the model.
         num_devices: that share the work.
+        num_slices: that these make up, see `count_slices`.
 
     Raises:
-        ValueError: for a text that does not fit the devices or the model's heads.
+        ValueError: for a text that does not fit the devices, their slices or the model's heads.
     """
     if text is not None:
         sizes = parse_mesh(text, num_devices)
         check_mesh(config, sizes)
+        if sizes.get('replica', 1) % num_slices:
+            allowed = f'a multiple of the {num_slices} slices'
+            raise ValueError(f'mesh is {text!r}, with replica={sizes.get("replica", 1)}, allowed is {allowed}')
         return sizes
+    if num_slices > 1:
+        return {'replica': num_slices} | choose_mesh(None, config, num_devices // num_slices)
     if num_devices == 1:
         return {'data': 1}
     init = lambda: LanguageModel(config).init(jax.random.key(0), jnp.zeros((1, config.grid), jnp.int32))
@@ -183,17 +189,28 @@ def check_mesh(config: ModelConfig, sizes: dict[str, int]) -> None:
             raise ValueError(f'mesh has tensor={tensor}, allowed is a divisor of {name}={count}')
 
 
+def count_slices(devices: list) -> int:
+    """TPU slices that the devices make up: within one they have a network of their own, between two a data centre's. 1 for others."""
+    return len({getattr(device, 'slice_index', 0) for device in devices if device.platform == 'tpu'}) or 1
+
+
 def make_mesh(sizes: dict[str, int], devices: list, explicit: bool = False) -> Mesh:
-    """A mesh in the order of `MESH_AXES`: what communicates most lies innermost.
+    """A mesh in the order of `MESH_AXES`: what communicates most lies innermost, slices lie along `replica`.
 
     Args:
-        sizes: mesh axis -> devices along it.
+        sizes: mesh axis -> devices along it; `replica` a multiple of the slices.
         devices: as many as the product of the sizes.
         explicit: whether types of arrays say where they lie.
     """
-    names = tuple(name for name in MESH_AXES if name in sizes)
+    names, slices = tuple(name for name in MESH_AXES if name in sizes), count_slices(devices)
     # Not jax.make_mesh, which splits the axes of a TPU's torus on a v5e only: a v6e of 16 x 16 could not be 8 x 16 x 2.
-    grid = create_device_mesh(tuple(sizes[name] for name in names), devices, allow_split_physical_axes=True)
+    if slices == 1:
+        grid = create_device_mesh(tuple(sizes[name] for name in names), devices, allow_split_physical_axes=True)
+    else:
+        across = {'replica': slices}
+        within = tuple(sizes[name] // across.get(name, 1) for name in names)
+        between = tuple(across.get(name, 1) for name in names)
+        grid = create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, names, axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * len(names))
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from nested_jax.evaluation.rows import commit
+from nested_jax.training import checkpoints
 from nested_jax.training.checkpoints import Checkpoints, DamagedCheckpointsError, package_versions
 from nested_jax.training.config import claim_folder
 from nested_jax.training.state import TrainState
@@ -150,6 +151,17 @@ def test_any_damaged_file_is_named_and_passed_over(saved, tmp_path, kind):
         assert len(restored.rejected) == 1 and restored.rejected[0].startswith(f'step 3: {name} is '), restored.rejected
         assert_same(restored.state, make_state(2))
         shutil.rmtree(copy)
+
+
+def test_the_first_of_several_processes_says_what_another_one_found(saved, monkeypatch):
+    """Each reads a part of the files, and the first alone has a screen."""
+    files = list(json.loads((saved.path(3) / 'manifest.json').read_text()))
+    flip(saved.path(3) / files[2], 0)
+    monkeypatch.setattr(jax, 'process_count', lambda: 3)
+    monkeypatch.setattr(checkpoints, 'first_to_fail', lambda failed: 2)
+    monkeypatch.setattr(checkpoints, 'first_says', lambda step: step)
+    with pytest.raises(DamagedCheckpointsError, match=f'step 3: {files[2]} is damaged; step 2: process 2 could not read it; step 1'):
+        saved.restore(make_state(0), CONFIG)
 
 
 def test_a_flipped_bit_anywhere_in_any_file_is_found(saved):

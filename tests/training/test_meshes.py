@@ -15,7 +15,7 @@ from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.compiled import collectives
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.optimizer import level_periods, make_optimizer
-from nested_jax.training.sharding import Placement, make_mesh
+from nested_jax.training.sharding import Placement, choose_mesh, count_slices, make_mesh
 from nested_jax.training.state import init_state
 from nested_jax.training.step import make_train_step
 
@@ -33,6 +33,34 @@ def placed(**sizes):
     init = lambda key: LanguageModel(MODEL).init(key, jnp.zeros((1, 16), jnp.int32))['params']
     shapes = jax.eval_shape(lambda: init_state(init, OPTIMIZER, 0))
     return placement, init, shapes, placement.state(OPTIMIZER, shapes.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What `jax.experimental.mesh_utils` looks at of a TPU's device."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = 'tpu'
+    device_kind: str = 'TPU v5 lite'
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def test_slices_lie_along_replica():
+    """Two slices of 4 x 4, which have no other network between them than a data centre's."""
+    chips = [Chip(16 * piece + 4 * y + x, piece, (x, y, 0)) for piece in range(2) for y in range(4) for x in range(4)]
+    assert count_slices(chips) == 2 and count_slices(chips[:16]) == 1 and count_slices(jax.devices()) == 1
+    for sizes in ({'replica': 2, 'fsdp': 16}, {'replica': 4, 'fsdp': 2, 'tensor': 4}):
+        mesh = make_mesh(sizes, chips)
+        assert dict(mesh.shape) == sizes and len(set(mesh.devices.flat)) == 32
+        rows = mesh.devices.reshape(sizes['replica'], -1)
+        assert [{chip.slice_index for chip in row} for row in rows] == [{i * 2 // len(rows)} for i in range(len(rows))]
+    assert choose_mesh(None, MODEL, 32, 2) == {'replica': 2, 'data': 16}
+    assert choose_mesh('replica=4,fsdp=8', MODEL, 32, 2) == {'replica': 4, 'fsdp': 8}
+    with pytest.raises(ValueError, match="mesh is 'fsdp=32', with replica=1, allowed is a multiple of the 2 slices"):
+        choose_mesh('fsdp=32', MODEL, 32, 2)
 
 
 def batch_on(placement, step=0):
