@@ -198,6 +198,8 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     distributed.join(args.distributed, args.processes)
     import jax
 
+    if args.mesh is None:  # then all devices share the batch, whatever the model: said before the seconds that a model takes
+        check_devices(args.train, len(jax.devices()))
     from nested_jax.training.sharding import batch_shares, choose_mesh, count_slices
 
     sizes = choose_mesh(args.mesh, model_config, len(jax.devices()), count_slices(jax.devices()))
