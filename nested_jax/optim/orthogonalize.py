@@ -253,16 +253,31 @@ def _polar_factor(x: jax.Array) -> jax.Array:
 
 @_polar_factor.defjvp
 def _polar_factor_jvp(primals, tangents):
-    """The derivative divides by sums of singular values; that of the SVD itself divides by their differences."""
+    """From X = P O with P symmetric and m <= n: dO = W O + P^-1 dX (I - O^T O) with W P + P W = dX O^T - O dX^T.
+
+    The derivative of the SVD itself divides by differences of singular values; this one by their sums, however often it is taken.
+    """
     (x,), (dx,) = primals, tangents
-    u, s, vt = _svd(x)
-    kept = _kept(s, x.shape)
-    u, vt, dx = u * kept[..., None, :], vt * kept[..., :, None], dx.astype(s.dtype)
-    sums = s[..., :, None] + s[..., None, :]
-    inside = u.mT @ dx @ vt.mT
-    rotation = (inside - inside.mT) / jnp.where(sums > 0, sums, 1.0)
-    outside = (u.mT @ dx - inside @ vt) / jnp.where(kept > 0, s, 1.0)[..., :, None]
-    return ((u * kept[..., None, :]) @ vt).astype(x.dtype), (u @ (rotation @ vt + outside)).astype(x.dtype)
+    polar = _polar_factor(x)
+    o, wide, dx = widened(polar), widened(x), widened(dx)
+    p = wide @ o.mT
+    p, inside = (p + p.mT) / 2, o @ o.mT @ dx @ o.mT  # what is missing in rank does not turn
+    turned = _divided_by_symmetric(True, x.shape, p, inside - inside.mT) @ o
+    return polar, (turned + _divided_by_symmetric(False, x.shape, p, dx - dx @ o.mT @ o)).astype(x.dtype)
+
+
+def _divided_by_symmetric(both: bool, shape: tuple[int, ...], p: jax.Array, b: jax.Array) -> jax.Array:
+    """y of p y + y p = b, or without `both` of p y = b, in the range of p, the factor of a matrix of `shape`."""
+
+    def solve(_, b):
+        s, u = jnp.linalg.eigh(p)
+        kept = _kept(s, shape)
+        pairs = kept[..., :, None] * kept[..., None, :] if both else kept[..., :, None]
+        sums = s[..., :, None] + s[..., None, :] if both else s[..., :, None]
+        y = u @ (u.mT @ (b @ u if both else b) * pairs / jnp.where(pairs > 0, sums, 1.0))
+        return y @ u.mT if both else y
+
+    return jax.lax.custom_linear_solve(lambda y: p @ y + y @ p if both else p @ y, b, solve, symmetric=True)
 
 
 def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -96,8 +96,7 @@ def test_zero_gives_zero_with_finite_derivatives(method):
     assert not compiled(zero, method=method).any()
     gradient = jax.grad(lambda x: jnp.sum(orthogonalize(x, method=method) * jnp.arange(6.0).reshape(2, 3)))
     assert jnp.isfinite(jax.jit(gradient)(zero)).all()
-    if method != 'svd':
-        assert jnp.isfinite(jax.jit(jax.jacfwd(gradient))(zero)).all()
+    assert jnp.isfinite(jax.jit(jax.jacfwd(gradient))(zero)).all()
     assert compiled(jnp.zeros((0, 3)), method=method).shape == (0, 3)
 
 
@@ -111,11 +110,32 @@ def test_derivatives_are_those_of_finite_differences(x64, method, shape):
     np.testing.assert_allclose(jnp.sum(jax.grad(loss)(x) * direction), numeric, rtol=1e-6)
 
 
-def test_exact_derivative_survives_equal_singular_values(x64):
-    """At the identity the derivative is the antisymmetric part."""
+def test_exact_derivatives_survive_equal_singular_values(x64):
+    """At the identity the first is W, the antisymmetric part, and the second W^2 - W S - S W with S the symmetric one."""
     direction = jnp.asarray(draw(3, 3))
-    _, tangent = jax.jvp(lambda x: compiled(x, method='svd'), (jnp.eye(3),), (direction,))
-    np.testing.assert_allclose(tangent, (direction - direction.T) / 2, atol=1e-12)
+    turn, rest = (direction - direction.T) / 2, (direction + direction.T) / 2
+    first = lambda x: jax.jvp(lambda x: compiled(x, method='svd'), (x,), (direction,))[1]
+    tangent, second = jax.jvp(first, (jnp.eye(3),), (direction,))
+    np.testing.assert_allclose(tangent, turn, atol=1e-12)
+    np.testing.assert_allclose(second, turn @ turn - turn @ rest - rest @ turn, atol=1e-12)
+
+
+@pytest.mark.parametrize('shape', [(3, 5), (4, 4), (5, 2)])
+def test_exact_second_derivatives_are_those_of_finite_differences(x64, shape):
+    x, direction, weights = (jnp.asarray(draw(*shape, seed=seed)) for seed in range(3))
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(weights * orthogonalize(x, method='svd'))))
+    step = 1e-5
+    numeric = (slope(x + step * direction) - slope(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose(jax.jvp(slope, (x,), (direction,))[1], numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_exact_derivatives_where_rank_is_missing_are_finite(x64):
+    x = jnp.asarray(np.outer(draw(3), draw(5, seed=1)))
+    weights = jnp.asarray(draw(3, 5, seed=2))
+    slope = jax.grad(lambda x: jnp.sum(weights * orthogonalize(x, method='svd')))
+    inside = jax.jvp(slope, (x,), (x,))[1]  # along x its polar factor stands still, and its slope goes with 1 / |x|
+    np.testing.assert_allclose(inside, -slope(x), atol=1e-12)
+    assert jnp.isfinite(jax.jit(jax.jacfwd(slope))(x)).all()
 
 
 def test_exact_factor_leaves_missing_rank_at_zero():
