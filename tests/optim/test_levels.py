@@ -273,6 +273,31 @@ def test_periods_are_checked(period):
         by_level(optax.sgd(0.1), {'fast': 1, 'slow': period}).init({'fast': jnp.zeros(()), 'slow': jnp.zeros(())})
 
 
+@pytest.mark.parametrize('tokens_per_step', [256, 1024, 4096])
+def test_periods_in_tokens_are_kept_whatever_the_batch(x64, tokens_per_step):
+    """Levels of 512, 2,048 and 16,384 tokens: each has taken an update for every period that is over, of the whole sum of gradients."""
+    tokens = {'fast': 512, 'middle': 2048, 'slow': 16384}
+    params, steps = make_params(jnp.float64), 2 * 16384 // tokens_per_step
+    periods = {name: steps_of(period, tokens_per_step) for name, period in tokens.items()}
+    gradients = make_gradients(steps, params)
+    history, state = run(by_level(optax.sgd(0.1), periods), params, gradients)
+    for name, period in tokens.items():
+        every = max(period // tokens_per_step, 1)
+        path = np.concatenate([params[name]['b'][None], history[name]['b']])
+        moved = (path[1:] != path[:-1]).any(1)
+        np.testing.assert_array_equal(moved, (np.arange(1, steps + 1) * tokens_per_step) % max(period, tokens_per_step) == 0)
+        assert moved.sum() == steps * tokens_per_step // max(period, tokens_per_step)
+        whole = np.asarray(gradients[name]['b']).reshape(-1, every, 2).sum(1)
+        np.testing.assert_allclose(path[every::every], path[0] - 0.1 * np.cumsum(whole, 0), rtol=1e-11)
+
+
+def test_a_period_that_steps_do_not_divide_is_rounded_up_to_steps():
+    """5,000 tokens of batches of 2,048 are three steps, after 6,144 tokens: never before the period is over."""
+    params = {'slow': jnp.zeros(())}
+    history, _ = run(by_level(optax.sgd(1.0), {'slow': steps_of(5000, 2048)}), params, {'slow': jnp.ones(7)})
+    np.testing.assert_array_equal(history['slow'], [0, 0, -3, -3, -3, -6, -6])
+
+
 def test_steps_of_a_period_in_tokens():
     assert [steps_of(period, 2048) for period in (16, 2048, 2049, 16384)] == [1, 1, 2, 8]
     with pytest.raises(ValueError, match='tokens_per_step is 0'):
