@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.checks import check_choice, check_integer, check_range, check_real
+from nested_jax.optim.checks import as_integer, check_choice, check_range, check_real
 from nested_jax.optim.matrices import (
     Mask,
     as_matrix,
@@ -112,8 +112,8 @@ def scale_by_deep_momentum(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (50), (52)
     """
-    hidden = HIDDEN_SIZE if hidden_size is None else hidden_size
-    _check(hidden, decay, write_rate, objective, linear)
+    hidden = HIDDEN_SIZE if hidden_size is None else as_integer('hidden_size', hidden_size, 0 if linear else 1)
+    _check(decay, write_rate, objective)
     step = functools.partial(_step, loss=OBJECTIVES.get(objective, objective), sigma=sigma)
 
     def init_fn(params):
@@ -180,8 +180,7 @@ def deep_momentum(
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def _check(hidden_size: int, decay: Any, write_rate: Any, objective: str | Objective, linear: bool) -> None:
-    check_integer('hidden_size', hidden_size, 0 if linear else 1)
+def _check(decay: Any, write_rate: Any, objective: str | Objective) -> None:
     check_range('decay', decay, 0, 1)
     check_range('write_rate', write_rate, 0)
     if not callable(objective):

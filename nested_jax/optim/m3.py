@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.checks import check_choice, check_decay, check_integer, check_range, check_real
+from nested_jax.optim.checks import as_integer, check_choice, check_decay, check_range, check_real
 from nested_jax.optim.matrices import Mask, divide, root, widened, with_learning_rate, zeros_for
 from nested_jax.optim.matrix_specs import Labels, label_tree, map_matrices
-from nested_jax.optim.orthogonalize import check_method, normalized, orthogonalize_all
+from nested_jax.optim.orthogonalize import METHODS, normalized, orthogonalize_all
 
 PyTree = Any
+NS_STEPS = 5
 SCALINGS = ('jordan', 'moonshot', 'rms', None)
 
 
@@ -42,7 +43,7 @@ class M3State(NamedTuple):
 def scale_by_m3(
     b1: ArrayLike = 0.95, b2: ArrayLike | None = 0.999, b3: ArrayLike | tuple[ArrayLike, ...] = 0.9,
     alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1, eps: ArrayLike = 1e-8, mu_dtype: DTypeLike | None = None, *,
-    periods: int | tuple[int, ...] = (100,), labels: Labels = 'matrix', method: str = 'quintic', ns_steps: int = 5,
+    periods: int | tuple[int, ...] = (100,), labels: Labels = 'matrix', method: str = 'quintic', ns_steps: int | None = None,
     nesterov: bool = False, bias_correction: bool = True, literal: bool = False, scaling: str | None = None,
     shardings: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
@@ -76,7 +77,7 @@ def scale_by_m3(
         periods: steps between two updates of a slow scale, one for each; () for none.
         labels: of matrices, as for `m3`. Every leaf must be one: chain with `optax.masked` or `optax.partition`, or use `m3`.
         method: of `orthogonalize`.
-        ns_steps: iterations of `orthogonalize`; 0 takes momenta as they are, for leaves of any shape.
+        ns_steps: iterations of `orthogonalize`, by default 5; 0 takes momenta as they are, for leaves of any shape.
         nesterov: orthogonalise :math:`\beta_1 M^{(1)} + (1 - \beta_1) g_t` in place of the fast momentum.
         bias_correction: divide the fast momentum and V by :math:`1 - \beta^{t+1}` (and by :math:`1 - \beta^{t+2}` the momentum inside of
             Nesterov's form, as optax does). Slow momenta are not corrected, which only matters with `ns_steps=0`.
@@ -95,6 +96,7 @@ def scale_by_m3(
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 7.2, Algorithm 1
     """
     periods, b3, alpha = _scales(periods, b3, alpha)
+    ns_steps = NS_STEPS if ns_steps is None else as_integer('ns_steps', ns_steps, 0)
     algorithm = _Algorithm(
         b1, b2, b3, alpha, eps, mu_dtype, periods, labels, method, ns_steps, nesterov, bias_correction, literal, scaling, shardings
     )
@@ -106,7 +108,7 @@ def m3(
     b3: ArrayLike | tuple[ArrayLike, ...] = 0.9, alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1, eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0, weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None, *,
-    periods: int | tuple[int, ...] = (100,), labels: Labels | None = None, method: str = 'quintic', ns_steps: int = 5,
+    periods: int | tuple[int, ...] = (100,), labels: Labels | None = None, method: str = 'quintic', ns_steps: int | None = None,
     bias_correction: bool = True, literal: bool = False, scaling: str | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None, adam_b1: ArrayLike = 0.9, adam_b2: ArrayLike = 0.999,
     adam_eps: ArrayLike = 1e-8, adam_weight_decay: ArrayLike = 0.0, shardings: PyTree | None = None,
@@ -132,6 +134,8 @@ def m3(
 
     Returns:
         The transformation. Its state is optax's for `partition`, under the keys 'matrix' and 'adam', with an `M3State` in each.
+        `optax.inject_hyperparams` takes every number for one that may vary: name `ns_steps`, and `periods` if it is one number, in its
+        `static_args` where they are given.
 
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
@@ -196,15 +200,13 @@ class _Algorithm:
         if self.b2 is not None:
             check_decay('b2', self.b2)
         check_range('eps', self.eps, 0)
-        for period, decay, weight in zip(self.periods, self.b3, self.alpha, strict=True):
-            check_integer('periods', period, 1)
+        for decay, weight in zip(self.b3, self.alpha, strict=True):
             check_decay('b3', decay)
             check_range('alpha', weight, 0)
         check_choice('scaling', self.scaling, SCALINGS)
+        check_choice('method', self.method, METHODS)
         if self.literal and self.nesterov:
             raise ValueError('nesterov is True, allowed with literal is False: Algorithm 1 has no look-ahead')
-        if type(self.ns_steps) is not int or self.ns_steps:
-            check_method(self.method, self.ns_steps, 'ns_steps')
 
     def init(self, params: optax.Params) -> M3State:
         check_real(params)
@@ -276,7 +278,7 @@ class _Algorithm:
 
 def _scales(periods, b3, alpha) -> tuple[tuple, tuple, tuple]:
     """One period, decay and weight for each slow scale."""
-    periods = tuple(periods) if isinstance(periods, tuple | list) else (periods,)
+    periods = tuple(as_integer('periods', period, 1) for period in (periods if isinstance(periods, tuple | list) else (periods,)))
     columns = [tuple(value) if isinstance(value, tuple | list) else (value,) * len(periods) for value in (b3, alpha)]
     for name, values in zip(('b3', 'alpha'), columns, strict=True):
         if len(values) != len(periods):

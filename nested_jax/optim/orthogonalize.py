@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nested_jax.optim.checks import check_choice, check_integer
+from nested_jax.optim.checks import as_integer, check_choice
 from nested_jax.optim.matrices import widened, working_dtype
 from nested_jax.optim.sharding import Layout, constrain, layouts_of, moves_to_batch, run_in_auto_mode
 
@@ -110,7 +110,8 @@ def orthogonalize_tree(tree: PyTree, *, method: str = 'quintic', steps: int = 5,
         [[0.408 0.408 0.408]
          [0.408 0.408 0.408]] 0.0
     """
-    check_method(method, steps)
+    check_choice('method', method, METHODS)
+    steps = as_integer('steps', steps, 1)
     leaves, structure = jax.tree.flatten(tree)
     for leaf in leaves:
         _check_matrices(leaf)
@@ -133,12 +134,6 @@ def orthogonalize_all(matrices: list[jax.Array], layouts: list[Layout | None], m
         for index, flip, x in zip(indices, tall, _orthogonalize_equal(wide, layout, method, steps), strict=True):
             results[index] = x.mT if flip else x
     return [results[index] for index in range(len(matrices))]
-
-
-def check_method(method: str, steps: int, steps_name: str = 'steps') -> None:
-    """Raises ValueError if `method` or `steps` is not what `orthogonalize` takes."""
-    check_choice('method', method, METHODS)
-    check_integer(steps_name, steps, 1)
 
 
 def _check_matrices(x: jax.Array) -> None:

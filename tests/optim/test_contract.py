@@ -60,7 +60,6 @@ VARIANTS = {
     'adagrad_as_memory': Case(adagrad_as_memory, 1.0),
 }
 
-NOT_INJECTABLE = {'ns_steps', 'hidden_size'}  # arguments that stand for a shape or a number of iterations
 DTYPES = [jnp.bfloat16, jnp.float64, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (jnp.float16, jnp.float32))]
 
 
@@ -158,11 +157,29 @@ def test_map_params_finds_the_state_like_the_parameters(case):
 
 def test_injected_hyperparams_change_nothing(case, x64):
     """In float64: they come as arrays, and 1 - 0.999 in float32 is off by 5e-5 of itself."""
-    static = tuple(NOT_INJECTABLE & set(inspect.signature(case.make).parameters))
-    injected = optax.inject_hyperparams(case.make, static)(learning_rate=0.1)
+    injected = optax.inject_hyperparams(case.make)(learning_rate=0.1)
     (expected_params, _, expected), (params, _, state) = (advance(tx, make_params(jnp.float64)) for tx in (case.make(0.1), injected))
     assert_close(params, expected_params, rtol=1e-9, atol=1e-12)
     assert_close(state.inner_state, expected, rtol=1e-9, atol=1e-12)
+
+
+# Arguments that stand for a shape, a period or a number of iterations.
+INTEGERS = [(muon, 'ns_steps'), (m3, 'ns_steps'), (m3, 'periods'), (deep_momentum, 'hidden_size')]
+
+
+@pytest.mark.parametrize(('make', 'name'), INTEGERS)
+def test_integers_cannot_be_injected_and_say_so(make, name):
+    params = make_params()
+    given = dict(learning_rate=0.1) | {name: 3}
+    injected = optax.inject_hyperparams(make)(**given)
+    with pytest.raises(ValueError, match=rf'{name} is a traced value, .*static_args=\(\'{name}\',\) of optax.inject_hyperparams'):
+        jax.jit(injected.update)(params, injected.init(params), params)
+    static = optax.inject_hyperparams(make, static_args=(name,))(**given)
+    assert_close(advance(static, params)[0], advance(make(**given), params)[0], rtol=1e-4)
+    # Operation by operation the value is known.
+    assert_close(
+        injected.update(params, injected.init(params), params)[0], make(**given).update(params, make(**given).init(params), params)[0]
+    )
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

@@ -201,7 +201,7 @@ def test_small_gradients_of_16_bits_are_averaged_in_float32():
         ({'periods': (0,)}, 'periods is 0, allowed is an integer of at least 1'),
         ({'periods': 2.5}, 'periods is 2.5, allowed is an integer of at least 1'),
         ({'periods': (2, 3), 'b3': (0.5,)}, r'b3 is \(0.5,\), allowed is one number, or one for each of the 2 periods'),
-        ({'ns_steps': '5'}, "ns_steps is '5', allowed is an integer of at least 1"),
+        ({'ns_steps': '5'}, "ns_steps is '5', allowed is an integer of at least 0"),
         ({'literal': True, 'nesterov': True}, 'nesterov is True, allowed with literal is False'),
     ],
 )

@@ -164,8 +164,8 @@ def test_only_matrices_without_mask():
     [
         ({'beta': 1.0}, 'beta is 1.0, allowed is a number of at least 0 and below 1'),
         ({'method': 'x'}, "method is 'x', allowed is one of"),
-        ({'ns_steps': 1.5}, 'ns_steps is 1.5, allowed is an integer of at least 1'),
-        ({'ns_steps': -1}, 'ns_steps is -1, allowed is an integer of at least 1'),
+        ({'ns_steps': 1.5}, 'ns_steps is 1.5, allowed is an integer of at least 0'),
+        ({'ns_steps': -1}, 'ns_steps is -1, allowed is an integer of at least 0'),
         ({'scaling': 'x'}, "scaling is 'x', allowed is one of 'jordan', 'moonshot', 'rms', None"),
     ],
 )
