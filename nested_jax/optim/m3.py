@@ -92,6 +92,19 @@ def scale_by_m3(
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
 
+    Examples:
+        The slow momentum keeps a direction that the fast one has forgotten:
+
+        >>> import jax.numpy as jnp
+        >>> first, second = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [0.0, 3.0]])
+        >>> optimizer = scale_by_m3(b1=0.0, b2=None, alpha=0.5, periods=(2,), method='svd')
+        >>> state = optimizer.init(first)
+        >>> for gradient in (first, first, second):
+        ...     updates, state = optimizer.update(gradient, state)
+        >>> print(jnp.abs(updates).round(3))
+        [[0.5 0. ]
+         [0.  1. ]]
+
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 7.2, Algorithm 1
     """

@@ -52,6 +52,14 @@ def scale_by_muon(
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
 
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> optimizer, gradient = scale_by_muon(method='svd'), jnp.array([[0.0, 5.0], [0.1, 0.0]])
+        >>> updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+        >>> print(jnp.abs(updates).round(3))
+        [[0. 1.]
+         [1. 0.]]
+
     References:
         Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
 

@@ -321,6 +321,11 @@ def test_examples_run(module):
     assert failures == 0
 
 
+@pytest.mark.parametrize('name', nested_jax.optim.__all__)
+def test_everything_public_has_an_example(name):
+    assert any(test.examples for test in doctest.DocTestFinder(recurse=False).find(getattr(nested_jax.optim, name), name))
+
+
 def test_updates_have_the_dtype_of_parameters_whatever_that_of_gradients(case):
     params, optimizer = make_params(jnp.bfloat16), case.make(0.1)
     gradients = optax.tree.cast(params, jnp.float32)
