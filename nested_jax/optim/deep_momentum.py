@@ -47,6 +47,7 @@ from nested_jax.optim.matrices import (
     with_learning_rate,
     working_dtype,
 )
+from nested_jax.optim.sharding import placed_like
 
 PyTree = Any
 Objective = Callable[[jax.Array, jax.Array], jax.Array]
@@ -195,21 +196,13 @@ def _initial_memory(leaf: jax.Array, hidden_size: int, dtype: DTypeLike, linear:
         return DeepMemory(trace, None, None)
     # Drawn in the working dtype, as at every write, and only then rounded.
     first = _first_layer((*batch, width, hidden), working_dtype(leaf), seed).astype(dtype)
-    return DeepMemory(trace, *_placed_like(leaf, first, jnp.zeros((*batch, hidden, width), dtype)))
+    second = jnp.zeros((*batch, hidden, width), dtype)
+    return DeepMemory(trace, placed_like(leaf, first, -1, None), placed_like(leaf, second, None, -1))
 
 
 def _first_layer(shape: tuple[int, ...], dtype: DTypeLike, seed: ArrayLike) -> jax.Array:
     # Keys have norm 1: features of unit variance.
     return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def _placed_like(leaf: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if isinstance(leaf, jax.ShapeDtypeStruct) or jax.sharding.AxisType.Explicit not in jax.typeof(leaf).sharding.mesh.axis_types:
-        return first, second
-    sharding = jax.typeof(leaf).sharding
-    *batch, _, width = (None, None, *sharding.spec)[-max(leaf.ndim, 2) :]
-    place = lambda memory, *axes: jax.sharding.reshard(memory, jax.NamedSharding(sharding.mesh, jax.P(*batch, *axes)))
-    return place(first, width, None), place(second, None, width)
 
 
 def _step(

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 
 from nested_jax.optim.checks import as_integer, check_choice
 from nested_jax.optim.matrices import widened, working_dtype
-from nested_jax.optim.sharding import Layout, constrain, layouts_of, moves_to_batch, run_in_auto_mode
+from nested_jax.optim.sharding import Layout, in_layout, layouts_of, run_in_auto_mode
 
 PyTree = Any
 
@@ -58,14 +58,16 @@ def orthogonalize(x: jax.Array, *, method: str = 'quintic', steps: int = 5, shar
     float32.
 
     A matrix axis that is split over a mesh axis hands it to a batch axis where that divides: all-to-alls and no gather. Else the longer
-    matrix axis takes it and partial products are summed. XLA gathers where neither divides, for 'svd', and where it is not told: on an
-    Auto mesh without `sharding`.
+    matrix axis takes it, with zeros behind it where it does not divide, and partial products are summed. 'svd' needs matrices whole: there
+    zeros are put behind the batch, and a single matrix is on one device. A compiled program for an Auto mesh has to be told, by `sharding`:
+    else it warns, and XLA gathers.
 
     Args:
         x: (..., m, n), real floating point; each matrix is orthogonalised alone.
         method: 'quintic', 'cubic', 'polar_express' or 'svd'.
         steps: iterations, at least 1; 'svd' takes none.
-        sharding: of `x` on Auto meshes, whose compiled programs cannot ask for it; on Explicit meshes it is known from the type.
+        sharding: of `x` on Auto meshes, whose compiled programs cannot ask for it, NamedSharding(mesh, P()) where its last two axes are not
+            split; on Explicit meshes it is known from the type.
 
     Returns:
         (..., m, n) in the dtype of `x`.
@@ -147,25 +149,16 @@ def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None,
     There all steps of one find it in the cache, which a stack overflows, and XLA compiles equal programs once, but a slice of a stack for
     each leaf.
     """
-    polar = _polar_factor if method == 'svd' else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    whole = method == 'svd'
+    polar = _polar_factor if whole else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
     alone = functools.partial(_matrix_by_matrix, polar)
+    along = None if whole else -1
     if len(matrices) == 1:
-        return [_in_layouts(alone, matrices[0], layout)]
-    together = lambda *matrices: list(_in_layouts(polar, jnp.stack(matrices), layout and layout.stacked()))
+        return [in_layout(alone, matrices, layout, along)]
+    together = lambda *matrices: list(in_layout(polar, (jnp.stack(matrices),), layout and layout.stacked(), along))
     if layout is not None or not _is_large(matrices[0]):
         return together(*matrices)
     return jax.lax.platform_dependent(*matrices, cpu=lambda *matrices: list(map(jax.jit(alone), matrices)), default=together)
-
-
-def _in_layouts(function, x: jax.Array, layout: Layout | None) -> jax.Array:
-    """`function(x)` with the matrices whole on a device as far as their number allows, and laid out as before afterwards."""
-    moves = moves_to_batch(layout, x.shape) if layout else []
-    for move in moves:
-        x = constrain(x, move)
-    x = function(x)
-    for move in reversed(moves):
-        x = constrain(x, move)
-    return x
 
 
 def _matrix_by_matrix(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:

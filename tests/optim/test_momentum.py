@@ -254,7 +254,8 @@ def test_proximal_form_on_sharded_matrices(axis_type):
     mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
     sharding = jax.sharding.NamedSharding(mesh, jax.P('data', 'model'))
     params = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
-    optimizer = delta_momentum(0.1, erase_rate=optax.linear_schedule(0.1, 0.0, 10), form='proximal')
+    told = None if axis_type == jax.sharding.AxisType.Explicit else {'w': sharding}
+    optimizer = delta_momentum(0.1, erase_rate=optax.linear_schedule(0.1, 0.0, 10), form='proximal', shardings=told)
     expected, _ = optimizer.update(params, optimizer.init(params), params)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding)

@@ -268,6 +268,43 @@ def test_what_is_left_is_split_along_the_longer_side(place, shape):
     np.testing.assert_allclose(jax.jit(run)(x), compiled(np.asarray(x)), atol=2e-6)
 
 
+@pytest.mark.parametrize(('shape', 'split'), [((3, 4, 12), 16), ((5, 10, 4), 16), ((8, 20), 24)])
+def test_what_divides_nothing_is_padded(place, shape, split):
+    """With zeros behind the longer side, which stay zero: nothing is gathered, and every device has its share."""
+    x, sharding = place(draw(*shape), *[None] * (len(shape) - 2), 'data', 'model')
+    run = lambda x: orthogonalize(x, sharding=sharding)
+    found = collectives(run, x)
+    assert {name for name, _ in found} == {'all-to-all', 'all-reduce', 'collective-permute'}
+    rows = min(shape[-2:])
+    assert max(size for name, size in found if name == 'all-reduce') <= np.prod(shape[:-2], dtype=int) * rows**2
+    assert f'f32[{",".join(map(str, (*shape[:-2], rows, split // 8)))}]' in jax.jit(run).lower(x).compile().as_text()
+    np.testing.assert_allclose(jax.jit(run)(x), compiled(np.asarray(x)), atol=2e-6)
+
+
+@pytest.mark.parametrize('shape', [(8, 16, 32), (3, 12, 4), (2, 3, 4, 8), (4, 12)])
+def test_whole_matrices_are_dealt_out_to_devices(place, shape):
+    """What the exact form needs: all-to-alls, on a batch that zeros make up to the devices. A matrix by itself is on one."""
+    x, sharding = place(draw(*shape), *[None] * (len(shape) - 2), 'data', 'model')
+    run = lambda x: orthogonalize(x, method='svd', sharding=sharding)
+    assert {name for name, _ in collectives(run, x)} == {'all-to-all'}
+    actual = jax.jit(run)(x)
+    assert actual.sharding.is_equivalent_to(x.sharding, x.ndim)
+    np.testing.assert_allclose(actual, compiled(np.asarray(x), method='svd'), atol=2e-6)
+
+
+def test_a_sharding_that_is_not_told_is_asked_for():
+    """XLA gathers here. Operation by operation the array knows."""
+    mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(SHARDED['auto'],) * 2)
+    x = jax.device_put(jnp.asarray(draw(4, 12), jnp.float32), jax.NamedSharding(mesh, jax.P('data', 'model')))
+    with pytest.warns(
+        UserWarning, match=r'shape \(4, 12\) on an Auto mesh of 8 devices is not told, and XLA gathers it if its last two axes'
+    ):
+        assert 'all-gather' in {name for name, _ in collectives(orthogonalize, x)}
+    np.testing.assert_allclose(orthogonalize(x), compiled(np.asarray(x)), atol=2e-6)
+    whole = jax.NamedSharding(mesh, jax.P())
+    np.testing.assert_allclose(jax.jit(lambda x: orthogonalize(x, sharding=whole))(x), compiled(np.asarray(x)), atol=2e-6)
+
+
 def test_leaves_are_stacked_and_the_stack_moves(place):
     leaves, shardings = zip(*(place(draw(16, 32, seed=seed), 'data', 'model') for seed in range(8)), strict=True)
     run = lambda leaves: orthogonalize_tree(leaves, shardings=shardings if shardings[0] else None)
