@@ -1,6 +1,20 @@
-"""Multi-scale Momentum Muon (M3): orthogonalised momenta at several time scales over one second moment.
+r"""Multi-scale Momentum Muon (M3): orthogonalised momenta at several time scales over one second moment.
 
-Muon is its case of one scale and no second moment (`muon.py`), Adam that of no orthogonalisation.
+With :math:`g_t` the gradient of step t = 0, 1, ... and one slow scale of period f,
+
+.. math::
+  M^{(1)}_t &= \beta_1 M^{(1)}_{t-1} + (1 - \beta_1) g_t \\
+  V_t &= \beta_2 V_{t-1} + (1 - \beta_2) g_t^2 \\
+  M^{(2)}_k &= \beta_3 M^{(2)}_{k-1} + (1 - \beta_3) \sum_{t=(k-1)f}^{kf-1} g_t \\
+  u_t &= \frac{O(M^{(1)}_t) + \alpha\, O(M^{(2)}_{\lfloor t/f \rfloor})}{\sqrt{V_t} + \epsilon}
+
+where O is `orthogonalize`. The slow direction :math:`O(M^{(2)})` is computed once in f steps, under one `jax.lax.cond`, and is zero
+in the first f steps. (`jax.vmap` over states turns the cond into a select, which computes it at every step.)
+
+As printed, the paper's sums have no decay; that is `literal=True`: :math:`M \leftarrow M + \beta g` for all three. Its slow sum runs
+over f + 1 gradients, one of them counted in two periods; here it takes each gradient once, `literal` or not.
+
+Muon is the case of one scale and no second moment (`muon.py`), Adam that of no orthogonalisation.
 """
 
 import dataclasses
@@ -49,19 +63,7 @@ def scale_by_m3(
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Rescale updates according to Algorithm 1 of Nested Learning, M3.
 
-    With :math:`g_t` the gradient of step t = 0, 1, ... and one slow scale of period f,
-
-    .. math::
-      M^{(1)}_t &= \beta_1 M^{(1)}_{t-1} + (1 - \beta_1) g_t \\
-      V_t &= \beta_2 V_{t-1} + (1 - \beta_2) g_t^2 \\
-      M^{(2)}_k &= \beta_3 M^{(2)}_{k-1} + (1 - \beta_3) \sum_{t=(k-1)f}^{kf-1} g_t \\
-      u_t &= \frac{O(M^{(1)}_t) + \alpha\, O(M^{(2)}_{\lfloor t/f \rfloor})}{\sqrt{V_t} + \epsilon}
-
-    where O is `orthogonalize`. The slow direction :math:`O(M^{(2)})` is computed once in f steps, under one `jax.lax.cond`, and is zero
-    in the first f steps. (`jax.vmap` over states turns the cond into a select, which computes it at every step.)
-
-    As printed, the paper's sums have no decay; that is `literal=True`: :math:`M \leftarrow M + \beta g` for all three. Its slow sum runs
-    over f + 1 gradients, one of them counted in two periods; here it takes each gradient once, `literal` or not.
+    The module's docstring has the equations.
 
     The numerator does not depend on the scale of the gradients and the denominator does: where gradients shrink, updates grow, in single
     entries too. A schedule, a larger `eps`, `scaling='rms'` or `b2=None` mend that. Entries that never had a gradient are left alone, where
@@ -93,15 +95,13 @@ def scale_by_m3(
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
 
     Examples:
-        The slow momentum keeps a direction that the fast one has forgotten:
-
         >>> import jax.numpy as jnp
         >>> first, second = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [0.0, 3.0]])
         >>> optimizer = scale_by_m3(b1=0.0, b2=None, alpha=0.5, periods=(2,), method='svd')
         >>> state = optimizer.init(first)
         >>> for gradient in (first, first, second):
         ...     updates, state = optimizer.update(gradient, state)
-        >>> print(jnp.abs(updates).round(3))
+        >>> print(jnp.abs(updates).round(3))  # the slow momentum keeps what the fast one has forgotten
         [[0.5 0. ]
          [0.  1. ]]
 
@@ -130,8 +130,7 @@ def m3(
 
     Two momenta see the gradients at different frequencies. The fast one follows each gradient, the slow one the sum of every f of them,
     and keeps directions that the fast one has forgotten. Both are orthogonalised, weighted, and divided by the root of Adam's second
-    moment; see :func:`scale_by_m3` for the equations. The paper gives no values of the hyper-parameters: these defaults are this
-    project's, and need tuning.
+    moment: see the module's docstring. The paper gives no values of the hyper-parameters: these defaults are ours, and need tuning.
 
     State: 4 numbers an entry of a matrix, and 2 more for each slow scale beyond the first.
 
@@ -147,8 +146,7 @@ def m3(
 
     Returns:
         The transformation. Its state is optax's for `partition`, under the keys 'matrix' and 'adam', with an `M3State` in each.
-        `optax.inject_hyperparams` takes every number for one that may vary: name `ns_steps`, and `periods` if it is one number, in its
-        `static_args` where they are given.
+        `optax.inject_hyperparams` needs `ns_steps` named in its `static_args` where it is given, and `periods` where it is one number.
 
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.

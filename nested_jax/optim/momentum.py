@@ -344,10 +344,8 @@ def scale_by_learned_preconditioner(
 
     def update_fn(updates, state, params=None):
         del params
-        step = functools.partial(_learn, target=target)
-        updates, preconditioner = map_step(
-            step, updates, state.preconditioner, scalars=(rate, decay), layouts=layouts_of(updates, shardings)
-        )
+        step, layouts = functools.partial(_learn, target=target), layouts_of(updates, shardings)
+        updates, preconditioner = map_step(step, updates, state.preconditioner, scalars=(rate, decay), layouts=layouts)
         return updates, LearnedPreconditionerState(preconditioner)
 
     return optax.GradientTransformation(init_fn, update_fn)
