@@ -64,6 +64,17 @@ class Layout:
     mesh: Mesh | AbstractMesh
     names: tuple[Names, ...]
 
+    def pieces(self, names: Names) -> int:
+        """Into how many parts mesh axes split an array's axis."""
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def moved(self, name: str, source: int, target: int) -> 'Layout':
+        """The layout after a mesh axis has gone from one axis of the array to another."""
+        names = list(self.names)
+        names[source] = tuple(other for other in names[source] if other != name)
+        names[target] = (*names[target], name)
+        return dataclasses.replace(self, names=tuple(names))
+
     def transposed(self, order: Sequence[int]) -> 'Layout':
         """The layout after `jnp.transpose(x, order)`."""
         return dataclasses.replace(self, names=tuple(self.names[axis] for axis in order))
@@ -174,21 +185,16 @@ def route(layout: Layout, shape: tuple[int, ...], along: int | None, *, batch: b
     Returns:
         The shape, and the layouts in order, the first being `layout`.
     """
-    sizes, last = dict(layout.mesh.shape), len(shape) - 1
-    count = lambda names: math.prod(sizes[name] for name in names)
-    names, steps = list(layout.names), [layout.names]
-    rest = 0 if along is None else along % len(shape)
+    last, rest, steps = len(shape) - 1, 0 if along is None else along % len(shape), [layout]
     for source in (last, last - 1):
-        for name in reversed(names[source]):
-            fits = (axis for axis in range(last - 1 if batch else 0) if shape[axis] % count((*names[axis], name)) == 0)
+        for name in reversed(layout.names[source]):
+            names = steps[-1].names
+            fits = (axis for axis in range(last - 1 if batch else 0) if shape[axis] % layout.pieces((*names[axis], name)) == 0)
             target = next(fits, rest)
             if target != source:
-                names[source] = tuple(other for other in names[source] if other != name)
-                names[target] = (*names[target], name)
-                steps.append(tuple(names))
-    pieces = [max(count(step[axis]) for step in steps) for axis in range(len(shape))]
-    padded = tuple(-(-size // piece) * piece for size, piece in zip(shape, pieces, strict=True))
-    return padded, [dataclasses.replace(layout, names=step) for step in steps]
+                steps.append(steps[-1].moved(name, source, target))
+    pieces = [max(layout.pieces(step.names[axis]) for step in steps) for axis in range(len(shape))]
+    return tuple(-(-size // piece) * piece for size, piece in zip(shape, pieces, strict=True)), steps
 
 
 def _names(spec: jax.P, ndim: int) -> tuple[Names, ...]:

@@ -30,6 +30,7 @@ from nested_jax.optim import (
     m3,
     muon,
     preconditioned_momentum,
+    scale_by_learned_preconditioner,
 )
 
 
@@ -45,18 +46,53 @@ OPTIMIZERS = {
     'delta_momentum': Case(functools.partial(delta_momentum, form='proximal'), 1e-3),
     'deep_momentum': Case(deep_momentum, 1e-4, 40_000),
 }
+
+
+def fixing(make, **arguments):
+    """`optax.inject_hyperparams` takes functions for schedules and sizes for numbers that vary, so it must not see them."""
+    return lambda learning_rate, mu_dtype=None: make(learning_rate, mu_dtype=mu_dtype, **arguments)
+
+
+def are_matrices(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def log_cosh(prediction, gradient):
+    return jnp.sum(jnp.log(jnp.cosh(prediction - gradient)))
+
+
 VARIANTS = {
     'muon': Case(muon),
+    'muon_plain': Case(functools.partial(muon, nesterov=False)),
+    'muon_uncorrected': Case(functools.partial(muon, bias_correction=False)),
+    'muon_moonshot': Case(functools.partial(muon, scaling='moonshot')),
     'muon_rms': Case(functools.partial(muon, scaling='rms', nesterov=False, weight_decay=1e-4, adam_weight_decay=1e-4)),
+    'muon_unscaled': Case(functools.partial(muon, scaling=None)),
+    'muon_cubic': Case(functools.partial(muon, method='cubic')),
+    'muon_exact': Case(functools.partial(muon, method='svd')),
     'm3_rms': Case(functools.partial(m3, periods=(2, 5), scaling='rms', method='polar_express')),
+    'm3_without_second_moment': Case(functools.partial(m3, b2=None, periods=(3,))),
+    'm3_uncorrected': Case(functools.partial(m3, bias_correction=False, periods=(3,)), 0.03),
     'm3_literal': Case(functools.partial(m3, periods=(3,), literal=True), None),  # sums that never decay swing for ever
+    'by_level_average': Case(lambda learning_rate: by_level(muon(learning_rate), 2, average=True)),
     'delta_momentum_printed': Case(delta_momentum, 1e-3),
     'delta_momentum_normalised': Case(functools.partial(delta_momentum, form='normalised'), 1e-3),
+    'delta_momentum_preconditioned': Case(fixing(delta_momentum, preconditioner=jnp.tanh, form='proximal'), 1e-2),
+    'delta_momentum_masked': Case(fixing(delta_momentum, mask=are_matrices), 1e-3),
     'preconditioned_momentum': Case(preconditioned_momentum, 1e-4, 40_000),
+    'preconditioned_momentum_given': Case(fixing(preconditioned_momentum, preconditioner=jnp.tanh), 1e-2),
+    'preconditioned_momentum_identity': Case(functools.partial(preconditioned_momentum, preconditioner=None), 1e-3),
     'feature_momentum': Case(feature_momentum, 1e-4, 40_000),
+    'feature_momentum_function': Case(fixing(feature_momentum, feature=jnp.tanh), 1e-2),
+    'feature_momentum_preconditioned': Case(fixing(feature_momentum, preconditioner=scale_by_learned_preconditioner()), 1e-4, 40_000),
     'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 3e-3, 40_000),
+    'deep_momentum_objective': Case(fixing(deep_momentum, objective=log_cosh, write_rate=0.1), 3e-3, 40_000),
+    'deep_momentum_heavy_ball': Case(fixing(deep_momentum, hidden_size=0), 1e-3),
+    'deep_momentum_network': Case(functools.partial(deep_momentum, linear=False), 1e-3, 40_000),
+    'deep_momentum_sigma': Case(fixing(deep_momentum, sigma=jnp.tanh), 3e-3, 40_000),
     'delta_gradient_descent': Case(functools.partial(delta_gradient_descent, exact=False), 1e-3, 40_000),
     'adam_as_memory': Case(adam_as_memory, 1e-3, 40_000),
+    'adam_as_memory_square': Case(functools.partial(adam_as_memory, target='square'), 1e-3, 40_000),
     'adagrad_as_memory': Case(adagrad_as_memory, 1.0),
 }
 

@@ -11,6 +11,7 @@ import pytest
 
 from nested_jax.optim import (
     BlockSpec,
+    MatrixSpec,
     adam_as_memory,
     by_level,
     deep_momentum,
@@ -169,6 +170,25 @@ def test_nothing_is_gathered_of_odd_shapes_either(name, shape, kind):
     assert found.get('all-reduce', 0) <= np.prod([*batch, summed], dtype=int)
     assert updates['w'].sharding.is_equivalent_to(sharding['w'], len(size))
     expected, _ = three_steps(make(0.1), alone)
+    assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
+
+
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize(
+    'spec', [('data', 'model', None), ('data', None, 'model'), (None, 'data', 'model'), (None, None, ('data', 'model'))]
+)
+def test_axes_that_are_flattened_into_one_are_not_gathered(spec, kind):
+    """(embed, heads, head_dim) as one matrix, split along any of them."""
+    mesh = make_mesh(kind)
+    sharding = {'w': jax.NamedSharding(mesh, jax.P(*spec))}
+    alone = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8)), jnp.float32)}
+    make = lambda shardings: muon(0.1, labels=lambda path, leaf: MatrixSpec(inputs=0, outputs=(1, 2)), shardings=shardings)
+    params, optimizer = jax.tree.map(jax.device_put, alone, sharding), make(None if kind == 'explicit' else sharding)
+    with jax.set_mesh(mesh):
+        assert set(collectives(optimizer, params)) == {'all-to-all', 'all-reduce'}
+        updates, _ = three_steps(optimizer, params)
+    expected, _ = three_steps(make(None), alone)
+    assert updates['w'].sharding.is_equivalent_to(sharding['w'], 3)
     assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
 
 
