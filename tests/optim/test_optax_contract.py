@@ -29,7 +29,15 @@ def decayed(make, **arguments):
 
 def fixing(make, **arguments):
     """`optax.inject_hyperparams` takes functions for schedules and sizes for numbers that vary, so it must not see them."""
-    return lambda learning_rate: make(learning_rate, **arguments)
+
+    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        return make(learning_rate, **arguments)
+
+    return factory
+
+
+def muon_every_two_steps(learning_rate, average=False):
+    return optim.by_level(optim.muon(learning_rate), 2, average=average)
 
 
 def are_matrices(params):
@@ -44,7 +52,7 @@ def log_cosh(prediction, gradient):
 OURS = {
     'muon': (optim.muon, 1e-2),
     'm3': (decayed(optim.m3), 1e-2),
-    'by_level': (lambda learning_rate: optim.by_level(optim.muon(learning_rate), 2), 1e-2),
+    'by_level': (fixing(muon_every_two_steps), 1e-2),
     'delta_momentum': (functools.partial(optim.delta_momentum, form='proximal'), 1e-3),
     'preconditioned_momentum': (optim.preconditioned_momentum, 3e-4),
     'feature_momentum': (optim.feature_momentum, 3e-4),
@@ -66,7 +74,7 @@ BRANCHES = {
     'm3_without_second_moment': (decayed(optim.m3, b2=None, periods=(10,)), 1e-2),
     'm3_uncorrected': (decayed(optim.m3, bias_correction=False), 1e-2),
     'm3_rms': (decayed(optim.m3, scaling='rms'), 1e-2),
-    'by_level_average': (lambda learning_rate: optim.by_level(optim.muon(learning_rate), 2, average=True), 1e-2),
+    'by_level_average': (fixing(muon_every_two_steps, average=True), 1e-2),
     'delta_momentum_printed': (optim.delta_momentum, 1e-3),
     'delta_momentum_normalised': (functools.partial(optim.delta_momentum, form='normalised'), 1e-3),
     'delta_momentum_preconditioned': (fixing(optim.delta_momentum, preconditioner=jnp.tanh, form='proximal'), 3e-3),
