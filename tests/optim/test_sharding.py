@@ -192,6 +192,22 @@ def test_axes_that_are_flattened_into_one_are_not_gathered(spec, kind):
     assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
 
 
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize('shape', [(8, 16, 48), (16, 48)])
+def test_blocks_that_cut_across_devices_are_not_gathered(shape, kind):
+    """Grouped query, key and value of 30, 9 and 9 columns, of which four devices have 12 each."""
+    mesh = make_mesh(kind)
+    sharding = {'w': jax.NamedSharding(mesh, jax.P(*[None] * (len(shape) - 2), 'data', 'model'))}
+    alone = {'w': jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)}
+    make = lambda shardings: muon(0.1, labels=lambda path, leaf: BlockSpec(-1, (30, 9, 9)), shardings=shardings)
+    params, optimizer = jax.tree.map(jax.device_put, alone, sharding), make(None if kind == 'explicit' else sharding)
+    with jax.set_mesh(mesh):
+        assert set(collectives(optimizer, params)) <= {'all-to-all', 'all-reduce', 'collective-permute'}
+        updates, _ = three_steps(optimizer, params)
+    expected, _ = three_steps(make(None), alone)
+    assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
+
+
 @pytest.mark.parametrize('name', [*ORTHOGONAL, 'delta_momentum', 'preconditioned_momentum', 'preconditioned_momentum_given'])
 def test_shardings_that_are_not_told_are_asked_for(name):
     """In a program for an Auto mesh; elsewhere they are known, or there is nothing to know."""
