@@ -25,7 +25,7 @@ from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read
 from scripts.benchmarks.timing import Settings
 
 SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'checkpoint', 'gpu')
-WITH_SMOKE = ('seal', 'scaling', 'checkpoint', 'gpu')
+WITH_SMOKE = ('optim', 'seal', 'scaling', 'checkpoint', 'gpu')
 # Of a row's metrics: what says which figure it is.
 SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'context', 'candidates', 'bptt')
 

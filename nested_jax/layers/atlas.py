@@ -48,7 +48,12 @@ class Atlas(nn.Module):
         query, key = polynomial_features(inputs.query), polynomial_features(inputs.key)
         y, after = omega_memory(
             query, OmegaTokens(key, l2_normalize(inputs.value), rate['gamma']), gates, initial_mlp(self, self.config, key.shape[-1]),
-            orthogonalize=orthogonalize, window=options.window, decay_to=options.decay_to, chunk_size=options.chunk_size,
+            orthogonalize=_orthogonalize, window=options.window, decay_to=options.decay_to, chunk_size=options.chunk_size,
             state=None if state is None else OmegaState(*state[:3]), position=context.position, segment_ids=context.segment_ids,
         )  # fmt: skip
         return block.output(y, inputs.output_gate), AtlasState(*after, inputs.convolution) if context.update else state
+
+
+def _orthogonalize(x: jax.Array) -> jax.Array:
+    """Matrices are whole on a device: sequences and heads are what a mesh splits."""
+    return orthogonalize(x, sharding=jax.NamedSharding(jax.typeof(x).sharding.mesh, jax.P()))

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import jax
@@ -24,10 +25,20 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f'{name} is {value!r}, allowed is a number of at least 0 and below 1')
 
 
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Refuses what is not an integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+def as_integer(name: str, value: Any, low: int) -> int:
+    """The value as an int. Refuses what is not an integer of at least `low`; what is traced is not known, and refused too."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f'{name} is a traced value, allowed is an integer of at least {low} that is known when the program is compiled: name it '
+            f"in static_args=('{name}',) of optax.inject_hyperparams, or in static_argnames of jax.jit"
+        )
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < low:
         raise ValueError(f'{name} is {value!r}, allowed is an integer of at least {low}')
+    return number
 
 
 def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:

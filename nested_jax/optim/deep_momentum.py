@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.checks import check_choice, check_integer, check_range, check_real
+from nested_jax.optim.checks import as_integer, check_choice, check_range, check_real
 from nested_jax.optim.matrices import (
     Mask,
     as_matrix,
@@ -47,6 +47,7 @@ from nested_jax.optim.matrices import (
     with_learning_rate,
     working_dtype,
 )
+from nested_jax.optim.sharding import placed_like
 
 PyTree = Any
 Objective = Callable[[jax.Array, jax.Array], jax.Array]
@@ -112,8 +113,8 @@ def scale_by_deep_momentum(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (50), (52)
     """
-    hidden = HIDDEN_SIZE if hidden_size is None else hidden_size
-    _check(hidden, decay, write_rate, objective, linear)
+    hidden = HIDDEN_SIZE if hidden_size is None else as_integer('hidden_size', hidden_size, 0 if linear else 1)
+    _check(decay, write_rate, objective)
     step = functools.partial(_step, loss=OBJECTIVES.get(objective, objective), sigma=sigma)
 
     def init_fn(params):
@@ -180,8 +181,7 @@ def deep_momentum(
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def _check(hidden_size: int, decay: Any, write_rate: Any, objective: str | Objective, linear: bool) -> None:
-    check_integer('hidden_size', hidden_size, 0 if linear else 1)
+def _check(decay: Any, write_rate: Any, objective: str | Objective) -> None:
     check_range('decay', decay, 0, 1)
     check_range('write_rate', write_rate, 0)
     if not callable(objective):
@@ -196,21 +196,13 @@ def _initial_memory(leaf: jax.Array, hidden_size: int, dtype: DTypeLike, linear:
         return DeepMemory(trace, None, None)
     # Drawn in the working dtype, as at every write, and only then rounded.
     first = _first_layer((*batch, width, hidden), working_dtype(leaf), seed).astype(dtype)
-    return DeepMemory(trace, *_placed_like(leaf, first, jnp.zeros((*batch, hidden, width), dtype)))
+    second = jnp.zeros((*batch, hidden, width), dtype)
+    return DeepMemory(trace, placed_like(leaf, first, -1, None), placed_like(leaf, second, None, -1))
 
 
 def _first_layer(shape: tuple[int, ...], dtype: DTypeLike, seed: ArrayLike) -> jax.Array:
     # Keys have norm 1: features of unit variance.
     return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def _placed_like(leaf: jax.Array, first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if isinstance(leaf, jax.ShapeDtypeStruct) or jax.sharding.AxisType.Explicit not in jax.typeof(leaf).sharding.mesh.axis_types:
-        return first, second
-    sharding = jax.typeof(leaf).sharding
-    *batch, _, width = (None, None, *sharding.spec)[-max(leaf.ndim, 2) :]
-    place = lambda memory, *axes: jax.sharding.reshard(memory, jax.NamedSharding(sharding.mesh, jax.P(*batch, *axes)))
-    return place(first, width, None), place(second, None, width)
 
 
 def _step(

@@ -13,7 +13,6 @@ does (Newton-Schulz, say).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nested_jax.optim.checks import check_integer
+from nested_jax.optim.checks import as_integer
 from nested_jax.optim.matrices import zeros_for
 
 PyTree = Any
@@ -184,9 +183,7 @@ def steps_of(period: int, tokens_per_step: int) -> int:
         >>> steps_of(512, 2048), steps_of(16384, 2048), steps_of(5000, 2048)
         (1, 8, 3)
     """
-    check_integer('period', period, 1)
-    check_integer('tokens_per_step', tokens_per_step, 1)
-    return math.ceil(period / tokens_per_step)
+    return -(-as_integer('period', period, 1) // as_integer('tokens_per_step', tokens_per_step, 1))
 
 
 def _transform(level: int | Level, inners: Mapping[str | None, Inner], average: bool) -> optax.GradientTransformation:
@@ -221,7 +218,7 @@ def _periods_of(tree: PyTree, periods: Periods, inners: Mapping[str | None, Inne
 def _checked(levels: PyTree, inners: Mapping[str | None, Inner]) -> PyTree:
     for path, level in jax.tree_util.tree_leaves_with_path(levels):
         where = jax.tree_util.keystr(path)
-        check_integer(f'periods at {where}', _steps(level), 1)
+        as_integer(f'periods at {where}', _steps(level), 1)
         if _name(level) not in inners:
             allowed = 'an integer, for the one optimizer' if None in inners else f'a Level with one of {sorted(inners)}'
             raise ValueError(f'periods at {where} is {level!r}, allowed is {allowed}')

@@ -1,6 +1,20 @@
-"""Multi-scale Momentum Muon (M3): orthogonalised momenta at several time scales over one second moment.
+r"""Multi-scale Momentum Muon (M3): orthogonalised momenta at several time scales over one second moment.
 
-Muon is its case of one scale and no second moment (`muon.py`), Adam that of no orthogonalisation.
+With :math:`g_t` the gradient of step t = 0, 1, ... and one slow scale of period f,
+
+.. math::
+  M^{(1)}_t &= \beta_1 M^{(1)}_{t-1} + (1 - \beta_1) g_t \\
+  V_t &= \beta_2 V_{t-1} + (1 - \beta_2) g_t^2 \\
+  M^{(2)}_k &= \beta_3 M^{(2)}_{k-1} + (1 - \beta_3) \sum_{t=(k-1)f}^{kf-1} g_t \\
+  u_t &= \frac{O(M^{(1)}_t) + \alpha\, O(M^{(2)}_{\lfloor t/f \rfloor})}{\sqrt{V_t} + \epsilon}
+
+where O is `orthogonalize`. The slow direction :math:`O(M^{(2)})` is computed once in f steps, under one `jax.lax.cond`, and is zero
+in the first f steps. (`jax.vmap` over states turns the cond into a select, which computes it at every step.)
+
+As printed, the paper's sums have no decay; that is `literal=True`: :math:`M \leftarrow M + \beta g` for all three. Its slow sum runs
+over f + 1 gradients, one of them counted in two periods; here it takes each gradient once, `literal` or not.
+
+Muon is the case of one scale and no second moment (`muon.py`), Adam that of no orthogonalisation.
 """
 
 import dataclasses
@@ -14,12 +28,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from nested_jax.optim.checks import check_choice, check_decay, check_integer, check_range, check_real
+from nested_jax.optim.checks import as_integer, check_choice, check_decay, check_range, check_real
 from nested_jax.optim.matrices import Mask, divide, root, widened, with_learning_rate, zeros_for
 from nested_jax.optim.matrix_specs import Labels, label_tree, map_matrices
-from nested_jax.optim.orthogonalize import check_method, normalized, orthogonalize_all
+from nested_jax.optim.orthogonalize import METHODS, normalized, orthogonalize_all
 
 PyTree = Any
+NS_STEPS = 5
 SCALINGS = ('jordan', 'moonshot', 'rms', None)
 
 
@@ -42,25 +57,13 @@ class M3State(NamedTuple):
 def scale_by_m3(
     b1: ArrayLike = 0.95, b2: ArrayLike | None = 0.999, b3: ArrayLike | tuple[ArrayLike, ...] = 0.9,
     alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1, eps: ArrayLike = 1e-8, mu_dtype: DTypeLike | None = None, *,
-    periods: int | tuple[int, ...] = (100,), labels: Labels = 'matrix', method: str = 'quintic', ns_steps: int = 5,
+    periods: int | tuple[int, ...] = (100,), labels: Labels = 'matrix', method: str = 'quintic', ns_steps: int | None = None,
     nesterov: bool = False, bias_correction: bool = True, literal: bool = False, scaling: str | None = None,
     shardings: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     r"""Rescale updates according to Algorithm 1 of Nested Learning, M3.
 
-    With :math:`g_t` the gradient of step t = 0, 1, ... and one slow scale of period f,
-
-    .. math::
-      M^{(1)}_t &= \beta_1 M^{(1)}_{t-1} + (1 - \beta_1) g_t \\
-      V_t &= \beta_2 V_{t-1} + (1 - \beta_2) g_t^2 \\
-      M^{(2)}_k &= \beta_3 M^{(2)}_{k-1} + (1 - \beta_3) \sum_{t=(k-1)f}^{kf-1} g_t \\
-      u_t &= \frac{O(M^{(1)}_t) + \alpha\, O(M^{(2)}_{\lfloor t/f \rfloor})}{\sqrt{V_t} + \epsilon}
-
-    where O is `orthogonalize`. The slow direction :math:`O(M^{(2)})` is computed once in f steps, under one `jax.lax.cond`, and is zero
-    in the first f steps. (`jax.vmap` over states turns the cond into a select, which computes it at every step.)
-
-    As printed, the paper's sums have no decay; that is `literal=True`: :math:`M \leftarrow M + \beta g` for all three. Its slow sum runs
-    over f + 1 gradients, one of them counted in two periods; here it takes each gradient once, `literal` or not.
+    The module's docstring has the equations.
 
     The numerator does not depend on the scale of the gradients and the denominator does: where gradients shrink, updates grow, in single
     entries too. A schedule, a larger `eps`, `scaling='rms'` or `b2=None` mend that. Entries that never had a gradient are left alone, where
@@ -76,7 +79,7 @@ def scale_by_m3(
         periods: steps between two updates of a slow scale, one for each; () for none.
         labels: of matrices, as for `m3`. Every leaf must be one: chain with `optax.masked` or `optax.partition`, or use `m3`.
         method: of `orthogonalize`.
-        ns_steps: iterations of `orthogonalize`; 0 takes momenta as they are, for leaves of any shape.
+        ns_steps: iterations of `orthogonalize`, by default 5; 0 takes momenta as they are, for leaves of any shape.
         nesterov: orthogonalise :math:`\beta_1 M^{(1)} + (1 - \beta_1) g_t` in place of the fast momentum.
         bias_correction: divide the fast momentum and V by :math:`1 - \beta^{t+1}` (and by :math:`1 - \beta^{t+2}` the momentum inside of
             Nesterov's form, as optax does). Slow momenta are not corrected, which only matters with `ns_steps=0`.
@@ -91,10 +94,22 @@ def scale_by_m3(
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
 
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> first, second = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [0.0, 3.0]])
+        >>> optimizer = scale_by_m3(b1=0.0, b2=None, alpha=0.5, periods=(2,), method='svd')
+        >>> state = optimizer.init(first)
+        >>> for gradient in (first, first, second):
+        ...     updates, state = optimizer.update(gradient, state)
+        >>> print(jnp.abs(updates).round(3))  # the slow momentum keeps what the fast one has forgotten
+        [[0.5 0. ]
+         [0.  1. ]]
+
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 7.2, Algorithm 1
     """
     periods, b3, alpha = _scales(periods, b3, alpha)
+    ns_steps = NS_STEPS if ns_steps is None else as_integer('ns_steps', ns_steps, 0)
     algorithm = _Algorithm(
         b1, b2, b3, alpha, eps, mu_dtype, periods, labels, method, ns_steps, nesterov, bias_correction, literal, scaling, shardings
     )
@@ -106,7 +121,7 @@ def m3(
     b3: ArrayLike | tuple[ArrayLike, ...] = 0.9, alpha: ArrayLike | tuple[ArrayLike, ...] = 0.1, eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike = 0.0, weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None, *,
-    periods: int | tuple[int, ...] = (100,), labels: Labels | None = None, method: str = 'quintic', ns_steps: int = 5,
+    periods: int | tuple[int, ...] = (100,), labels: Labels | None = None, method: str = 'quintic', ns_steps: int | None = None,
     bias_correction: bool = True, literal: bool = False, scaling: str | None = None,
     adam_learning_rate: optax.ScalarOrSchedule | None = None, adam_b1: ArrayLike = 0.9, adam_b2: ArrayLike = 0.999,
     adam_eps: ArrayLike = 1e-8, adam_weight_decay: ArrayLike = 0.0, shardings: PyTree | None = None,
@@ -115,8 +130,7 @@ def m3(
 
     Two momenta see the gradients at different frequencies. The fast one follows each gradient, the slow one the sum of every f of them,
     and keeps directions that the fast one has forgotten. Both are orthogonalised, weighted, and divided by the root of Adam's second
-    moment; see :func:`scale_by_m3` for the equations. The paper gives no values of the hyper-parameters: these defaults are this
-    project's, and need tuning.
+    moment: see the module's docstring. The paper gives no values of the hyper-parameters: these defaults are ours, and need tuning.
 
     State: 4 numbers an entry of a matrix, and 2 more for each slow scale beyond the first.
 
@@ -132,6 +146,7 @@ def m3(
 
     Returns:
         The transformation. Its state is optax's for `partition`, under the keys 'matrix' and 'adam', with an `M3State` in each.
+        `optax.inject_hyperparams` needs `ns_steps` named in its `static_args` where it is given, and `periods` where it is one number.
 
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
@@ -196,15 +211,13 @@ class _Algorithm:
         if self.b2 is not None:
             check_decay('b2', self.b2)
         check_range('eps', self.eps, 0)
-        for period, decay, weight in zip(self.periods, self.b3, self.alpha, strict=True):
-            check_integer('periods', period, 1)
+        for decay, weight in zip(self.b3, self.alpha, strict=True):
             check_decay('b3', decay)
             check_range('alpha', weight, 0)
         check_choice('scaling', self.scaling, SCALINGS)
+        check_choice('method', self.method, METHODS)
         if self.literal and self.nesterov:
             raise ValueError('nesterov is True, allowed with literal is False: Algorithm 1 has no look-ahead')
-        if type(self.ns_steps) is not int or self.ns_steps:
-            check_method(self.method, self.ns_steps, 'ns_steps')
 
     def init(self, params: optax.Params) -> M3State:
         check_real(params)
@@ -276,7 +289,7 @@ class _Algorithm:
 
 def _scales(periods, b3, alpha) -> tuple[tuple, tuple, tuple]:
     """One period, decay and weight for each slow scale."""
-    periods = tuple(periods) if isinstance(periods, tuple | list) else (periods,)
+    periods = tuple(as_integer('periods', period, 1) for period in (periods if isinstance(periods, tuple | list) else (periods,)))
     columns = [tuple(value) if isinstance(value, tuple | list) else (value,) * len(periods) for value in (b3, alpha)]
     for name, values in zip(('b3', 'alpha'), columns, strict=True):
         if len(values) != len(periods):

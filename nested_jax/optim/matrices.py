@@ -4,6 +4,7 @@ A matrix is laid out as a kernel of flax, (..., in, out), the transpose of the p
 is one row (1, out), the weight of a constant input, and a scalar is (1, 1).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,14 +45,19 @@ def zeros_for(params: PyTree, mu_dtype: DTypeLike | None = None) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=mu_dtype or working_dtype(leaf)), params)
 
 
-def map_step(function: Callable[..., tuple], updates: PyTree, state: PyTree, *trees: PyTree, scalars: tuple = ()) -> tuple[PyTree, PyTree]:
+def map_step(
+    function: Callable[..., tuple], updates: PyTree, state: PyTree, *trees: PyTree, scalars: tuple = (), layouts: list | None = None
+) -> tuple[PyTree, PyTree]:
     """(updates, state) of a `function` from a leaf's update, state and more to the new two, laid out as the old ones on any mesh.
 
-    Numbers that may be traced are `scalars`, its last arguments: on an Explicit mesh a function may not close over them.
+    Numbers that may be traced are `scalars`, its last arguments: on an Explicit mesh a function may not close over them. With `layouts`,
+    one for each leaf or None, it is given its own as the keyword argument `layout`.
     """
-    step = lambda *leaves: run_in_auto_mode(function, (*leaves, *scalars), like=leaves[:2])
-    pairs = jax.tree.map(step, updates, state, *trees)
-    return tuple(jax.tree.map(lambda _, pair, column=column: pair[column], updates, pairs) for column in (0, 1))
+    leaves, structure = jax.tree.flatten(updates)
+    rows = zip(leaves, *map(structure.flatten_up_to, (state, *trees)), strict=True)
+    steps = [function] * len(leaves) if layouts is None else [functools.partial(function, layout=layout) for layout in layouts]
+    pairs = [run_in_auto_mode(step, (*row, *scalars), like=row[:2]) for step, row in zip(steps, rows, strict=True)]
+    return tuple(structure.unflatten([pair[column] for pair in pairs]) for column in (0, 1))
 
 
 def at_step(rate: optax.ScalarOrSchedule, count: jax.Array) -> ArrayLike:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nested_jax.optim.sharding import Layout, layouts_of, run_in_auto_mode
+from nested_jax.optim.sharding import Layout, constrain, layouts_of, run_in_auto_mode
 
 PyTree = Any
 Axes = int | tuple[int, ...]
@@ -130,7 +130,8 @@ def map_matrices(function: Callable, tree: PyTree, specs: PyTree, shardings: PyT
         parts = [_matrices(*leaf) for leaf in zip(leaves, specs, layouts, strict=True)]
         matrices, matrix_layouts = zip(*itertools.chain.from_iterable(parts), strict=True)
         results = iter(function(list(matrices), list(matrix_layouts)))
-        return [_joined([next(results) for _ in part], spec, leaf.shape) for part, spec, leaf in zip(parts, specs, leaves, strict=True)]
+        joined = lambda part, spec, leaf, layout: _joined([next(results) for _ in part], spec, leaf.shape, layout)
+        return list(map(joined, parts, specs, leaves, layouts))
 
     return structure.unflatten(run_in_auto_mode(run, (leaves,), like=leaves)) if leaves else tree
 
@@ -167,12 +168,28 @@ def _order(spec: MatrixSpec, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...
 
 def _matrices(x: jax.Array, spec: MatrixSpec, layout: Layout | None) -> list[tuple[jax.Array, Layout | None]]:
     """The matrices of a parameter, each (*batch, inputs, outputs), with their layouts."""
+    return [_flat(part, spec, layout) for part in _split(x, spec.blocks)]
+
+
+def _flat(x: jax.Array, spec: MatrixSpec, layout: Layout | None) -> tuple[jax.Array, Layout | None]:
     batch, inputs, outputs = _order(spec, x.ndim)
+    for step in _merging(layout, spec, x.shape):
+        x, layout = constrain(x, step), step
     if layout is not None:
         merged = [sum((layout.names[axis] for axis in axes), ()) for axes in (inputs, outputs)]
         layout = dataclasses.replace(layout, names=(*(layout.names[axis] for axis in batch), *merged))
-    flat = lambda y: y.transpose(batch + inputs + outputs).reshape(*(y.shape[axis] for axis in batch), *_sides(spec, y.shape))
-    return [(flat(part), layout) for part in _split(x, spec.blocks)]
+    return x.transpose(batch + inputs + outputs).reshape(*(x.shape[axis] for axis in batch), *_sides(spec, x.shape)), layout
+
+
+def _merging(layout: Layout | None, spec: MatrixSpec, shape: tuple[int, ...]) -> list[Layout]:
+    """Layouts from `layout` on to one where of axes that are flattened into one the first alone is split, so that no part has to move."""
+    steps = [] if layout is None else [layout]
+    for first, *others in _order(spec, len(shape))[1:] if steps else ():
+        for source in reversed(others):
+            for name in reversed(layout.names[source]):
+                if shape[first] % layout.pieces((*steps[-1].names[first], name)) == 0:
+                    steps.append(steps[-1].moved(name, source, first))
+    return steps if len(steps) > 1 else steps[1:]
 
 
 def _sides(spec: MatrixSpec, shape: Sequence[int]) -> tuple[int, int]:
@@ -188,13 +205,18 @@ def _split(x: jax.Array, blocks: tuple[BlockSpec, ...]) -> list[jax.Array]:
     return parts
 
 
-def _joined(matrices: list[jax.Array], spec: MatrixSpec, shape: tuple[int, ...]) -> jax.Array:
+def _joined(matrices: list[jax.Array], spec: MatrixSpec, shape: tuple[int, ...], layout: Layout | None) -> jax.Array:
     """The inverse of `_matrices`."""
     batch, inputs, outputs = _order(spec, len(shape))
     order = batch + inputs + outputs
     back = sorted(range(len(shape)), key=order.__getitem__)
     split = jax.eval_shape(lambda x: _split(x, spec.blocks), jax.ShapeDtypeStruct(shape, matrices[0].dtype))
-    parts = [x.reshape([part.shape[axis] for axis in order]).transpose(back) for x, part in zip(matrices, split, strict=True)]
+    parts = []
+    for x, part in zip(matrices, split, strict=True):
+        x = x.reshape([part.shape[axis] for axis in order]).transpose(back)
+        for step in reversed(_merging(layout, spec, part.shape)):
+            x = constrain(x, step)
+        parts.append(x)
     for block in reversed(spec.blocks):
         count = len(block.sizes)
         parts = [jnp.concatenate(parts[start : start + count], axis=block.axis) for start in range(0, len(parts), count)]

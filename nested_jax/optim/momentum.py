@@ -47,7 +47,7 @@ from nested_jax.optim.matrices import (
     zeros_for,
 )
 from nested_jax.optim.orthogonalize import normalized
-from nested_jax.optim.sharding import run_in_auto_mode
+from nested_jax.optim.sharding import Layout, in_layout, layouts_of, moves, placed_like, run_in_auto_mode
 
 PyTree = Any
 Preconditioner = Callable[[jax.Array], jax.Array] | PyTree | None
@@ -80,6 +80,7 @@ def scale_by_delta_momentum(
     mu_dtype: DTypeLike | None = None,
     *,
     form: str = 'printed',
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformation:
     """Momentum written by the delta rule: it forgets along the current gradient before it adds it.
 
@@ -92,6 +93,7 @@ def scale_by_delta_momentum(
         preconditioner: P of the written part, as in `scale_by_preconditioned_momentum`.
         mu_dtype: of the trace; by default the parameters', and float32 at least.
         form: 'printed', 'normalised' or 'proximal'.
+        shardings: of the parameters, a NamedSharding for each, on Auto meshes, as for `orthogonalize`: nothing is gathered on the way.
 
     Returns:
         The transformation.
@@ -123,7 +125,8 @@ def scale_by_delta_momentum(
     def update_fn(updates, state, params=None):
         del params
         step, scalars = functools.partial(_delta_step, form=form), (at_step(erase_rate, state.count), decay)
-        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates), scalars=scalars)
+        layouts, written = layouts_of(updates, shardings), _precondition(preconditioner, updates, shardings)
+        updates, trace = map_step(step, updates, state.trace, written, scalars=scalars, layouts=layouts)
         return updates, DeltaMomentumState(optax.safe_increment(state.count), trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -140,6 +143,7 @@ def delta_momentum(
     *,
     form: str = 'printed',
     mask: Mask = None,
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent with delta-rule momentum: the module's docstring has the equations and their stability.
 
@@ -154,6 +158,7 @@ def delta_momentum(
         form: 'printed', 'normalised' or 'proximal'.
         mask: tree of booleans, or a function of the parameters to one: the leaves that are matrices. The others get heavy ball. Stacked
             biases (layers, out) look like a matrix, and need it.
+        shardings: of the parameters, on Auto meshes, as in `scale_by_delta_momentum`.
 
     Returns:
         The optimizer.
@@ -173,7 +178,7 @@ def delta_momentum(
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (48)-(49)
     """
     rate = learning_rate if erase_rate is None else erase_rate
-    direction = scale_by_delta_momentum(rate, decay, preconditioner, mu_dtype, form=form)
+    direction = scale_by_delta_momentum(rate, decay, preconditioner, mu_dtype, form=form, shardings=shardings)
     if mask is not None:
         plain = scale_by_preconditioned_momentum(None, decay, mu_dtype)
         direction = optax.partition({'matrix': direction, 'other': plain}, _labels(mask))
@@ -184,6 +189,8 @@ def scale_by_preconditioned_momentum(
     preconditioner: Preconditioner | optax.GradientTransformation = None,
     decay: ArrayLike = 0.9,
     mu_dtype: DTypeLike | None = None,
+    *,
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformation:
     r"""Momentum of preconditioned gradients, :math:`m \leftarrow \alpha m + P g`: Eq. (47) with the decay its text speaks of.
 
@@ -192,6 +199,7 @@ def scale_by_preconditioned_momentum(
             parameters', None where P is the identity; or a transformation, such as `scale_by_learned_preconditioner`.
         decay: alpha, from 0 to 1.
         mu_dtype: of the trace; by default the parameters', and float32 at least.
+        shardings: of the parameters, on Auto meshes, as in `scale_by_delta_momentum`; only arrays as P need them.
 
     Returns:
         The transformation; without P it is `optax.trace`.
@@ -226,7 +234,7 @@ def scale_by_preconditioned_momentum(
             moved = written.astype(dtype) + decay * trace.astype(dtype)
             return moved.astype(gradient.dtype), moved.astype(trace.dtype)
 
-        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates), scalars=(decay,))
+        updates, trace = map_step(step, updates, state.trace, _precondition(preconditioner, updates, shardings), scalars=(decay,))
         return updates, PreconditionedMomentumState(trace)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -239,6 +247,8 @@ def preconditioned_momentum(
     weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
+    *,
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent with preconditioned momentum: see `scale_by_preconditioned_momentum`.
 
@@ -249,6 +259,7 @@ def preconditioned_momentum(
         weight_decay: decoupled, times the learning rate.
         weight_decay_mask: tree of booleans, or a function of the parameters to one: where weight decay acts.
         mu_dtype: of the trace; by default the parameters', and float32 at least.
+        shardings: of the parameters, on Auto meshes, as in `scale_by_delta_momentum`.
 
     Returns:
         The optimizer.
@@ -269,8 +280,8 @@ def preconditioned_momentum(
     """
     if isinstance(preconditioner, str):
         check_choice('preconditioner', preconditioner, ('learned',))
-        preconditioner = scale_by_learned_preconditioner(mu_dtype=mu_dtype)
-    direction = scale_by_preconditioned_momentum(preconditioner, decay, mu_dtype)
+        preconditioner = scale_by_learned_preconditioner(mu_dtype=mu_dtype, shardings=shardings)
+    direction = scale_by_preconditioned_momentum(preconditioner, decay, mu_dtype, shardings=shardings)
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
@@ -284,6 +295,8 @@ def scale_by_learned_preconditioner(
     decay: ArrayLike = 0.9,
     target: Callable[[jax.Array], jax.Array] = equalised,
     mu_dtype: DTypeLike | None = None,
+    *,
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformation:
     r"""A preconditioner that is itself a memory, written by gradient descent: Eq. (41).
 
@@ -304,6 +317,7 @@ def scale_by_learned_preconditioner(
         decay: beta, from 0 to 1.
         target: a function from a leaf's gradient, (..., in, out) in float32 at least, to an array of the same shape.
         mu_dtype: of P; by default the parameters', and float32 at least.
+        shardings: of the parameters, on Auto meshes, as in `scale_by_delta_momentum`.
 
     Returns:
         The transformation.
@@ -325,12 +339,13 @@ def scale_by_learned_preconditioner(
 
     def init_fn(params):
         check_real(params)
-        return LearnedPreconditionerState(jax.tree.map(lambda leaf: _identity(leaf, mu_dtype or working_dtype(leaf)), params))
+        identity = lambda leaf: placed_like(leaf, _identity(leaf, mu_dtype or working_dtype(leaf)), None, None)
+        return LearnedPreconditionerState(jax.tree.map(identity, params))
 
     def update_fn(updates, state, params=None):
         del params
-        step = functools.partial(_learn, target=target)
-        updates, preconditioner = map_step(step, updates, state.preconditioner, scalars=(rate, decay))
+        step, layouts = functools.partial(_learn, target=target), layouts_of(updates, shardings)
+        updates, preconditioner = map_step(step, updates, state.preconditioner, scalars=(rate, decay), layouts=layouts)
         return updates, LearnedPreconditionerState(preconditioner)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -341,6 +356,8 @@ def scale_by_feature_momentum(
     decay: ArrayLike = 0.9,
     preconditioner: Preconditioner | optax.GradientTransformation = None,
     mu_dtype: DTypeLike | None = None,
+    *,
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformation:
     r"""Momentum over a feature map of the gradients, :math:`m \leftarrow \alpha m + P \phi(g)`: Eq. (51).
 
@@ -350,6 +367,7 @@ def scale_by_feature_momentum(
         decay: alpha, from 0 to 1.
         preconditioner: P, as in `scale_by_preconditioned_momentum`.
         mu_dtype: of the trace; by default the parameters', and float32 at least.
+        shardings: of the parameters, as in `scale_by_preconditioned_momentum`.
 
     Returns:
         The transformation; with the identity as phi and no P it is `optax.trace`.
@@ -376,7 +394,7 @@ def scale_by_feature_momentum(
         return optax.EmptyState()
 
     mapped = optax.GradientTransformation(init_fn, lambda updates, state, params=None: (jax.tree.map(phi, updates), state))
-    return optax.chain(mapped, scale_by_preconditioned_momentum(preconditioner, decay, mu_dtype))
+    return optax.chain(mapped, scale_by_preconditioned_momentum(preconditioner, decay, mu_dtype, shardings=shardings))
 
 
 def feature_momentum(
@@ -387,6 +405,8 @@ def feature_momentum(
     weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
+    *,
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent with feature-map momentum: see `scale_by_feature_momentum`.
 
@@ -398,6 +418,7 @@ def feature_momentum(
         weight_decay: decoupled, times the learning rate.
         weight_decay_mask: tree of booleans, or a function of the parameters to one: where weight decay acts.
         mu_dtype: of the trace; by default the parameters', and float32 at least.
+        shardings: of the parameters, as in `scale_by_preconditioned_momentum`.
 
     Returns:
         The optimizer.
@@ -416,47 +437,83 @@ def feature_momentum(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, Eq. (51)
     """
-    direction = scale_by_feature_momentum(feature, decay, preconditioner, mu_dtype)
+    direction = scale_by_feature_momentum(feature, decay, preconditioner, mu_dtype, shardings=shardings)
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
-def _delta_step(gradient: jax.Array, trace: jax.Array, written: jax.Array, rate: Any, decay: Any, *, form: str) -> tuple:
+def _delta_step(
+    gradient: jax.Array, trace: jax.Array, written: jax.Array, rate: Any, decay: Any, *, form: str, layout: Layout | None
+) -> tuple:
     dtype = working_dtype(gradient)
-    key, memory, value = (as_matrix(leaf.astype(dtype)) for leaf in (gradient, trace, written))
-    rate, kept = jnp.asarray(rate, dtype), jnp.asarray(decay, dtype) * memory + value
-    moved = resolvent(key.mT, kept, rate) if form == 'proximal' else kept - rate * _erased(key, memory, form)
-    moved = moved.reshape(gradient.shape)
+    rate, decay = jnp.asarray(rate, dtype), jnp.asarray(decay, dtype)
+
+    def moved(key, memory, value):
+        kept = decay * memory + value
+        return resolvent(key.mT, kept, rate) if form == 'proximal' else kept - rate * _erased(key, memory, form)
+
+    matrices = [as_matrix(leaf.astype(dtype)) for leaf in (gradient, trace, written)]
+    along = None if form == 'proximal' else -1 if _is_wide(matrices[0]) else -2
+    moved = in_layout(moved, matrices, _of_matrix(layout, gradient), along).reshape(gradient.shape)
     return moved.astype(gradient.dtype), moved.astype(trace.dtype)
+
+
+def _of_matrix(layout: Layout | None, leaf: jax.Array) -> Layout | None:
+    """The layout of `as_matrix(leaf)`."""
+    return layout.stacked() if layout is not None and leaf.ndim == 1 else layout
+
+
+def _is_wide(matrix: jax.Array) -> bool:
+    return matrix.shape[-1] > matrix.shape[-2]
 
 
 def _erased(key: jax.Array, memory: jax.Array, form: str) -> jax.Array:
     key = normalized(key) if form == 'normalised' else key
-    wide = key.shape[-1] > key.shape[-2]
-    return (key @ key.mT) @ memory if wide else key @ (key.mT @ memory)
+    return (key @ key.mT) @ memory if _is_wide(key) else key @ (key.mT @ memory)
 
 
-def _precondition(preconditioner: Preconditioner, gradients: PyTree) -> PyTree:
+def _precondition(preconditioner: Preconditioner, gradients: PyTree, shardings: PyTree | None) -> PyTree:
     if preconditioner is None:
         return gradients
     if callable(preconditioner):
         return jax.tree.map(preconditioner, gradients)
-    apply = lambda matrix, part: part if matrix is None else jax.tree.map(lambda leaf: _apply_matrix(matrix, leaf), part)
-    return jax.tree.map(apply, preconditioner, gradients, is_leaf=lambda leaf: leaf is None)
+    leaves, structure = jax.tree.flatten(gradients)
+    chosen = lambda matrix, part: jax.tree.map(lambda _: (matrix,), part)
+    matrices = structure.flatten_up_to(jax.tree.map(chosen, preconditioner, gradients, is_leaf=lambda leaf: leaf is None))
+    return structure.unflatten(list(map(_apply_matrix, leaves, matrices, layouts_of(gradients, shardings))))
 
 
-def _learn(gradient: jax.Array, preconditioner: jax.Array, rate: Any, decay: Any, *, target: Callable[[jax.Array], jax.Array]) -> tuple:
+def _apply_matrix(gradient: jax.Array, preconditioner: tuple[jax.Array | None], layout: Layout | None) -> jax.Array:
+    """P g for a tuple of P or None, by whole rows of the gradient: products of split ones would be summed up over devices."""
+    (matrix,) = preconditioner
+    if matrix is None:
+        return gradient
+    key = widened(gradient)
+
+    def product(key, memory):
+        there, back = moves(_of_matrix(layout, key), matrix_shape(key), -2, batch=False)
+        return back(there(as_matrix(key)) @ memory.mT).reshape(key.shape)
+
+    return run_in_auto_mode(product, (key, matrix.astype(key.dtype)), like=key)
+
+
+def _learn(
+    gradient: jax.Array,
+    preconditioner: jax.Array,
+    rate: Any,
+    decay: Any,
+    *,
+    target: Callable[[jax.Array], jax.Array],
+    layout: Layout | None,
+) -> tuple:
+    """A step of the learned preconditioner; rows of the gradient are whole on a device, and what they say of P is summed up."""
     dtype = working_dtype(gradient)
-    key, memory, identity = as_matrix(gradient.astype(dtype)), preconditioner.astype(dtype), _identity(gradient, dtype)
-    error = key @ memory.mT - target(key)
+    matrix, memory, identity = as_matrix(gradient.astype(dtype)), preconditioner.astype(dtype), _identity(gradient, dtype)
+    there, back = moves(_of_matrix(layout, gradient), matrix.shape, -2, batch=False)
+    key = there(matrix)
+    error = key @ memory.mT - there(target(matrix))
     gradient_step = divide(error.mT @ key, jnp.sum(jnp.square(key), (-2, -1), keepdims=True))
     memory = identity + jnp.asarray(decay, dtype) * (memory - identity) - jnp.asarray(rate, dtype) * gradient_step
-    return (key @ memory.mT).reshape(gradient.shape).astype(gradient.dtype), memory.astype(preconditioner.dtype)
-
-
-def _apply_matrix(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-    product = lambda key, memory: (as_matrix(key) @ memory.mT).reshape(key.shape)
-    key = widened(gradient)
-    return run_in_auto_mode(product, (key, matrix.astype(key.dtype)), like=key)
+    return back(key @ memory.mT).reshape(gradient.shape).astype(gradient.dtype), memory.astype(preconditioner.dtype)
 
 
 def _check_preconditioner(preconditioner: Preconditioner, params: PyTree) -> None:

@@ -19,7 +19,7 @@ def scale_by_muon(
     *,
     labels: Labels = 'matrix',
     method: str = 'quintic',
-    ns_steps: int = 5,
+    ns_steps: int | None = None,
     nesterov: bool = True,
     bias_correction: bool = True,
     scaling: str | None = 'jordan',
@@ -38,7 +38,7 @@ def scale_by_muon(
         mu_dtype: of the momentum; float32, or the parameters' if that is wider, when None.
         labels: of matrices, as for `muon`. Every leaf must be one: chain with `optax.masked` or `optax.partition`, or use `muon`.
         method: of `orthogonalize`.
-        ns_steps: iterations of `orthogonalize`.
+        ns_steps: iterations of `orthogonalize`, by default 5.
         nesterov: look ahead by one step.
         bias_correction: matters with `nesterov` only, for the weight of the latest gradient in the first steps: as in optax when True, as
             in the reference implementation when False.
@@ -51,6 +51,14 @@ def scale_by_muon(
 
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> optimizer, gradient = scale_by_muon(method='svd'), jnp.array([[0.0, 5.0], [0.1, 0.0]])
+        >>> updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+        >>> print(jnp.abs(updates).round(3))
+        [[0. 1.]
+         [1. 0.]]
 
     References:
         Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon>`_, 2024
@@ -71,7 +79,7 @@ def muon(
     learning_rate: optax.ScalarOrSchedule, beta: ArrayLike = 0.95,
     weight_decay: ArrayLike = 0.0, weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None, *,
-    labels: Labels | None = None, method: str = 'quintic', ns_steps: int = 5, nesterov: bool = True, bias_correction: bool = True,
+    labels: Labels | None = None, method: str = 'quintic', ns_steps: int | None = None, nesterov: bool = True, bias_correction: bool = True,
     scaling: str | None = 'jordan',
     adam_learning_rate: optax.ScalarOrSchedule | None = None, adam_b1: ArrayLike = 0.9, adam_b2: ArrayLike = 0.999,
     adam_eps: ArrayLike = 1e-8, adam_weight_decay: ArrayLike = 0.0, shardings: PyTree | None = None,
@@ -95,7 +103,7 @@ def muon(
 
     Returns:
         The transformation. Its state is optax's for `partition`, under the keys 'matrix' and 'adam', with an `M3State` in each.
-        With `optax.inject_hyperparams`, `static_args=('ns_steps',)`.
+        `optax.inject_hyperparams` takes every number for one that may vary: name `ns_steps` in its `static_args` where it is given.
 
     Raises:
         ValueError: if an argument is out of its range; at `init`, if a parameter is not real or its label does not fit.

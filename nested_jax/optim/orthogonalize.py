@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from nested_jax.optim.checks import check_choice, check_integer
+from nested_jax.optim.checks import as_integer, check_choice
 from nested_jax.optim.matrices import widened, working_dtype
-from nested_jax.optim.sharding import Layout, constrain, layouts_of, moves_to_batch, run_in_auto_mode
+from nested_jax.optim.sharding import Layout, in_layout, layouts_of, run_in_auto_mode
 
 PyTree = Any
 
@@ -58,14 +58,16 @@ def orthogonalize(x: jax.Array, *, method: str = 'quintic', steps: int = 5, shar
     float32.
 
     A matrix axis that is split over a mesh axis hands it to a batch axis where that divides: all-to-alls and no gather. Else the longer
-    matrix axis takes it and partial products are summed. XLA gathers where neither divides, for 'svd', and where it is not told: on an
-    Auto mesh without `sharding`.
+    matrix axis takes it, with zeros behind it where it does not divide, and partial products are summed. 'svd' needs matrices whole: there
+    zeros are put behind the batch, and a single matrix is on one device. A compiled program for an Auto mesh has to be told, by `sharding`:
+    else it warns, and XLA gathers.
 
     Args:
         x: (..., m, n), real floating point; each matrix is orthogonalised alone.
         method: 'quintic', 'cubic', 'polar_express' or 'svd'.
         steps: iterations, at least 1; 'svd' takes none.
-        sharding: of `x` on Auto meshes, whose compiled programs cannot ask for it; on Explicit meshes it is known from the type.
+        sharding: of `x` on Auto meshes, whose compiled programs cannot ask for it, NamedSharding(mesh, P()) where its last two axes are not
+            split; on Explicit meshes it is known from the type.
 
     Returns:
         (..., m, n) in the dtype of `x`.
@@ -110,7 +112,8 @@ def orthogonalize_tree(tree: PyTree, *, method: str = 'quintic', steps: int = 5,
         [[0.408 0.408 0.408]
          [0.408 0.408 0.408]] 0.0
     """
-    check_method(method, steps)
+    check_choice('method', method, METHODS)
+    steps = as_integer('steps', steps, 1)
     leaves, structure = jax.tree.flatten(tree)
     for leaf in leaves:
         _check_matrices(leaf)
@@ -135,12 +138,6 @@ def orthogonalize_all(matrices: list[jax.Array], layouts: list[Layout | None], m
     return [results[index] for index in range(len(matrices))]
 
 
-def check_method(method: str, steps: int, steps_name: str = 'steps') -> None:
-    """Raises ValueError if `method` or `steps` is not what `orthogonalize` takes."""
-    check_choice('method', method, METHODS)
-    check_integer(steps_name, steps, 1)
-
-
 def _check_matrices(x: jax.Array) -> None:
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f'x has shape {x.shape} and dtype {x.dtype}, allowed are real matrices, (..., m, n)')
@@ -152,25 +149,16 @@ def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None,
     There all steps of one find it in the cache, which a stack overflows, and XLA compiles equal programs once, but a slice of a stack for
     each leaf.
     """
-    polar = _polar_factor if method == 'svd' else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    whole = method == 'svd'
+    polar = _polar_factor if whole else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
     alone = functools.partial(_matrix_by_matrix, polar)
+    along = None if whole else -1
     if len(matrices) == 1:
-        return [_in_layouts(alone, matrices[0], layout)]
-    together = lambda *matrices: list(_in_layouts(polar, jnp.stack(matrices), layout and layout.stacked()))
+        return [in_layout(alone, matrices, layout, along)]
+    together = lambda *matrices: list(in_layout(polar, (jnp.stack(matrices),), layout and layout.stacked(), along))
     if layout is not None or not _is_large(matrices[0]):
         return together(*matrices)
     return jax.lax.platform_dependent(*matrices, cpu=lambda *matrices: list(map(jax.jit(alone), matrices)), default=together)
-
-
-def _in_layouts(function, x: jax.Array, layout: Layout | None) -> jax.Array:
-    """`function(x)` with the matrices whole on a device as far as their number allows, and laid out as before afterwards."""
-    moves = moves_to_batch(layout, x.shape) if layout else []
-    for move in moves:
-        x = constrain(x, move)
-    x = function(x)
-    for move in reversed(moves):
-        x = constrain(x, move)
-    return x
 
 
 def _matrix_by_matrix(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
@@ -253,16 +241,31 @@ def _polar_factor(x: jax.Array) -> jax.Array:
 
 @_polar_factor.defjvp
 def _polar_factor_jvp(primals, tangents):
-    """The derivative divides by sums of singular values; that of the SVD itself divides by their differences."""
+    """From X = P O with P symmetric and m <= n: dO = W O + P^-1 dX (I - O^T O) with W P + P W = dX O^T - O dX^T.
+
+    The derivative of the SVD itself divides by differences of singular values; this one by their sums, however often it is taken.
+    """
     (x,), (dx,) = primals, tangents
-    u, s, vt = _svd(x)
-    kept = _kept(s, x.shape)
-    u, vt, dx = u * kept[..., None, :], vt * kept[..., :, None], dx.astype(s.dtype)
-    sums = s[..., :, None] + s[..., None, :]
-    inside = u.mT @ dx @ vt.mT
-    rotation = (inside - inside.mT) / jnp.where(sums > 0, sums, 1.0)
-    outside = (u.mT @ dx - inside @ vt) / jnp.where(kept > 0, s, 1.0)[..., :, None]
-    return ((u * kept[..., None, :]) @ vt).astype(x.dtype), (u @ (rotation @ vt + outside)).astype(x.dtype)
+    polar = _polar_factor(x)
+    o, wide, dx = widened(polar), widened(x), widened(dx)
+    p = wide @ o.mT
+    p, inside = (p + p.mT) / 2, o @ o.mT @ dx @ o.mT  # what is missing in rank does not turn
+    turned = _divided_by_symmetric(True, x.shape, p, inside - inside.mT) @ o
+    return polar, (turned + _divided_by_symmetric(False, x.shape, p, dx - dx @ o.mT @ o)).astype(x.dtype)
+
+
+def _divided_by_symmetric(both: bool, shape: tuple[int, ...], p: jax.Array, b: jax.Array) -> jax.Array:
+    """y of p y + y p = b, or without `both` of p y = b, in the range of p, the factor of a matrix of `shape`."""
+
+    def solve(_, b):
+        s, u = jnp.linalg.eigh(p)
+        kept = _kept(s, shape)
+        pairs = kept[..., :, None] * kept[..., None, :] if both else kept[..., :, None]
+        sums = s[..., :, None] + s[..., None, :] if both else s[..., :, None]
+        y = u @ (u.mT @ (b @ u if both else b) * pairs / jnp.where(pairs > 0, sums, 1.0))
+        return y @ u.mT if both else y
+
+    return jax.lax.custom_linear_solve(lambda y: p @ y + y @ p if both else p @ y, b, solve, symmetric=True)
 
 
 def _svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

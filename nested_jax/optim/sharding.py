@@ -1,12 +1,15 @@
 """Where the axes of a mesh lie on an array, how they are moved without gathering it, and where state belongs."""
 
 import dataclasses
+import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
@@ -61,6 +64,17 @@ class Layout:
     mesh: Mesh | AbstractMesh
     names: tuple[Names, ...]
 
+    def pieces(self, names: Names) -> int:
+        """Into how many parts mesh axes split an array's axis."""
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def moved(self, name: str, source: int, target: int) -> 'Layout':
+        """The layout after a mesh axis has gone from one axis of the array to another."""
+        names = list(self.names)
+        names[source] = tuple(other for other in names[source] if other != name)
+        names[target] = (*names[target], name)
+        return dataclasses.replace(self, names=tuple(names))
+
     def transposed(self, order: Sequence[int]) -> 'Layout':
         """The layout after `jnp.transpose(x, order)`."""
         return dataclasses.replace(self, names=tuple(self.names[axis] for axis in order))
@@ -71,9 +85,21 @@ class Layout:
 
 
 def layout_of(x: jax.Array, sharding: NamedSharding | None = None) -> Layout | None:
-    """The layout of `x`: from its type on Explicit mesh axes, else from `sharding`; None where nothing is split."""
+    """The layout of `x`, None if nothing is split: from its type on Explicit mesh axes, else from `sharding`, or its own if not traced.
+
+    Warns of a matrix in a program for an Auto mesh whose sharding is not told: only XLA knows it there, and gathers what it has to.
+    """
     typed = jax.typeof(x).sharding
-    sharding = typed if any(typed.spec) else sharding
+    if any(typed.spec):
+        sharding = typed
+    elif sharding is None and not isinstance(x, jax.core.Tracer):
+        sharding = x.sharding if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) else None
+    elif sharding is None and x.ndim >= 2 and AxisType.Auto in typed.mesh.axis_types and typed.mesh.size > 1:
+        warnings.warn(
+            f'the sharding of an array of shape {x.shape} on an Auto mesh of {typed.mesh.size} devices is not told, and XLA gathers it '
+            f'if its last two axes are split: give its NamedSharding as `shardings`, or NamedSharding(mesh, P()) if they are not',
+            stacklevel=2,
+        )
     return None if sharding is None or not any(sharding.spec) else Layout(sharding.mesh, _names(sharding.spec, x.ndim))
 
 
@@ -96,38 +122,79 @@ def run_in_auto_mode(function: Callable, arguments: tuple, like: PyTree) -> Any:
         return jax.sharding.auto_axes(function, out_sharding=specs)(*arguments)
 
 
+def placed_like(leaf: jax.Array, x: jax.Array, *axes: int | None) -> jax.Array:
+    """State (..., i, j) of a leaf (..., in, out) on an Explicit mesh: its batch split as the leaf's, i and j as axis -2 or -1, or not."""
+    if isinstance(leaf, jax.ShapeDtypeStruct) or AxisType.Explicit not in jax.typeof(leaf).sharding.mesh.axis_types:
+        return x
+    sharding = jax.typeof(leaf).sharding
+    spec = (None, None, *sharding.spec)[-max(leaf.ndim, 2) :]
+    split = jax.P(*spec[:-2], *(None if axis is None else spec[axis] for axis in axes))
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, split))
+
+
 def constrain(x: jax.Array, layout: Layout) -> jax.Array:
     """`x` laid out as told; inside of Auto mode."""
     mesh = layout.mesh if isinstance(layout.mesh, Mesh) else jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, jax.P(*layout.names)))
 
 
-def moves_to_batch(layout: Layout, shape: tuple[int, ...]) -> list[Layout]:
-    """Layouts that lead, one mesh axis at a time, from `layout` to one whose matrices are whole on a device.
-
-    A mesh axis goes from a matrix axis to the first batch axis it divides, else to the last axis, along which products of the form
-    x x^T sum up partial products, else it stays. One at a time, because each such move is an all-to-all; two at once make XLA gather.
+def in_layout(function: Callable, arrays: Sequence[jax.Array], layout: Layout | None, along: int | None) -> jax.Array:
+    """`function(*arrays)` with matrices split as `route` says, and the result laid out as they were; inside of Auto mode.
 
     Args:
-        layout: of an array of shape (..., m, n), m <= n.
+        function: of arrays to one of their shape. Zeros behind the rows, the columns or the batch give zeros there and change nothing.
+        arrays: of one shape (..., m, n), all in `layout`.
+        layout: None to call the function as it is.
+        along: the axis partial products are summed up over, -2 or -1; None for a function that needs matrices whole.
+    """
+    if layout is not None and along is None and arrays[0].ndim == 2:
+        return in_layout(function, [x[None] for x in arrays], layout.stacked(), along)[0]
+    there, back = moves(layout, arrays[0].shape, along)
+    return back(function(*map(there, arrays)))
+
+
+def moves(layout: Layout | None, shape: tuple[int, ...], along: int | None, *, batch: bool = True) -> tuple[Callable, Callable]:
+    """Functions that move an array of `shape` along its `route`, and back; inside of Auto mode. They do nothing if `layout` is None."""
+    if layout is None:
+        return (lambda x: x), (lambda x: x)
+    padded, steps = route(layout, shape, along, batch=batch)
+
+    def there(x):
+        x = jnp.pad(x, [(0, large - size) for large, size in zip(padded, shape, strict=True)])
+        return functools.reduce(constrain, steps, x)
+
+    def back(x):
+        return jax.lax.slice(functools.reduce(constrain, reversed(steps), x), (0,) * len(shape), shape)
+
+    return there, back
+
+
+def route(layout: Layout, shape: tuple[int, ...], along: int | None, *, batch: bool = True) -> tuple[tuple[int, ...], list[Layout]]:
+    """A padded shape, and layouts that lead, one mesh axis at a time, from `layout` to one that `along` does not split across.
+
+    A mesh axis goes from a matrix axis to the first batch axis it divides, else to the axis `along`, which zeros are put behind until it
+    divides, or to the first batch axis if matrices must be whole. One at a time, because each such move is an all-to-all; two at once make
+    XLA gather.
+
+    Args:
+        layout: of an array of shape (..., m, n), with a batch axis if `along` is None.
         shape: of the array.
+        along: the matrix axis that may be split, -2 or -1, or None.
+        batch: whether batch axes may be split more than they are.
 
     Returns:
-        The layouts in order, the first being `layout` without what does not divide its axis.
+        The shape, and the layouts in order, the first being `layout`.
     """
-    sizes = dict(layout.mesh.shape)
-    fits = lambda axis, names: shape[axis] % math.prod(sizes[name] for name in names) == 0
-    names = [entry if fits(axis, entry) else () for axis, entry in enumerate(layout.names)]
-    steps = [tuple(names)]
-    last = len(shape) - 1
+    last, rest, steps = len(shape) - 1, 0 if along is None else along % len(shape), [layout]
     for source in (last, last - 1):
-        for name in reversed(names[source]):
-            target = next((axis for axis in (*range(last - 1), last) if axis != source and fits(axis, (*names[axis], name))), None)
-            if target is not None:
-                names[source] = tuple(other for other in names[source] if other != name)
-                names[target] = (*names[target], name)
-                steps.append(tuple(names))
-    return [dataclasses.replace(layout, names=step) for step in steps]
+        for name in reversed(layout.names[source]):
+            names = steps[-1].names
+            fits = (axis for axis in range(last - 1 if batch else 0) if shape[axis] % layout.pieces((*names[axis], name)) == 0)
+            target = next(fits, rest)
+            if target != source:
+                steps.append(steps[-1].moved(name, source, target))
+    pieces = [max(layout.pieces(step.names[axis]) for step in steps) for axis in range(len(shape))]
+    return tuple(-(-size // piece) * piece for size, piece in zip(shape, pieces, strict=True)), steps
 
 
 def _names(spec: jax.P, ndim: int) -> tuple[Names, ...]:

@@ -1,5 +1,6 @@
 """A step of each optimizer on the same gradients."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,15 @@ def layer_shapes(width: int, hidden: int, layers: int) -> list[dict[str, tuple[i
     """Matrices of a Transformer's layers, each a parameter of its own."""
     layer = dict(query=(width, width), key=(width, width), value=(width, width), output=(width, width))
     return [layer | dict(gate=(width, hidden), up=(width, hidden), down=(hidden, width)) for _ in range(layers)]
+
+
+def trees_of(settings: Settings) -> tuple[dict[str, list], list]:
+    """Trees to take steps on by name, and the one that is only compiled."""
+    if settings.smoke:
+        return {'1 layer of 32': layer_shapes(32, 64, 1)}, layer_shapes(32, 64, 2)
+    large = preset('transformer-340m')
+    layers = functools.partial(layer_shapes, large.width, large.levels[0].hidden_dim)
+    return {'24 layers of 512': layer_shapes(512, 1408, 24), '2 layers of the 340m preset': layers(2)}, layers(large.num_layers)
 
 
 def compile_update(make: Callable, shapes: list) -> tuple[float, int]:
@@ -47,11 +57,7 @@ def optimizer_steps(settings: Settings):
         'muon': lambda: optim.muon(1e-3),
         'm3': lambda: optim.m3(1e-3, periods=(period,)),
     }
-    large = preset('transformer-340m')
-    trees = {
-        '24 layers of 512': layer_shapes(512, 1408, 24),
-        '2 layers of the 340m preset': layer_shapes(large.width, large.levels[0].hidden_dim, 2),
-    }
+    trees, whole = trees_of(settings)
     for tree, shapes in trees.items():
         for name, make in makers.items():
             run, compile_seconds, temporary = optimizer_step(make, shapes, advance=1)
@@ -61,7 +67,6 @@ def optimizer_steps(settings: Settings):
                 seconds = ((period - 1) * seconds + renewing) / period
             yield dict(what='optimizer', model=name, tree=tree, step_s=seconds, compile_s=compile_seconds, temporary_mib=temporary / 2**20)
     # All layers are only compiled: a step of theirs takes minutes, and optax.contrib.muon 7 GiB of temporaries beside 5 of arrays.
-    whole = layer_shapes(large.width, large.levels[0].hidden_dim, large.num_layers)
     for name, make in makers.items():
         seconds, temporary = compile_update(make, whole)
         yield dict(what='optimizer', model=name, tree='the 340m preset', compile_s=seconds, temporary_mib=temporary / 2**20)

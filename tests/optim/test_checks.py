@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.optim.checks import check_choice, check_decay, check_integer, check_range, check_real
+from nested_jax.optim.checks import as_integer, check_choice, check_decay, check_range, check_real
 
 
 @pytest.mark.parametrize('value', [0, 1, 0.5, np.float32(0.5), np.asarray(0.5), jnp.asarray(2.0), lambda count: 2.0])
@@ -30,11 +30,23 @@ def test_one_side_may_be_open():
         check_decay('b1', 1)
 
 
-@pytest.mark.parametrize('value', [0, 1.0, True, '1', None])
-def test_integers(value):
-    check_integer('steps', 1, 1)
+@pytest.mark.parametrize('value', [0, 1.0, True, '1', None, np.float32(2), np.bool_(True), np.array([1, 2]), jnp.asarray(1.0)])
+def test_what_is_no_integer(value):
     with pytest.raises(ValueError, match='steps is .*, allowed is an integer of at least 1'):
-        check_integer('steps', value, 1)
+        as_integer('steps', value, 1)
+
+
+@pytest.mark.parametrize('value', [3, np.int32(3), np.array(3), jnp.asarray(3, jnp.uint8)])
+def test_integers_of_any_library_become_ints(value):
+    assert type(as_integer('steps', value, 3)) is int and as_integer('steps', value, 3) == 3
+    with pytest.raises(ValueError, match='steps is .*3.*, allowed is an integer of at least 4'):
+        as_integer('steps', value, 4)
+
+
+def test_traced_integers_are_refused_with_what_to_do():
+    message = r"steps is a traced value, allowed is an integer of at least 1 .*static_args=\('steps',\) of optax.inject_hyperparams"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda value: as_integer('steps', value, 1))(3)
 
 
 def test_choices():

@@ -30,6 +30,7 @@ from nested_jax.optim import (
     m3,
     muon,
     preconditioned_momentum,
+    scale_by_learned_preconditioner,
 )
 
 
@@ -45,22 +46,56 @@ OPTIMIZERS = {
     'delta_momentum': Case(functools.partial(delta_momentum, form='proximal'), 1e-3),
     'deep_momentum': Case(deep_momentum, 1e-4, 40_000),
 }
+
+
+def fixing(make, **arguments):
+    """`optax.inject_hyperparams` takes functions for schedules and sizes for numbers that vary, so it must not see them."""
+    return lambda learning_rate, mu_dtype=None: make(learning_rate, mu_dtype=mu_dtype, **arguments)
+
+
+def are_matrices(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def log_cosh(prediction, gradient):
+    return jnp.sum(jnp.log(jnp.cosh(prediction - gradient)))
+
+
 VARIANTS = {
     'muon': Case(muon),
+    'muon_plain': Case(functools.partial(muon, nesterov=False)),
+    'muon_uncorrected': Case(functools.partial(muon, bias_correction=False)),
+    'muon_moonshot': Case(functools.partial(muon, scaling='moonshot')),
     'muon_rms': Case(functools.partial(muon, scaling='rms', nesterov=False, weight_decay=1e-4, adam_weight_decay=1e-4)),
+    'muon_unscaled': Case(functools.partial(muon, scaling=None)),
+    'muon_cubic': Case(functools.partial(muon, method='cubic')),
+    'muon_exact': Case(functools.partial(muon, method='svd')),
     'm3_rms': Case(functools.partial(m3, periods=(2, 5), scaling='rms', method='polar_express')),
+    'm3_without_second_moment': Case(functools.partial(m3, b2=None, periods=(3,))),
+    'm3_uncorrected': Case(functools.partial(m3, bias_correction=False, periods=(3,)), 0.03),
     'm3_literal': Case(functools.partial(m3, periods=(3,), literal=True), None),  # sums that never decay swing for ever
+    'by_level_average': Case(lambda learning_rate: by_level(muon(learning_rate), 2, average=True)),
     'delta_momentum_printed': Case(delta_momentum, 1e-3),
     'delta_momentum_normalised': Case(functools.partial(delta_momentum, form='normalised'), 1e-3),
+    'delta_momentum_preconditioned': Case(fixing(delta_momentum, preconditioner=jnp.tanh, form='proximal'), 1e-2),
+    'delta_momentum_masked': Case(fixing(delta_momentum, mask=are_matrices), 1e-3),
     'preconditioned_momentum': Case(preconditioned_momentum, 1e-4, 40_000),
+    'preconditioned_momentum_given': Case(fixing(preconditioned_momentum, preconditioner=jnp.tanh), 1e-2),
+    'preconditioned_momentum_identity': Case(functools.partial(preconditioned_momentum, preconditioner=None), 1e-3),
     'feature_momentum': Case(feature_momentum, 1e-4, 40_000),
+    'feature_momentum_function': Case(fixing(feature_momentum, feature=jnp.tanh), 1e-2),
+    'feature_momentum_preconditioned': Case(fixing(feature_momentum, preconditioner=scale_by_learned_preconditioner()), 1e-4, 40_000),
     'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 3e-3, 40_000),
+    'deep_momentum_objective': Case(fixing(deep_momentum, objective=log_cosh, write_rate=0.1), 3e-3, 40_000),
+    'deep_momentum_heavy_ball': Case(fixing(deep_momentum, hidden_size=0), 1e-3),
+    'deep_momentum_network': Case(functools.partial(deep_momentum, linear=False), 1e-3, 40_000),
+    'deep_momentum_sigma': Case(fixing(deep_momentum, sigma=jnp.tanh), 3e-3, 40_000),
     'delta_gradient_descent': Case(functools.partial(delta_gradient_descent, exact=False), 1e-3, 40_000),
     'adam_as_memory': Case(adam_as_memory, 1e-3, 40_000),
+    'adam_as_memory_square': Case(functools.partial(adam_as_memory, target='square'), 1e-3, 40_000),
     'adagrad_as_memory': Case(adagrad_as_memory, 1.0),
 }
 
-NOT_INJECTABLE = {'ns_steps', 'hidden_size'}  # arguments that stand for a shape or a number of iterations
 DTYPES = [jnp.bfloat16, jnp.float64, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (jnp.float16, jnp.float32))]
 
 
@@ -158,11 +193,29 @@ def test_map_params_finds_the_state_like_the_parameters(case):
 
 def test_injected_hyperparams_change_nothing(case, x64):
     """In float64: they come as arrays, and 1 - 0.999 in float32 is off by 5e-5 of itself."""
-    static = tuple(NOT_INJECTABLE & set(inspect.signature(case.make).parameters))
-    injected = optax.inject_hyperparams(case.make, static)(learning_rate=0.1)
+    injected = optax.inject_hyperparams(case.make)(learning_rate=0.1)
     (expected_params, _, expected), (params, _, state) = (advance(tx, make_params(jnp.float64)) for tx in (case.make(0.1), injected))
     assert_close(params, expected_params, rtol=1e-9, atol=1e-12)
     assert_close(state.inner_state, expected, rtol=1e-9, atol=1e-12)
+
+
+# Arguments that stand for a shape, a period or a number of iterations.
+INTEGERS = [(muon, 'ns_steps'), (m3, 'ns_steps'), (m3, 'periods'), (deep_momentum, 'hidden_size')]
+
+
+@pytest.mark.parametrize(('make', 'name'), INTEGERS)
+def test_integers_cannot_be_injected_and_say_so(make, name):
+    params = make_params()
+    given = dict(learning_rate=0.1) | {name: 3}
+    injected = optax.inject_hyperparams(make)(**given)
+    with pytest.raises(ValueError, match=rf'{name} is a traced value, .*static_args=\(\'{name}\',\) of optax.inject_hyperparams'):
+        jax.jit(injected.update)(params, injected.init(params), params)
+    static = optax.inject_hyperparams(make, static_args=(name,))(**given)
+    assert_close(advance(static, params)[0], advance(make(**given), params)[0], rtol=1e-4)
+    # Operation by operation the value is known.
+    assert_close(
+        injected.update(params, injected.init(params), params)[0], make(**given).update(params, make(**given).init(params), params)[0]
+    )
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -302,6 +355,11 @@ def test_types_are_stable_on_an_explicit_mesh(case):
 def test_examples_run(module):
     failures, _ = doctest.testmod(importlib.import_module(f'nested_jax.optim.{module}'))
     assert failures == 0
+
+
+@pytest.mark.parametrize('name', nested_jax.optim.__all__)
+def test_everything_public_has_an_example(name):
+    assert any(test.examples for test in doctest.DocTestFinder(recurse=False).find(getattr(nested_jax.optim, name), name))
 
 
 def test_updates_have_the_dtype_of_parameters_whatever_that_of_gradients(case):

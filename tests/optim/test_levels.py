@@ -46,14 +46,15 @@ def assert_equal(actual, expected):
 
 
 @pytest.mark.parametrize('name', INNER)
-def test_equals_multi_steps_of_each_level(name):
-    inner, params = INNER[name](0.1), make_params()
+def test_equals_multi_steps_of_each_level(x64, name):
+    """Identity 25."""
+    inner, params = INNER[name](0.1), make_params(jnp.float64)
     gradients = make_gradients(7, params)
     history, _ = run(by_level(inner, PERIODS), params, gradients)
     for level, period in PERIODS.items():
-        reference = optax.MultiSteps(inner, period, use_grad_mean=False).gradient_transformation()
+        reference = optax.MultiSteps(inner, period, use_grad_mean=False, accumulator_dtype=jnp.float64).gradient_transformation()
         expected, _ = run(reference, params[level], gradients[level])
-        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), history[level], expected)
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), history[level], expected)
         moves = [(leaf[1:] != leaf[:-1]).any(tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(history[level])]
         for moved in moves:
             np.testing.assert_array_equal(moved, np.arange(2, 8) % period == 0)
@@ -79,24 +80,26 @@ def test_period_one_among_others_is_the_inner_optimizer_to_the_bit():
         params, alone = optax.apply_updates(params, updates), optax.apply_updates(alone, expected)
 
 
-def test_gradient_descent_takes_the_sum():
-    params = make_params()
+def test_gradient_descent_takes_the_sum(x64):
+    params = make_params(jnp.float64)
     gradients = make_gradients(6, params)
     history, _ = run(by_level(optax.sgd(0.1), 3), params, gradients)
     for before, gradient, after in zip(*map(jax.tree.leaves, (params, gradients, history)), strict=True):
         np.testing.assert_array_equal(after[1], before)
-        np.testing.assert_allclose(after[2], before - 0.1 * gradient[:3].sum(0), rtol=1e-6)
-        np.testing.assert_allclose(after[5], before - 0.1 * gradient.sum(0), rtol=1e-6)
+        np.testing.assert_allclose(after[2], before - 0.1 * gradient[:3].sum(0), rtol=1e-12)
+        np.testing.assert_allclose(after[5], before - 0.1 * gradient.sum(0), rtol=1e-12)
 
 
 @pytest.mark.parametrize('name', INNER)
-def test_average_equals_multi_steps(name):
-    inner, params = INNER[name](0.1), make_params()
+def test_average_equals_multi_steps(x64, name):
+    inner, params = INNER[name](0.1), make_params(jnp.float64)
     gradients = make_gradients(7, params)
     history, _ = run(by_level(inner, PERIODS, average=True), params, gradients)
     for level, period in PERIODS.items():
-        expected, _ = run(optax.MultiSteps(inner, period).gradient_transformation(), params[level], gradients[level])
-        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6), history[level], expected)
+        expected, _ = run(
+            optax.MultiSteps(inner, period, accumulator_dtype=jnp.float64).gradient_transformation(), params[level], gradients[level]
+        )
+        jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), history[level], expected)
 
 
 @pytest.mark.parametrize('by_path', [False, True])
@@ -268,6 +271,31 @@ def test_gradient_through_zero_gradients_is_finite():
 def test_periods_are_checked(period):
     with pytest.raises(ValueError, match=r"periods at \['slow'\] is .*, allowed is an integer of at least 1"):
         by_level(optax.sgd(0.1), {'fast': 1, 'slow': period}).init({'fast': jnp.zeros(()), 'slow': jnp.zeros(())})
+
+
+@pytest.mark.parametrize('tokens_per_step', [256, 1024, 4096])
+def test_periods_in_tokens_are_kept_whatever_the_batch(x64, tokens_per_step):
+    """Levels of 512, 2,048 and 16,384 tokens: each has taken an update for every period that is over, of the whole sum of gradients."""
+    tokens = {'fast': 512, 'middle': 2048, 'slow': 16384}
+    params, steps = make_params(jnp.float64), 2 * 16384 // tokens_per_step
+    periods = {name: steps_of(period, tokens_per_step) for name, period in tokens.items()}
+    gradients = make_gradients(steps, params)
+    history, state = run(by_level(optax.sgd(0.1), periods), params, gradients)
+    for name, period in tokens.items():
+        every = max(period // tokens_per_step, 1)
+        path = np.concatenate([params[name]['b'][None], history[name]['b']])
+        moved = (path[1:] != path[:-1]).any(1)
+        np.testing.assert_array_equal(moved, (np.arange(1, steps + 1) * tokens_per_step) % max(period, tokens_per_step) == 0)
+        assert moved.sum() == steps * tokens_per_step // max(period, tokens_per_step)
+        whole = np.asarray(gradients[name]['b']).reshape(-1, every, 2).sum(1)
+        np.testing.assert_allclose(path[every::every], path[0] - 0.1 * np.cumsum(whole, 0), rtol=1e-11)
+
+
+def test_a_period_that_steps_do_not_divide_is_rounded_up_to_steps():
+    """5,000 tokens of batches of 2,048 are three steps, after 6,144 tokens: never before the period is over."""
+    params = {'slow': jnp.zeros(())}
+    history, _ = run(by_level(optax.sgd(1.0), {'slow': steps_of(5000, 2048)}), params, {'slow': jnp.ones(7)})
+    np.testing.assert_array_equal(history['slow'], [0, 0, -3, -3, -3, -6, -6])
 
 
 def test_steps_of_a_period_in_tokens():

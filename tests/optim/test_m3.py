@@ -29,16 +29,31 @@ def run(optimizer, gradients):
     return jax.jit(lambda gradients: jax.lax.scan(step, optimizer.init(params), gradients)[1])(gradients)
 
 
-def newton_schulz(x, steps=5):
+def newton_schulz(x, steps=5, method='quintic'):
     if steps == 0:
         return x
+    if method in ('svd', 'polar_express'):  # of which the second has converged to the first after the steps taken here
+        u, _, vt = np.linalg.svd(x, full_matrices=False)
+        return u @ vt
     x = x / np.sqrt((x**2).sum())
+    a, b, c = {'quintic': (3.4445, -4.7750, 2.0315), 'cubic': (1.5, -0.5, 0.0)}[method]
     for _ in range(steps):
-        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+        x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
     return x
 
 
-def reference(gradients, b1=0.95, b2=0.999, b3=(0.9,), alpha=(0.1,), eps=1e-8, periods=(3,), corrected=True, literal=False, ns_steps=5):
+FACTORS = {
+    'jordan': lambda u: u * np.sqrt(max(1, u.shape[1] / u.shape[0])),
+    'moonshot': lambda u: u * 0.2 * np.sqrt(max(u.shape)),
+    'rms': lambda u: 0.2 * u / np.sqrt((u**2).mean()),
+    None: lambda u: u,
+}
+
+
+def reference(
+    gradients, b1=0.95, b2=0.999, b3=(0.9,), alpha=(0.1,), eps=1e-8, periods=(3,), corrected=True, literal=False, ns_steps=5,
+    nesterov=False, scaling=None, method='quintic',
+):  # fmt: skip
     """Algorithm 1 in numpy: sums of exactly the previous f gradients, O2 = 0 in block 0."""
     keep = lambda b: 1 if literal else b
     add = lambda b: b if literal else 1 - b
@@ -49,11 +64,12 @@ def reference(gradients, b1=0.95, b2=0.999, b3=(0.9,), alpha=(0.1,), eps=1e-8, p
         for s, f in enumerate(periods):
             if t > 0 and t % f == 0:
                 m2[s] = keep(b3[s]) * m2[s] + add(b3[s]) * gradients[t - f : t].sum(0)
-                o2[s] = newton_schulz(m2[s], ns_steps)
+                o2[s] = newton_schulz(m2[s], ns_steps, method)
         m1, v = keep(b1) * m1 + add(b1) * g, keep(b2 or 0) * v + add(b2 or 0) * g**2
         c1, c2 = (1 - b1 ** (t + 1), 1 - (b2 or 0) ** (t + 1)) if corrected and not literal else (1, 1)
-        numerator = newton_schulz(m1 / c1, ns_steps) + sum(a * o for a, o in zip(alpha, o2, strict=True))
-        updates.append(numerator / (np.sqrt(v / c2) + eps) if b2 else numerator)
+        ahead = b1 * m1 / (1 - b1 ** (t + 2) if corrected else 1) + (1 - b1) * g / c1 if nesterov else m1 / c1
+        numerator = newton_schulz(ahead, ns_steps, method) + sum(a * o for a, o in zip(alpha, o2, strict=True))
+        updates.append(FACTORS[scaling](numerator / (np.sqrt(v / c2) + eps) if b2 else numerator))
     return np.stack(updates)
 
 
@@ -71,6 +87,16 @@ def reference(gradients, b1=0.95, b2=0.999, b3=(0.9,), alpha=(0.1,), eps=1e-8, p
         {'periods': (), 'b3': (), 'alpha': ()},
         {'ns_steps': 0, 'alpha': (0.5,)},
         {'b1': 0.5, 'b2': 0.9, 'eps': 0.1},
+        {'nesterov': True},
+        {'nesterov': True, 'corrected': False, 'b2': None},
+        {'nesterov': True, 'ns_steps': 0},
+        {'scaling': 'jordan', 'b2': None},
+        {'scaling': 'moonshot'},
+        {'scaling': 'rms'},
+        {'scaling': 'rms', 'literal': True},
+        {'method': 'svd'},
+        {'method': 'cubic'},
+        {'method': 'polar_express', 'ns_steps': 14},
     ],
 )
 def test_ten_steps_in_numpy(x64, arguments, shape):
@@ -79,6 +105,35 @@ def test_ten_steps_in_numpy(x64, arguments, shape):
     ours = {('bias_correction' if name == 'corrected' else name): value for name, value in arguments.items()}
     updates, _ = run(scale_by_m3(**ours), jnp.asarray(gradients))
     np.testing.assert_allclose(updates, reference(gradients, **arguments), rtol=1e-9, atol=1e-10)
+
+
+def adamw(gradients, params, rate, decay, b1=0.9, b2=0.999, eps=1e-8):
+    """Updates of AdamW in numpy; parameters stay where they are."""
+    m, v, updates = 0.0, 0.0, []
+    for t, g in enumerate(gradients):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        direction = m / (1 - b1 ** (t + 1)) / (np.sqrt(v / (1 - b2 ** (t + 1))) + eps)
+        updates.append(-rate(t) * (direction + decay * params))
+    return np.stack(updates)
+
+
+@pytest.mark.parametrize('literal', [False, True])
+def test_ten_steps_of_the_optimizer_in_numpy(x64, literal):
+    """M3 with decay for the matrix, AdamW with rates of its own for the rest, both after schedules; what the mask names does not decay."""
+    gradients = {'kernel': draw(STEPS, 3, 5), 'other': draw(STEPS, 5, 3, seed=1), 'bias': draw(STEPS, 5, seed=2)}
+    params = {'kernel': draw(3, 5, seed=3), 'other': draw(5, 3, seed=4), 'bias': draw(5, seed=5)}
+    rate, adam_rate = lambda count: 0.1 / (1 + count), lambda count: 0.01 * (count + 1)
+    optimizer = m3(
+        rate, 0.9, 0.99, 0.8, 0.5, 1e-3, 0.2, {'kernel': True, 'other': False, 'bias': True}, periods=(3,), literal=literal,
+        adam_learning_rate=adam_rate, adam_b1=0.7, adam_b2=0.95, adam_eps=1e-4, adam_weight_decay=0.3,
+    )  # fmt: skip
+    step = lambda state, gradient: optimizer.update(gradient, state, params)[::-1]
+    updates = jax.jit(lambda gradients: jax.lax.scan(step, optimizer.init(params), gradients)[1])(gradients)
+    for name, decay in (('kernel', 0.2), ('other', 0.0)):
+        direction = reference(gradients[name], 0.9, 0.99, (0.8,), (0.5,), 1e-3, literal=literal)
+        expected = -np.stack([rate(t) * (direction[t] + decay * params[name]) for t in range(STEPS)])
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(updates['bias'], adamw(gradients['bias'], params['bias'], adam_rate, 0.3, 0.7, 0.95, 1e-4), rtol=1e-11)
 
 
 def test_without_slow_scale_and_second_moment_it_is_muon():
@@ -201,7 +256,7 @@ def test_small_gradients_of_16_bits_are_averaged_in_float32():
         ({'periods': (0,)}, 'periods is 0, allowed is an integer of at least 1'),
         ({'periods': 2.5}, 'periods is 2.5, allowed is an integer of at least 1'),
         ({'periods': (2, 3), 'b3': (0.5,)}, r'b3 is \(0.5,\), allowed is one number, or one for each of the 2 periods'),
-        ({'ns_steps': '5'}, "ns_steps is '5', allowed is an integer of at least 1"),
+        ({'ns_steps': '5'}, "ns_steps is '5', allowed is an integer of at least 0"),
         ({'literal': True, 'nesterov': True}, 'nesterov is True, allowed with literal is False'),
     ],
 )

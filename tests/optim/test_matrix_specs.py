@@ -86,6 +86,34 @@ def test_dimension_numbers(spec, letters, shape):
     np.testing.assert_array_equal(doubled, 2 * x)
 
 
+@pytest.mark.parametrize(
+    ('spec', 'letters', 'shape'),
+    [
+        (MatrixSpec(), 'abcd->abcd', (2, 3, 4, 5)),  # layers and experts, say, as batch
+        (MatrixSpec(inputs=(0, 1, 2), outputs=3), 'abcd->abcd', (24, 5)),  # a convolution's height, width and channels
+        (MatrixSpec(inputs=-2, outputs=-1), 'abcd->abcd', (2, 3, 4, 5)),
+        (MatrixSpec(inputs=-3, outputs=(-2, -1)), 'abcd->abcd', (2, 3, 20)),  # scanned layers of (embed, heads, head_dim)
+        (MatrixSpec(inputs=(-3, -2), outputs=-1), 'abcd->abcd', (2, 12, 5)),  # and of (heads, head_dim, embed)
+        (MatrixSpec(inputs=1, outputs=3), 'abcd->acbd', (2, 4, 3, 5)),  # a matrix for each layer and head
+        (MatrixSpec(inputs=(3, 1), outputs=(0,)), 'abcd->cdba', (4, 15, 2)),
+    ],
+)
+def test_dimension_numbers_of_four_axes(spec, letters, shape):
+    x = jnp.arange(120.0).reshape(2, 3, 4, 5)
+    (matrix,), doubled = collect(x, spec)
+    np.testing.assert_array_equal(matrix, jnp.einsum(letters, x).reshape(shape))
+    np.testing.assert_array_equal(doubled, 2 * x)
+
+
+def test_blocks_of_an_axis_among_four():
+    """Grouped query, key and value heads of scanned layers: (layers, embed, heads, head_dim)."""
+    x = jnp.arange(2 * 3 * 6 * 4.0).reshape(2, 3, 6, 4)
+    parts, doubled = collect(x, MatrixSpec(inputs=-3, outputs=(-2, -1), blocks=(BlockSpec(-2, (4, 1, 1)),)))
+    assert [part.shape for part in parts] == [(2, 3, 16), (2, 3, 4), (2, 3, 4)]
+    np.testing.assert_array_equal(parts[1], x[:, :, 4])
+    np.testing.assert_array_equal(doubled, 2 * x)
+
+
 def test_blocks_of_unequal_size_on_a_fused_axis():
     x = jnp.arange(48.0).reshape(2, 3, 8)
     parts, doubled = collect(x, MatrixSpec(blocks=(BlockSpec(-1, (4, 2, 2)),)))

@@ -200,6 +200,50 @@ def test_preconditioned_momentum_against_numpy(x64):
         np.testing.assert_allclose(scaled[name], np.tensordot(weights, 2 * np.asarray(gradients[name]), 1), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize('kind', ['array', 'function', 'learned'])
+@pytest.mark.parametrize('optimizer', ['preconditioned', 'delta', 'feature'])
+def test_every_preconditioner_in_every_momentum_against_numpy(x64, optimizer, kind):
+    """Ten steps. Learned ones are transformations, which stand in front of the delta rule."""
+    gradients, matrix = np.asarray(make_gradients(shapes={'w': (4, 3)})['w']), np.random.default_rng(1).normal(size=(3, 3))
+    seen = np.sign(gradients) * np.sqrt(np.abs(gradients)) if optimizer == 'feature' else gradients
+    learner = scale_by_learned_preconditioner(0.3, 0.8)
+    learned = np.asarray(run(learner, {'w': jnp.asarray(seen)})['w'])
+    written = {'array': seen @ matrix.T, 'function': np.tanh(seen), 'learned': learned}[kind]
+    preconditioner = {'array': {'w': jnp.asarray(matrix)}, 'function': jnp.tanh, 'learned': learner}[kind]
+    make = {
+        'preconditioned': lambda p: scale_by_preconditioned_momentum(p, 0.7),
+        'delta': lambda p: (
+            optax.chain(p, scale_by_delta_momentum(0.05, 0.7)) if kind == 'learned' else scale_by_delta_momentum(0.05, 0.7, p)
+        ),
+        'feature': lambda p: scale_by_feature_momentum(0.5, 0.7, p),
+    }[optimizer]
+    updates = run(make(preconditioner), {'w': jnp.asarray(gradients)})['w']
+    m = np.zeros((4, 3))
+    for step in range(10):
+        key = {'delta': learned[step] if kind == 'learned' else seen[step]}.get(optimizer, np.zeros((4, 3)))
+        m = 0.7 * m - 0.05 * key @ key.T @ m + written[step]
+        np.testing.assert_allclose(updates[step], m, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_ten_steps_of_the_delta_optimizer_in_numpy(x64, form):
+    """With schedules of both rates, decay and a mask: the masked leaf gets heavy ball."""
+    gradients = make_gradients(shapes={'w': (5, 3), 'v': (2, 3)})
+    params = {'w': jnp.full((5, 3), 2.0), 'v': jnp.full((2, 3), 3.0)}
+    rate, erase = lambda count: 0.1 / (1 + count), lambda count: 0.02 * (count + 1)
+    optimizer = delta_momentum(rate, 0.8, erase, weight_decay=0.3, form=form, mask={'w': True, 'v': False})
+    updates = run(optimizer, gradients, params)
+    m, heavy = np.zeros((3, 5)), np.zeros((2, 3))
+    for step in range(10):
+        g, eta = np.asarray(gradients['w'][step]).T, erase(step)
+        size = np.trace(g.T @ g) if form == 'normalised' else 1.0
+        kept = {'proximal': 0.8 * m - g}.get(form, m @ (0.8 * np.eye(5) - eta * g.T @ g / size) - g)
+        m = kept @ np.linalg.inv(np.eye(5) + eta * g.T @ g) if form == 'proximal' else kept
+        heavy = 0.8 * heavy + np.asarray(gradients['v'][step])
+        np.testing.assert_allclose(updates['w'][step], rate(step) * (m.T - 0.3 * 2.0), rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(updates['v'][step], -rate(step) * (heavy + 0.3 * 3.0), rtol=1e-11)
+
+
 @pytest.mark.parametrize('feature', [0.0, 0.5, 1.0, 'cube'])
 def test_feature_momentum_against_numpy(x64, feature):
     gradients = make_gradients()
@@ -254,7 +298,8 @@ def test_proximal_form_on_sharded_matrices(axis_type):
     mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
     sharding = jax.sharding.NamedSharding(mesh, jax.P('data', 'model'))
     params = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
-    optimizer = delta_momentum(0.1, erase_rate=optax.linear_schedule(0.1, 0.0, 10), form='proximal')
+    told = None if axis_type == jax.sharding.AxisType.Explicit else {'w': sharding}
+    optimizer = delta_momentum(0.1, erase_rate=optax.linear_schedule(0.1, 0.0, 10), form='proximal', shardings=told)
     expected, _ = optimizer.update(params, optimizer.init(params), params)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, sharding)

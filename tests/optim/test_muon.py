@@ -130,6 +130,28 @@ def test_heads_as_batch_axes(x64):
         np.testing.assert_allclose(updates[:, head], np.sqrt(6 / 4) * orthogonalize(x[:, head]), rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ('spec', 'shape', 'matrix'),
+    [
+        (MatrixSpec(inputs=(0, 1, 2), outputs=3), (3, 3, 2, 8), (18, 8)),  # a convolution
+        (MatrixSpec(inputs=-3, outputs=(-2, -1)), (2, 6, 3, 4), (2, 6, 12)),  # (embed, heads, head_dim) of scanned layers
+        (MatrixSpec(inputs=(-3, -2), outputs=-1), (2, 3, 4, 6), (2, 12, 6)),  # and back
+    ],
+)
+def test_weights_of_four_axes_are_updated_as_their_matrices(x64, spec, shape, matrix):
+    x = {'weight': jnp.asarray(draw(*shape))}
+    labels = lambda path, leaf: spec
+    updates, _ = run(muon(0.1, labels=labels), x, steps=3)
+    flat = {'weight': x['weight'].reshape(matrix)}
+    noise = jnp.asarray(draw(3, *shape, seed=1)).reshape(3, *matrix)
+    optimizer, params = muon(0.1, labels='matrix'), flat
+    state = optimizer.init(params)
+    for step in range(3):
+        expected, state = optimizer.update({'weight': params['weight'] + noise[step]}, state, params)
+        np.testing.assert_allclose(updates['weight'][step], expected['weight'].reshape(shape), rtol=1e-9, atol=1e-11)
+        params = optax.apply_updates(params, expected)
+
+
 def test_only_matrices_without_mask():
     with pytest.raises(ValueError, match=r'parameter b is MatrixSpec'):
         scale_by_muon().init({'b': jnp.zeros(3)})
@@ -142,8 +164,8 @@ def test_only_matrices_without_mask():
     [
         ({'beta': 1.0}, 'beta is 1.0, allowed is a number of at least 0 and below 1'),
         ({'method': 'x'}, "method is 'x', allowed is one of"),
-        ({'ns_steps': 1.5}, 'ns_steps is 1.5, allowed is an integer of at least 1'),
-        ({'ns_steps': -1}, 'ns_steps is -1, allowed is an integer of at least 1'),
+        ({'ns_steps': 1.5}, 'ns_steps is 1.5, allowed is an integer of at least 0'),
+        ({'ns_steps': -1}, 'ns_steps is -1, allowed is an integer of at least 0'),
         ({'scaling': 'x'}, "scaling is 'x', allowed is one of 'jordan', 'moonshot', 'rms', None"),
     ],
 )

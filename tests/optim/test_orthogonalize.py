@@ -96,8 +96,7 @@ def test_zero_gives_zero_with_finite_derivatives(method):
     assert not compiled(zero, method=method).any()
     gradient = jax.grad(lambda x: jnp.sum(orthogonalize(x, method=method) * jnp.arange(6.0).reshape(2, 3)))
     assert jnp.isfinite(jax.jit(gradient)(zero)).all()
-    if method != 'svd':
-        assert jnp.isfinite(jax.jit(jax.jacfwd(gradient))(zero)).all()
+    assert jnp.isfinite(jax.jit(jax.jacfwd(gradient))(zero)).all()
     assert compiled(jnp.zeros((0, 3)), method=method).shape == (0, 3)
 
 
@@ -111,11 +110,32 @@ def test_derivatives_are_those_of_finite_differences(x64, method, shape):
     np.testing.assert_allclose(jnp.sum(jax.grad(loss)(x) * direction), numeric, rtol=1e-6)
 
 
-def test_exact_derivative_survives_equal_singular_values(x64):
-    """At the identity the derivative is the antisymmetric part."""
+def test_exact_derivatives_survive_equal_singular_values(x64):
+    """At the identity the first is W, the antisymmetric part, and the second W^2 - W S - S W with S the symmetric one."""
     direction = jnp.asarray(draw(3, 3))
-    _, tangent = jax.jvp(lambda x: compiled(x, method='svd'), (jnp.eye(3),), (direction,))
-    np.testing.assert_allclose(tangent, (direction - direction.T) / 2, atol=1e-12)
+    turn, rest = (direction - direction.T) / 2, (direction + direction.T) / 2
+    first = lambda x: jax.jvp(lambda x: compiled(x, method='svd'), (x,), (direction,))[1]
+    tangent, second = jax.jvp(first, (jnp.eye(3),), (direction,))
+    np.testing.assert_allclose(tangent, turn, atol=1e-12)
+    np.testing.assert_allclose(second, turn @ turn - turn @ rest - rest @ turn, atol=1e-12)
+
+
+@pytest.mark.parametrize('shape', [(3, 5), (4, 4), (5, 2)])
+def test_exact_second_derivatives_are_those_of_finite_differences(x64, shape):
+    x, direction, weights = (jnp.asarray(draw(*shape, seed=seed)) for seed in range(3))
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(weights * orthogonalize(x, method='svd'))))
+    step = 1e-5
+    numeric = (slope(x + step * direction) - slope(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose(jax.jvp(slope, (x,), (direction,))[1], numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_exact_derivatives_where_rank_is_missing_are_finite(x64):
+    x = jnp.asarray(np.outer(draw(3), draw(5, seed=1)))
+    weights = jnp.asarray(draw(3, 5, seed=2))
+    slope = jax.grad(lambda x: jnp.sum(weights * orthogonalize(x, method='svd')))
+    inside = jax.jvp(slope, (x,), (x,))[1]  # along x its polar factor stands still, and its slope goes with 1 / |x|
+    np.testing.assert_allclose(inside, -slope(x), atol=1e-12)
+    assert jnp.isfinite(jax.jit(jax.jacfwd(slope))(x)).all()
 
 
 def test_exact_factor_leaves_missing_rank_at_zero():
@@ -246,6 +266,43 @@ def test_what_is_left_is_split_along_the_longer_side(place, shape):
     assert {name for name, _ in found} == {'all-to-all', 'all-reduce'}
     assert max(size for name, size in found if name == 'all-reduce') <= x.size // 2
     np.testing.assert_allclose(jax.jit(run)(x), compiled(np.asarray(x)), atol=2e-6)
+
+
+@pytest.mark.parametrize(('shape', 'split'), [((3, 4, 12), 16), ((5, 10, 4), 16), ((8, 20), 24)])
+def test_what_divides_nothing_is_padded(place, shape, split):
+    """With zeros behind the longer side, which stay zero: nothing is gathered, and every device has its share."""
+    x, sharding = place(draw(*shape), *[None] * (len(shape) - 2), 'data', 'model')
+    run = lambda x: orthogonalize(x, sharding=sharding)
+    found = collectives(run, x)
+    assert {name for name, _ in found} == {'all-to-all', 'all-reduce', 'collective-permute'}
+    rows = min(shape[-2:])
+    assert max(size for name, size in found if name == 'all-reduce') <= np.prod(shape[:-2], dtype=int) * rows**2
+    assert f'f32[{",".join(map(str, (*shape[:-2], rows, split // 8)))}]' in jax.jit(run).lower(x).compile().as_text()
+    np.testing.assert_allclose(jax.jit(run)(x), compiled(np.asarray(x)), atol=2e-6)
+
+
+@pytest.mark.parametrize('shape', [(8, 16, 32), (3, 12, 4), (2, 3, 4, 8), (4, 12)])
+def test_whole_matrices_are_dealt_out_to_devices(place, shape):
+    """What the exact form needs: all-to-alls, on a batch that zeros make up to the devices. A matrix by itself is on one."""
+    x, sharding = place(draw(*shape), *[None] * (len(shape) - 2), 'data', 'model')
+    run = lambda x: orthogonalize(x, method='svd', sharding=sharding)
+    assert {name for name, _ in collectives(run, x)} == {'all-to-all'}
+    actual = jax.jit(run)(x)
+    assert actual.sharding.is_equivalent_to(x.sharding, x.ndim)
+    np.testing.assert_allclose(actual, compiled(np.asarray(x), method='svd'), atol=2e-6)
+
+
+def test_a_sharding_that_is_not_told_is_asked_for():
+    """XLA gathers here. Operation by operation the array knows."""
+    mesh = jax.make_mesh((2, 4), ('data', 'model'), axis_types=(SHARDED['auto'],) * 2)
+    x = jax.device_put(jnp.asarray(draw(4, 12), jnp.float32), jax.NamedSharding(mesh, jax.P('data', 'model')))
+    with pytest.warns(
+        UserWarning, match=r'shape \(4, 12\) on an Auto mesh of 8 devices is not told, and XLA gathers it if its last two axes'
+    ):
+        assert 'all-gather' in {name for name, _ in collectives(orthogonalize, x)}
+    np.testing.assert_allclose(orthogonalize(x), compiled(np.asarray(x)), atol=2e-6)
+    whole = jax.NamedSharding(mesh, jax.P())
+    np.testing.assert_allclose(jax.jit(lambda x: orthogonalize(x, sharding=whole))(x), compiled(np.asarray(x)), atol=2e-6)
 
 
 def test_leaves_are_stacked_and_the_stack_moves(place):

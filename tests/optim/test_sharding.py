@@ -11,6 +11,7 @@ import pytest
 
 from nested_jax.optim import (
     BlockSpec,
+    MatrixSpec,
     adam_as_memory,
     by_level,
     deep_momentum,
@@ -21,7 +22,7 @@ from nested_jax.optim import (
     preconditioned_momentum,
     state_shardings,
 )
-from nested_jax.optim.sharding import Layout, moves_to_batch
+from nested_jax.optim.sharding import Layout, route
 
 AXIS_TYPES = {'explicit': jax.sharding.AxisType.Explicit, 'auto': jax.sharding.AxisType.Auto}
 SHAPES = {'qkv': (8, 16, 48), 'up': (8, 16, 32), 'down': (8, 32, 16), 'embedding': (32, 16), 'bias': (16,)}
@@ -33,14 +34,26 @@ SPECS = {
     'bias': ('model',),
 }
 ORTHOGONAL = {'muon': muon, 'm3': functools.partial(m3, periods=(2,))}
-OTHERS = {
+WIDTHS = {name: shape[-1] for name, shape in SHAPES.items()}
+DELTA = {
     'delta_momentum': functools.partial(delta_momentum, erase_rate=optax.linear_schedule(0.1, 0.0, 10)),
+    'delta_momentum_normalised': functools.partial(delta_momentum, form='normalised'),
     'delta_momentum_proximal': functools.partial(delta_momentum, form='proximal'),
     'preconditioned_momentum': preconditioned_momentum,
-    'feature_momentum': feature_momentum,
-    'deep_momentum': deep_momentum,
-    'adam_as_memory': adam_as_memory,
+    'preconditioned_momentum_given': lambda rate, **told: preconditioned_momentum(rate, 0.9, given(WIDTHS), **told),
+    'feature_momentum': lambda rate, **told: feature_momentum(rate, 0.5, 0.9, given(WIDTHS), **told),
 }
+ELEMENTWISE = {'deep_momentum': deep_momentum, 'adam_as_memory': adam_as_memory}
+
+
+def some(names, *fast):
+    """Parameters of a test, those that are not fast marked as slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def given(widths):
+    """A preconditioner of each leaf."""
+    return {name: np.random.default_rng(1).normal(size=(width, width)).astype(np.float32) for name, width in widths.items()}
 
 
 def fused(path, leaf):
@@ -49,6 +62,9 @@ def fused(path, leaf):
 
 def make_mesh(kind):
     return jax.make_mesh((2, 4), ('data', 'model'), axis_types=(AXIS_TYPES[kind],) * 2)
+
+
+SHARDINGS = {name: jax.NamedSharding(make_mesh('auto'), jax.P(*spec)) for name, spec in SPECS.items()}
 
 
 def make_params(mesh, dtype=jnp.float32):
@@ -60,7 +76,9 @@ def make_params(mesh, dtype=jnp.float32):
 
 
 def make_optimizer(name, shardings=None):
-    return ORTHOGONAL[name](0.1, labels=fused, shardings=shardings) if name in ORTHOGONAL else OTHERS[name](0.1)
+    if name in ELEMENTWISE:
+        return ELEMENTWISE[name](0.1)
+    return ORTHOGONAL[name](0.1, labels=fused, shardings=shardings) if name in ORTHOGONAL else DELTA[name](0.1, shardings=shardings)
 
 
 def three_steps(optimizer, params):
@@ -73,7 +91,7 @@ def three_steps(optimizer, params):
 
 @pytest.mark.parametrize('kind', AXIS_TYPES)
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-4), (jnp.float64, 1e-9)])
-@pytest.mark.parametrize('name', [*ORTHOGONAL, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.parametrize('name', some(ORTHOGONAL | DELTA | ELEMENTWISE, *ORTHOGONAL))
 def test_updates_are_those_of_one_device(name, dtype, tolerance, kind):
     with jax.enable_x64(dtype == jnp.float64):
         mesh = make_mesh(kind)
@@ -89,6 +107,14 @@ def test_updates_are_those_of_one_device(name, dtype, tolerance, kind):
             assert leaf.shape != SHAPES.get(name) or leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
 
 
+def collectives(optimizer, params):
+    """Those of a compiled update, with the entries of their largest results."""
+    text = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile().as_text()
+    found = re.findall(r'= (\(?\w+\[.*?) (all-\w[a-z-]*|collective-permute|reduce-scatter)(?:-start)?\(', text)
+    entries = lambda result: max(int(np.prod([int(n) for n in dims.split(',') if n])) for dims in re.findall(r'\[([\d,]*)\]', result))
+    return {name: max(entries(result) for result, other in found if other == name) for _, name in found}
+
+
 @pytest.mark.parametrize('kind', AXIS_TYPES)
 @pytest.mark.parametrize('name', ORTHOGONAL)
 def test_nothing_is_gathered(name, kind):
@@ -97,31 +123,136 @@ def test_nothing_is_gathered(name, kind):
     _, params, shardings = make_params(mesh)
     optimizer = make_optimizer(name, None if kind == 'explicit' else shardings)
     with jax.set_mesh(mesh):
-        text = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile().as_text()
-    assert set(re.findall(r' (all-\w[a-z-]*|collective-permute|reduce-scatter)\(', text)) == {'all-to-all', 'collective-permute'}
+        assert set(collectives(optimizer, params)) == {'all-to-all', 'collective-permute'}
+
+
+# (shape, how it is split), each axis by what divides it: stacks that are dealt out, and what no device has a share of.
+ODD = {
+    'stack': ((8, 16, 32), (None, 'data', 'model')),
+    'wide': ((3, 4, 12), (None, 'data', 'model')),
+    'tall': ((3, 12, 4), (None, 'model', 'data')),
+    'matrix': ((4, 12), ('data', 'model')),
+    'rows': ((8, 20), (('data', 'model'), None)),
+    'columns': ((20, 8), (None, ('data', 'model'))),
+    'layers': ((2, 6, 20), ('data', None, 'model')),
+    'vector': ((16,), ('model',)),
+}
+
+
+@pytest.mark.parametrize('kind', some(AXIS_TYPES, 'auto'))
+@pytest.mark.parametrize('shape', some(ODD, 'stack', 'wide', 'matrix', 'vector'))
+@pytest.mark.parametrize(
+    'name',
+    some([*DELTA, *ORTHOGONAL, 'muon_svd'], 'delta_momentum', 'delta_momentum_proximal', 'preconditioned_momentum', 'muon', 'muon_svd'),
+)
+def test_nothing_is_gathered_of_odd_shapes_either(name, shape, kind):
+    """What does not divide is padded, what is summed up over devices are products of a matrix' short sides or of preconditioners."""
+    if len(ODD[shape][0]) < 2 and name not in DELTA:
+        pytest.skip('no matrix')
+    mesh, (size, spec) = make_mesh(kind), ODD[shape]
+    sharding = {'w': jax.NamedSharding(mesh, jax.P(*spec))}
+    alone = {'w': jnp.asarray(np.random.default_rng(0).normal(size=size), jnp.float32)}
+    told = dict(shardings=None if kind == 'explicit' else sharding)
+    matrices = {'muon': muon, 'm3': ORTHOGONAL['m3'], 'muon_svd': functools.partial(muon, method='svd')}
+    make = {
+        **DELTA,
+        **{name: functools.partial(matrix, labels='matrix') for name, matrix in matrices.items()},
+        'preconditioned_momentum_given': lambda rate, **told: preconditioned_momentum(rate, 0.9, given({'w': size[-1]}), **told),
+        'feature_momentum': lambda rate, **told: feature_momentum(rate, 0.5, 0.9, given({'w': size[-1]}), **told),
+    }[name]
+    params = jax.tree.map(jax.device_put, alone, sharding)
+    with jax.set_mesh(mesh):
+        found = collectives(make(0.1, **told), params)
+        updates, _ = three_steps(make(0.1, **told), params)
+    assert set(found) <= {'all-to-all', 'collective-permute', 'all-reduce'}
+    *batch, rows, width = (1, *size) if len(size) == 1 else size
+    summed = width**2 if 'preconditioned' in name else 1 if 'svd' in name else min(rows, width) ** 2
+    assert found.get('all-reduce', 0) <= np.prod([*batch, summed], dtype=int)
+    assert updates['w'].sharding.is_equivalent_to(sharding['w'], len(size))
+    expected, _ = three_steps(make(0.1), alone)
+    assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
+
+
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize(
+    'spec', [('data', 'model', None), ('data', None, 'model'), (None, 'data', 'model'), (None, None, ('data', 'model'))]
+)
+def test_axes_that_are_flattened_into_one_are_not_gathered(spec, kind):
+    """(embed, heads, head_dim) as one matrix, split along any of them."""
+    mesh = make_mesh(kind)
+    sharding = {'w': jax.NamedSharding(mesh, jax.P(*spec))}
+    alone = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(16, 8, 8)), jnp.float32)}
+    make = lambda shardings: muon(0.1, labels=lambda path, leaf: MatrixSpec(inputs=0, outputs=(1, 2)), shardings=shardings)
+    params, optimizer = jax.tree.map(jax.device_put, alone, sharding), make(None if kind == 'explicit' else sharding)
+    with jax.set_mesh(mesh):
+        assert set(collectives(optimizer, params)) == {'all-to-all', 'all-reduce'}
+        updates, _ = three_steps(optimizer, params)
+    expected, _ = three_steps(make(None), alone)
+    assert updates['w'].sharding.is_equivalent_to(sharding['w'], 3)
+    assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
+
+
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize('shape', [(8, 16, 48), (16, 48)])
+def test_blocks_that_cut_across_devices_are_not_gathered(shape, kind):
+    """Grouped query, key and value of 30, 9 and 9 columns, of which four devices have 12 each."""
+    mesh = make_mesh(kind)
+    sharding = {'w': jax.NamedSharding(mesh, jax.P(*[None] * (len(shape) - 2), 'data', 'model'))}
+    alone = {'w': jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)}
+    make = lambda shardings: muon(0.1, labels=lambda path, leaf: BlockSpec(-1, (30, 9, 9)), shardings=shardings)
+    params, optimizer = jax.tree.map(jax.device_put, alone, sharding), make(None if kind == 'explicit' else sharding)
+    with jax.set_mesh(mesh):
+        assert set(collectives(optimizer, params)) <= {'all-to-all', 'all-reduce', 'collective-permute'}
+        updates, _ = three_steps(optimizer, params)
+    expected, _ = three_steps(make(None), alone)
+    assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
+
+
+@pytest.mark.parametrize('name', [*ORTHOGONAL, 'delta_momentum', 'preconditioned_momentum', 'preconditioned_momentum_given'])
+def test_shardings_that_are_not_told_are_asked_for(name):
+    """In a program for an Auto mesh; elsewhere they are known, or there is nothing to know."""
+    mesh = make_mesh('auto')
+    alone, params, shardings = make_params(mesh)
+    optimizer = make_optimizer(name)
+    message = r'an array of shape \(.* on an Auto mesh of 8 devices is not told, .* give its NamedSharding as `shardings`, or NamedSharding'
+    with pytest.warns(UserWarning, match=message) as caught:
+        jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
+    shapes = {shape for shape in SHAPES.values() if len(shape) == 3 or (len(shape) == 2 and name not in ORTHOGONAL)}
+    assert {shape for shape in SHAPES.values() for warning in caught if f'shape {shape} on' in str(warning.message)} == shapes
+    jax.jit(optimizer.update).lower(alone, optimizer.init(alone), alone)
+    whole = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), shardings)
+    jax.jit(make_optimizer(name, whole).update).lower(params, optimizer.init(params), params)
 
 
 @pytest.mark.parametrize(
-    ('shape', 'names', 'expected'),
+    ('shape', 'names', 'along', 'padded', 'expected'),
     [
-        ((8, 4, 8), ((), ('a',), ('b',)), [((), ('a',), ('b',)), (('b',), ('a',), ()), (('b', 'a'), (), ())]),
-        ((2, 4, 8), ((), ('a',), ('b',)), [((), ('a',), ('b',)), (('a',), (), ('b',))]),
-        ((3, 4, 8), ((), ('a',), ('b',)), [((), ('a',), ('b',)), ((), (), ('b', 'a'))]),
-        ((3, 4, 12), ((), ('a',), ('b',)), [((), ('a',), ('b',))]),
-        ((2, 4, 8, 8), (('a',), (), (), ('b',)), [(('a',), (), (), ('b',)), (('a',), ('b',), (), ())]),
-        ((8, 5, 8), ((), ('a',), ('b',)), [((), (), ('b',)), (('b',), (), ())]),
+        ((8, 4, 8), ((), ('a',), ('b',)), -1, (8, 4, 8), [(('b',), ('a',), ()), (('b', 'a'), (), ())]),
+        ((2, 4, 8), ((), ('a',), ('b',)), -1, (2, 4, 8), [(('a',), (), ('b',))]),
+        ((3, 4, 8), ((), ('a',), ('b',)), -1, (3, 4, 8), [((), (), ('b', 'a'))]),
+        ((3, 4, 12), ((), ('a',), ('b',)), -1, (3, 4, 16), [((), (), ('b', 'a'))]),
+        ((3, 4, 12), ((), ('a',), ('b',)), -2, (3, 8, 12), [((), ('a', 'b'), ())]),
+        ((3, 4, 12), ((), ('a',), ('b',)), None, (8, 4, 12), [(('b',), ('a',), ()), (('b', 'a'), (), ())]),
+        ((2, 4, 8, 8), (('a',), (), (), ('b',)), -1, (2, 4, 8, 8), [(('a',), ('b',), (), ())]),
+        ((2, 3, 8, 8), (('a',), (), (), ('b',)), None, (8, 3, 8, 8), [(('a', 'b'), (), (), ())]),
+        ((8, 5, 8), ((), ('a',), ('b',)), -1, (8, 6, 8), [(('b',), ('a',), ()), (('b', 'a'), (), ())]),
+        ((4, 12), ((), ('b',)), -1, (4, 12), []),
     ],
 )
-def test_mesh_axes_move_one_at_a_time(shape, names, expected):
+def test_mesh_axes_move_one_at_a_time(shape, names, along, padded, expected):
+    """What does not divide is padded, and no mesh axis is lost on the way."""
     mesh = jax.sharding.AbstractMesh((2, 4), ('a', 'b'), axis_types=(AXIS_TYPES['auto'],) * 2)
-    assert [move.names for move in moves_to_batch(Layout(mesh, names), shape)] == expected
+    reached, moves = route(Layout(mesh, names), shape, along)
+    assert reached == padded
+    assert [move.names for move in moves] == [names, *expected]
+    assert all(sorted(sum(move.names, ())) == sorted(sum(names, ())) for move in moves)
 
 
 @pytest.mark.parametrize(
     'optimizer',
     [
-        muon(0.1),
-        m3(0.1),
+        muon(0.1, shardings=SHARDINGS),
+        m3(0.1, shardings=SHARDINGS),
         optax.adamw(0.1),
         by_level(optax.adamw(0.1), lambda path: 1 + (path == 'up')),
         optax.adafactor(0.1, min_dim_size_to_factor=4),
