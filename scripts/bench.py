@@ -27,7 +27,7 @@ from scripts.benchmarks.timing import Settings
 SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'checkpoint', 'gpu')
 WITH_SMOKE = ('optim', 'seal', 'scaling', 'checkpoint', 'gpu')
 # Of a row's metrics: what says which figure it is.
-SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'context', 'candidates', 'bptt')
+SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'devices', 'context', 'candidates', 'bptt')
 
 
 def use_large_pages() -> None:

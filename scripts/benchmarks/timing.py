@@ -122,7 +122,7 @@ def time_training(name: str, config: ModelConfig, batch: int, length: int, repea
     step = train_step(config, batch, length, devices)
     timing = measure(step.run, repeats)
     return dict(
-        what='training', model=name, batch=batch, length=length, devices=devices, tokens_per_step=batch * length, parameters=step.parameters,
-        tokens_per_second=batch * length / timing.median, slowest=batch * length / timing.slowest,
+        what='training', model=name, batch=batch, length=length, devices=devices, tokens_per_step=batch * length,
+        parameters=step.parameters, tokens_per_second=batch * length / timing.median, slowest=batch * length / timing.slowest,
         fastest=batch * length / timing.fastest, compile_s=step.compile_seconds, temporary_mib=step.temporary / 2**20,
     )  # fmt: skip

@@ -63,45 +63,50 @@ def log_cosh(prediction, gradient):
 
 VARIANTS = {
     'muon': Case(muon),
+    'muon_rms': Case(functools.partial(muon, scaling='rms', nesterov=False, weight_decay=1e-4, adam_weight_decay=1e-4)),
+    'm3_rms': Case(functools.partial(m3, periods=(2, 5), scaling='rms', method='polar_express')),
+    'm3_literal': Case(functools.partial(m3, periods=(3,), literal=True), None),  # sums that never decay swing for ever
+    'delta_momentum_printed': Case(delta_momentum, 1e-3),
+    'delta_momentum_normalised': Case(functools.partial(delta_momentum, form='normalised'), 1e-3),
+    'preconditioned_momentum': Case(preconditioned_momentum, 1e-4, 40_000),
+    'feature_momentum': Case(feature_momentum, 1e-4, 40_000),
+    'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 3e-3, 40_000),
+    'delta_gradient_descent': Case(functools.partial(delta_gradient_descent, exact=False), 1e-3, 40_000),
+    'adam_as_memory': Case(adam_as_memory, 1e-3, 40_000),
+    'adagrad_as_memory': Case(adagrad_as_memory, 1.0),
+}
+RARER = {
     'muon_plain': Case(functools.partial(muon, nesterov=False)),
     'muon_uncorrected': Case(functools.partial(muon, bias_correction=False)),
     'muon_moonshot': Case(functools.partial(muon, scaling='moonshot')),
-    'muon_rms': Case(functools.partial(muon, scaling='rms', nesterov=False, weight_decay=1e-4, adam_weight_decay=1e-4)),
     'muon_unscaled': Case(functools.partial(muon, scaling=None)),
     'muon_cubic': Case(functools.partial(muon, method='cubic')),
     'muon_exact': Case(functools.partial(muon, method='svd')),
-    'm3_rms': Case(functools.partial(m3, periods=(2, 5), scaling='rms', method='polar_express')),
     'm3_without_second_moment': Case(functools.partial(m3, b2=None, periods=(3,))),
     'm3_uncorrected': Case(functools.partial(m3, bias_correction=False, periods=(3,)), 0.03),
-    'm3_literal': Case(functools.partial(m3, periods=(3,), literal=True), None),  # sums that never decay swing for ever
     'by_level_average': Case(lambda learning_rate: by_level(muon(learning_rate), 2, average=True)),
-    'delta_momentum_printed': Case(delta_momentum, 1e-3),
-    'delta_momentum_normalised': Case(functools.partial(delta_momentum, form='normalised'), 1e-3),
     'delta_momentum_preconditioned': Case(fixing(delta_momentum, preconditioner=jnp.tanh, form='proximal'), 1e-2),
     'delta_momentum_masked': Case(fixing(delta_momentum, mask=are_matrices), 1e-3),
-    'preconditioned_momentum': Case(preconditioned_momentum, 1e-4, 40_000),
     'preconditioned_momentum_given': Case(fixing(preconditioned_momentum, preconditioner=jnp.tanh), 1e-2),
     'preconditioned_momentum_identity': Case(functools.partial(preconditioned_momentum, preconditioner=None), 1e-3),
-    'feature_momentum': Case(feature_momentum, 1e-4, 40_000),
     'feature_momentum_function': Case(fixing(feature_momentum, feature=jnp.tanh), 1e-2),
     'feature_momentum_preconditioned': Case(fixing(feature_momentum, preconditioner=scale_by_learned_preconditioner()), 1e-4, 40_000),
-    'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 3e-3, 40_000),
     'deep_momentum_objective': Case(fixing(deep_momentum, objective=log_cosh, write_rate=0.1), 3e-3, 40_000),
     'deep_momentum_heavy_ball': Case(fixing(deep_momentum, hidden_size=0), 1e-3),
     'deep_momentum_network': Case(functools.partial(deep_momentum, linear=False), 1e-3, 40_000),
     'deep_momentum_sigma': Case(fixing(deep_momentum, sigma=jnp.tanh), 3e-3, 40_000),
-    'delta_gradient_descent': Case(functools.partial(delta_gradient_descent, exact=False), 1e-3, 40_000),
-    'adam_as_memory': Case(adam_as_memory, 1e-3, 40_000),
     'adam_as_memory_square': Case(functools.partial(adam_as_memory, target='square'), 1e-3, 40_000),
-    'adagrad_as_memory': Case(adagrad_as_memory, 1.0),
 }
 
 DTYPES = [jnp.bfloat16, jnp.float64, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (jnp.float16, jnp.float32))]
 
 
-@pytest.fixture(params=[*OPTIMIZERS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
+marked = lambda names, mark: [pytest.param(name, marks=mark) for name in names]
+
+
+@pytest.fixture(params=[*OPTIMIZERS, *marked(VARIANTS, pytest.mark.slow), *marked(RARER, pytest.mark.exhaustive)])
 def case(request):
-    return (OPTIMIZERS | VARIANTS)[request.param]
+    return (OPTIMIZERS | VARIANTS | RARER)[request.param]
 
 
 def make_params(dtype=jnp.float32, seed=0):

@@ -117,5 +117,5 @@ def optax_tests(ours: dict, *, converging: bool = True) -> type[unittest.TestCas
 
 
 TestOptaxContract = optax_tests(OURS)
-TestOptaxContractOfBranches = optax_tests(BRANCHES)
+TestOptaxContractOfBranches = pytest.mark.exhaustive(optax_tests(BRANCHES))
 TestOptaxContractButForConvergence = optax_tests(SWINGING, converging=False)
