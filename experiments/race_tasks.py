@@ -79,7 +79,7 @@ def char_lm(steps: int) -> Task:
         rows = _windows(data['heldout'], jax.random.key(HELD_OUT), 256)
         return jax.tree.map(lambda leaf: leaf[:128], rows), jax.tree.map(lambda leaf: leaf[128:], rows)
 
-    return Task(steps, data, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5, dense=False, source=corpus.digest)
+    return Task(steps, data, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5, source=corpus.digest)
 
 
 def associative_recall(steps: int) -> Task:
@@ -93,7 +93,7 @@ def associative_recall(steps: int) -> Task:
         draw = lambda index: recall.draw_sequences(jax.random.fold_in(jax.random.key(HELD_OUT), index), 512, *RECALL)
         return draw(0), draw(1)
 
-    return Task(steps, {}, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5, dense=False)
+    return Task(steps, {}, _init_of(model), draw, heldout, _token_loss(model), math.log(256), 0.5)
 
 
 def digits(steps: int) -> Task:
@@ -120,12 +120,17 @@ def digits(steps: int) -> Task:
         return -jnp.take_along_axis(scores, batch['labels'][:, None], 1).mean()
 
     init = lambda key: model.init(key, jnp.zeros((1, 8, 8)))['params']
-    return Task(steps, data, init, draw, lambda data, key: (data['search'], data['comparison']), loss, math.log(10), 0.5, dense=True)
+    return Task(steps, data, init, draw, lambda data, key: (data['search'], data['comparison']), loss, math.log(10), 0.5)
+
+
+def has_digits() -> bool:
+    """Whether scikit-learn is installed."""
+    return importlib.util.find_spec('sklearn') is not None
 
 
 def check_digits() -> None:
     """Raises ValueError, naming the extra, where scikit-learn is missing."""
-    if importlib.util.find_spec('sklearn') is None:
+    if not has_digits():
         raise ValueError("tasks holds 'digits', allowed where scikit-learn is installed: pip install -e '.[race]'")
 
 
@@ -162,7 +167,7 @@ def stream(steps: int) -> Task:
         return jnp.mean(jnp.square(model.apply({'params': params}, inputs) - targets))
 
     init = lambda key: model.init(key, jnp.zeros((1, size)))['params']
-    return Task(steps, {}, init, draw, heldout, loss, ceiling=2.0, decay_share=0.0, dense=True)
+    return Task(steps, {}, init, draw, heldout, loss, ceiling=2.0, decay_share=0.0)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {'char-lm': char_lm, 'digits': digits, 'recall': associative_recall, 'stream': stream}

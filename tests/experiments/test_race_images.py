@@ -249,7 +249,7 @@ def few_rates(evaluate, optimizer, *, extra=False):
 
     settings = [Setting(rate, 0.0, optimizer.knobs[0]) for rate in (1e-2, 1e-3)]
     losses = dict(zip(settings, map(float, evaluate(settings)), strict=True))
-    return Trials(min(losses, key=losses.get), losses, False)
+    return Trials(min(losses, key=losses.get), losses, ())
 
 
 @pytest.mark.slow
