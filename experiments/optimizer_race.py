@@ -41,6 +41,7 @@ on the stream the learning rate does not fall, so that updates of a fixed size, 
 with the same search and the same verdicts; seconds are then by the wall clock. It is not run here.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -58,7 +59,7 @@ from matplotlib.figure import Figure
 
 from experiments.race_images import RUNS, ImageData, ImageRuns, Images, image_task
 from experiments.race_tasks import STEPS, TASKS, check_digits, has_digits
-from experiments.racing import POINTS, Optimizer, Runs, Setting, Task, compare, interval, search, share_to_reach
+from experiments.racing import POINTS, Optimizer, Runs, Setting, Task, compare, interval, loss_after_a_step, search, share_to_reach
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
 from nested_jax.optim import deep_momentum, delta_gradient_descent, delta_momentum, m3, muon
 from nested_jax.optim.matrix_specs import default_label
@@ -151,7 +152,7 @@ class Args:
     """File that a row for each task and optimizer is added to; the picture is written beside it."""
     smoke: bool = False
     """A few steps, no row and no picture, to see that everything works; its numbers mean nothing. The race is on the last of the tasks;
-    the others, digits where scikit-learn is installed, see one run of the last optimizer."""
+    the others, digits where scikit-learn is installed, see one step of the last optimizer."""
 
     def __post_init__(self):
         for name in ('tasks', 'optimizers'):
@@ -198,12 +199,14 @@ def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if args.smoke:
         args = dataclasses.replace(args, seeds=2, steps_share=1e-9)
-    for name in args.tried:
-        print(_try(args, name), flush=True)
     rows = []
-    for name in args.raced:
-        rows += _race(args, name)
-        print('\n'.join(table(rows, name)), flush=True)
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # most of a smoke run is compilation, which takes one core
+        tries = beside.map(functools.partial(_try, args), args.tried)
+        for name in args.raced:
+            rows += _race(args, name)
+            print('\n'.join(table(rows, name)), flush=True)
+        for line in tries:
+            print(line)
     if args.smoke:
         return 0
     draw(read_rows(args.results), args.results.with_suffix('.png'))
@@ -213,11 +216,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _try(args: Args, name: str) -> str:
-    """One run of the last optimizer on a task, as a line."""
-    label, (_, runs_of) = args.entrants[-1], _open(dataclasses.replace(args, lanes=1), name)
-    optimizer = OPTIMIZERS[label]
-    loss = runs_of(optimizer, label)([0], [Setting(optimizer.rate, 0.0, optimizer.knobs[0])]).search[0]
-    return f'{name:<24}{label:<24}{loss:.4f}'
+    """One step of the last optimizer on a task, as a line."""
+    label, (task, _) = args.entrants[-1], _open(args, name)
+    return f'{name:<24}{label:<24}{loss_after_a_step(task, OPTIMIZERS[label]):.4f}'
 
 
 def _race(args: Args, name: str) -> list[dict]:

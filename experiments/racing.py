@@ -277,6 +277,18 @@ def paired_p(gaps: Sequence[float]) -> float:
     return float(stats.ttest_1samp(gaps, 0).pvalue)
 
 
+def loss_after_a_step(task: Task, optimizer: Optimizer) -> float:
+    """Of a run whose search has not begun, on its second batch."""
+    setting, seed = _first_setting(optimizer), jnp.uint32(0)
+
+    @jax.jit
+    def second_loss(data):
+        params, _ = advance(task, optimizer, data, seed, setting, begin(task, optimizer, seed, setting), jnp.int32(0))
+        return task.loss(params, task.draw(data, jax.random.key(seed), jnp.int32(1)))
+
+    return float(second_loss(task.data))
+
+
 def costs(task: Task, optimizer: Optimizer) -> dict[str, float]:
     """What one step of one run costs: CPU seconds of all threads, the fastest of some calls, FLOPs, and what it keeps in memory."""
     setting = _first_setting(optimizer)
