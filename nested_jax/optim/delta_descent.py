@@ -12,10 +12,10 @@ C disagree with Eq. (57), which is the one that minimises Eq. (56). For a batch,
 
 They agree for one sample. Adding up the one-sample rule over a batch does not work: inputs that repeat overshoot.
 
-On a CPU core the cheap form takes 6 % of a training step's processor time for a vision transformer of width 48 with 1,024 tokens, and 3 %
-for one of width 512 with 2,048; the exact form makes these steps 2.2 and 2.65 times as long (`scripts/bench.py --suite optim`). Samples are
-along one axis there, as `delta_dense` of nested_jax/layers has them. Behind several axes XLA on CPU writes the sum of gradient and output
-transposed, one number at a time: 40 % of the smaller step. Without `jax.jit` the backward products are computed twice.
+On a CPU core the cheap form adds 6 to 8 % to the processor time of a training step of a vision transformer of width 48 with 1,024 tokens,
+and 3 to 4 % at width 512 with 2,048; the exact form makes these steps 2.3 and 2.6 times as long (`scripts/bench.py --suite optim`). Samples
+are along one axis there, as `delta_dense` of nested_jax/layers has them. Behind several axes XLA on CPU writes the sum of gradient and
+output transposed, one number at a time: 40 % more of the smaller step. Without `jax.jit` the backward products are computed twice.
 """
 
 import math
