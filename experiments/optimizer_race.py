@@ -30,7 +30,7 @@ results/optimizer_race.jsonl. The tasks took 93 minutes one after the other, 37 
 The stored rows are of an older search: grids of weight decay and of the other hyper-parameter had their three values and the best was often
 the last; of m3 the slow momentum's weight was searched (0.1 was the best on all tasks) while its decay was 0.95 and m3-fast's was searched;
 delta gradient descent ran on digits and stream alone, with a form that took half as long again and FLOPs that counted unused products;
-the vision transformer's steps took a quarter longer.
+the vision transformer's steps took a third longer.
 
 What came out there: M3 is better than adamw on the two sequence tasks and not told apart from it on digits, but never better than muon. It
 is worse than m3-fast on char-lm and on the stream that the slow momentum is meant for, else not told apart; how much of that is the slow
