@@ -153,7 +153,7 @@ def image_task(settings: Images, steps: int, classes: int, source: str) -> Task:
         return (nats * weights).sum() / weights.sum()
 
     init = lambda key: model.init(key, jnp.zeros((1, settings.size, settings.size, 3)))['params']
-    return Task(steps, None, init, None, None, loss, math.log(classes), 0.5, dense=True, source=source)
+    return Task(steps, None, init, None, None, loss, math.log(classes), 0.5, source=source)
 
 
 class ImageRuns:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.interpreters import partial_eval
 from scipy import stats
 
 from nested_jax.layers.delta_descent import delta_dense
@@ -19,9 +20,10 @@ from nested_jax.layers.delta_descent import delta_dense
 PyTree = Any
 WARMUP_SHARE = 0.1  # of the steps
 GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and around the best
-MAX_EXTENSIONS = 8
+MAX_EXTENSIONS = 8  # of the learning rates' grid, and of the other grids
 PLATEAU = 1e-3  # of the grid's range of losses; an edge that gains less is none: delta gradient descent has no largest useful rate
-WEIGHT_DECAYS = (0.0, 0.01, 0.1)
+WEIGHT_DECAYS, DECAY_STEP = (0.0, 0.01, 0.1), 10
+HORIZON_STEP = 2  # between the steps, 1 / (1 - decay), that a momentum remembers
 DEVIATIONS = 3.09  # one-sided p = 0.001 of a normal distribution
 P_LIMIT = 0.01  # of the paired t-test
 POINTS = 10  # of a run's curve of losses; they divide its steps
@@ -49,7 +51,6 @@ class Task:
     loss: Callable[[PyTree, PyTree], jax.Array]  # parameters, batch -> scalar
     ceiling: float  # the loss of knowing nothing, with which a diverged run counts
     decay_share: float  # of the steps, at the end, over which the learning rate falls to zero
-    dense: bool  # whether its layers are nn.Dense, in which delta gradient descent finds its inputs
     source: str = ''  # digest of data that are not the same everywhere
 
 
@@ -59,9 +60,9 @@ class Optimizer:
 
     make: Callable[[optax.Schedule, jax.Array, jax.Array], optax.GradientTransformation]  # learning rate, weight decay, knob
     rate: float  # in the middle of the first grid
-    knob: str  # name of its own hyper-parameter
+    knob: str  # name of its own hyper-parameter, the decay of a moment
     knobs: tuple[float, ...]  # the default, then what is tried in its place
-    delta: bool = False  # delta gradient descent: the gradient of nn.Dense is that of the cheap form
+    delta: bool = False  # delta gradient descent: the gradient of linear layers is that of the cheap form
 
 
 class Losses(NamedTuple):
@@ -76,7 +77,7 @@ class Trials(NamedTuple):
 
     best: Setting
     losses: dict[Setting, float]
-    at_edge: bool  # no setting inside the grid was the best, however far it was extended
+    at_edge: tuple[str, ...]  # of the best setting, what lies at an edge of its grid, however far that was extended
 
 
 class Runs:
@@ -157,7 +158,8 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     """The best setting, within a budget that is the same for every optimizer.
 
     Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off; four around
-    the best; then two weight decays and two values of the optimizer's own hyper-parameter, each alone.
+    the best; then two weight decays and two values of the optimizer's own hyper-parameter, each alone. These grids are extended by two
+    as well, except below zero: no weight decay and a moment that forgets at once are ends of what there is.
 
     Args:
         evaluate: settings -> losses.
@@ -184,7 +186,32 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     measure(others + [found._replace(knob=value) for value in optimizer.knobs[1:]])
     if extra:
         measure([other._replace(knob=value) for other in others for value in optimizer.knobs[1:]])
-    return Trials(best(), losses, bool(edge))
+    past_edges = lambda: {field: beyond for field in ('weight_decay', 'knob') if (beyond := _past_edge(losses, field))}
+    extensions = 0
+    while (beyond := past_edges()) and extensions < MAX_EXTENSIONS:
+        measure([setting for settings in beyond.values() for setting in settings])
+        extensions += 1
+    return Trials(best(), losses, (*(['rate'] if edge else []), *beyond))
+
+
+def _past_edge(losses: dict[Setting, float], field: str) -> list[Setting]:
+    """The best setting with the next two values of a field; none where the best is between values that were tried, or at zero."""
+    best = min(losses, key=losses.get)
+    tried, here = sorted({getattr(setting, field) for setting in losses}), getattr(best, field)
+    if here not in (tried[0], tried[-1]) or here == 0:
+        return []
+    line = [setting for setting in (best._replace(**{field: value}) for value in tried) if setting in losses]
+    if len(line) > 2 and not _edge(losses, line):
+        return []
+    further = functools.partial(_further, field, 1 if here == tried[-1] else -1)
+    return [best._replace(**{field: value}) for value in dict.fromkeys((further(here), further(further(here))))]
+
+
+def _further(field: str, direction: int, value: float) -> float:
+    """The next value of a grid."""
+    if field == 'weight_decay':  # upwards: the grid begins at zero
+        return _rounded(value * DECAY_STEP)
+    return max(0.0, round(1 - (1 - value) * HORIZON_STEP**-direction, 9))
 
 
 def _edge(losses: dict[Setting, float], grid: list[Setting]) -> int:
@@ -197,8 +224,12 @@ def _edge(losses: dict[Setting, float], grid: list[Setting]) -> int:
 
 
 def _rates(setting: Setting, ratio: float, exponents: Sequence[int]) -> list[Setting]:
-    # Rounded, so that a rate reached on two ways is one rate.
-    return [setting._replace(rate=float(f'{setting.rate * ratio**exponent:.6g}')) for exponent in exponents]
+    return [setting._replace(rate=_rounded(setting.rate * ratio**exponent)) for exponent in exponents]
+
+
+def _rounded(value: float) -> float:
+    """So that a value reached on two ways is one value."""
+    return float(f'{value:.6g}')
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -246,12 +277,22 @@ def paired_p(gaps: Sequence[float]) -> float:
     return float(stats.ttest_1samp(gaps, 0).pvalue)
 
 
+def loss_after_a_step(task: Task, optimizer: Optimizer) -> float:
+    """Of a run whose search has not begun, on its second batch."""
+    setting, seed = _first_setting(optimizer), jnp.uint32(0)
+
+    @jax.jit
+    def second_loss(data):
+        params, _ = advance(task, optimizer, data, seed, setting, begin(task, optimizer, seed, setting), jnp.int32(0))
+        return task.loss(params, task.draw(data, jax.random.key(seed), jnp.int32(1)))
+
+    return float(second_loss(task.data))
+
+
 def costs(task: Task, optimizer: Optimizer) -> dict[str, float]:
     """What one step of one run costs: CPU seconds of all threads, the fastest of some calls, FLOPs, and what it keeps in memory."""
-    setting = Setting(*map(jnp.float32, (optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0])))
+    setting = _first_setting(optimizer)
     carry = jax.jit(functools.partial(begin, task, optimizer))(jnp.uint32(0), setting)
-    batch = task.draw(task.data, jax.random.key(0), jnp.int32(0))
-    flops = matrix_flops(jax.make_jaxpr(functools.partial(learn, task, optimizer))(setting, carry, jnp.int32(0), batch).jaxpr)
 
     @jax.jit
     def several(data, setting, carry):
@@ -263,7 +304,15 @@ def costs(task: Task, optimizer: Optimizer) -> dict[str, float]:
         began = time.process_time()
         jax.block_until_ready(several(task.data, setting, carry))
         seconds.append((time.process_time() - began) / TIMED_STEPS)
-    return dict(step_seconds=min(seconds[1:]), flops=flops) | sizes(*carry)
+    return dict(step_seconds=min(seconds[1:]), flops=step_flops(task, optimizer)) | sizes(*carry)
+
+
+def step_flops(task: Task, optimizer: Optimizer) -> float:
+    """`matrix_flops` of one step of one run."""
+    setting, index = _first_setting(optimizer), jnp.int32(0)
+    carry = jax.eval_shape(functools.partial(begin, task, optimizer), jnp.uint32(0), setting)
+    batch = jax.eval_shape(task.draw, task.data, jax.random.key(0), index)
+    return matrix_flops(jax.make_jaxpr(functools.partial(learn, task, optimizer))(setting, carry, index, batch).jaxpr)
 
 
 def sizes(params: PyTree, state: PyTree) -> dict[str, float]:
@@ -273,10 +322,14 @@ def sizes(params: PyTree, state: PyTree) -> dict[str, float]:
 
 
 def matrix_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and QR decompositions in a jaxpr, loops as often as they run and of branches the dearest.
+    """FLOPs of the matrix products and QR decompositions that a jaxpr's results need, loops as often as they run, of branches the dearest.
 
     The cost analysis of a compiled program counts the body of a loop once, and Newton-Schulz is a loop; it does not see into LAPACK.
     """
+    return _needed_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _needed_flops(jaxpr: Any) -> float:
     return float(sum(_flops(equation) for equation in jaxpr.eqns))
 
 
@@ -289,8 +342,12 @@ def _flops(equation: Any) -> float:
         *batch, rows, columns = equation.invars[0].aval.shape
         return math.prod(batch) * (4 * rows - 4 * columns / 3) * columns**2  # the factor and its orthonormal columns
     bodies = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else [value])]
-    bodies = [matrix_flops(getattr(part, 'jaxpr', part)) for part in bodies if hasattr(part, 'jaxpr') or hasattr(part, 'eqns')]
+    bodies = [_needed_flops(getattr(part, 'jaxpr', part)) for part in bodies if hasattr(part, 'jaxpr') or hasattr(part, 'eqns')]
     return max(bodies, default=0) if name == 'cond' else sum(bodies) * params.get('length', 1) if name == 'scan' else sum(bodies)
+
+
+def _first_setting(optimizer: Optimizer) -> Setting:
+    return Setting(*map(jnp.float32, (optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0])))
 
 
 def _transformation(task: Task, optimizer: Optimizer, setting: Setting) -> optax.GradientTransformation:

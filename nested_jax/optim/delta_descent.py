@@ -11,6 +11,11 @@ C disagree with Eq. (57), which is the one that minimises Eq. (56). For a batch,
     cheap   W+ = W - eta (G + W A) / (1 + eta trace A)                     `with_delta` around the layer, then exact=False
 
 They agree for one sample. Adding up the one-sample rule over a batch does not work: inputs that repeat overshoot.
+
+On a CPU core the cheap form adds 6 to 8 % to the processor time of a training step of a vision transformer of width 48 with 1,024 tokens,
+and 3 to 4 % at width 512 with 2,048; the exact form makes these steps 2.3 and 2.6 times as long (`scripts/bench.py --suite optim`). Samples
+are along one axis there, as `delta_dense` of nested_jax/layers has them. Behind several axes XLA on CPU writes the sum of gradient and
+output transposed, one number at a time: 40 % more of the smaller step. Without `jax.jit` the backward products are computed twice.
 """
 
 import math
@@ -155,7 +160,8 @@ def with_delta(dense: Dense, learning_rate: ArrayLike, reduction: str = 'mean') 
     That holds for one call with the whole batch. Directions of several calls add up, and so may overshoot: under a `jax.vmap` over
     samples, with one weight used k times, and for a convolution, whose weight sees each input once for each of its taps.
 
-    Cost: no product; one addition over the output, which is kept for it, and one sum of squares over the input. Reverse mode only.
+    Cost: no product, once compiled; one addition over the output, which is kept for it, and one sum of squares over the input. The module
+    says what that takes. Reverse mode only.
 
     Args:
         dense: a function of the input (..., in) and a weight to the output, linear in the weight, that uses each entry of the input once

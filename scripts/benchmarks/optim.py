@@ -1,13 +1,18 @@
-"""A step of each optimizer on the same gradients."""
+"""A step of each optimizer on the same gradients, and one of training with each form of delta gradient descent."""
 
 import functools
+import statistics
+import time
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.race_tasks import DIGITS_MODEL, VisionTransformer
 from nested_jax import optim
+from nested_jax.layers.delta_descent import capture_inputs, delta_dense, inputs_for
 from nested_jax.models import preset
 from scripts.benchmarks.timing import Settings, compile_timed, measure
 
@@ -72,4 +77,59 @@ def optimizer_steps(settings: Settings):
         yield dict(what='optimizer', model=name, tree='the 340m preset', compile_s=seconds, temporary_mib=temporary / 2**20)
 
 
-PARTS = (optimizer_steps,)
+def delta_forms(model: VisionTransformer, images: jax.Array) -> dict[str, Callable[[], object]]:
+    """Training steps on images, compiled, as synchronised calls: with gradients as they are, and with both forms of the direction."""
+    rate, labels = 0.1, jnp.arange(len(images)) % model.classes
+    params = jax.jit(model.init)(jax.random.key(0), images)['params']
+    loss = lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def plain(params):
+        return jax.grad(lambda params: loss(model.apply({'params': params}, images)))(params), {}
+
+    def cheap(params):
+        with nn.intercept_methods(delta_dense(rate)):
+            return plain(params)
+
+    def exact(params):
+        def captured(params):
+            logits, state = model.apply({'params': params}, images, mutable='delta_inputs')
+            return loss(logits), inputs_for(params, state['delta_inputs'])
+
+        with nn.intercept_methods(capture_inputs):
+            gradients, inputs = jax.grad(captured, has_aux=True)(params)
+        return gradients, dict(inputs=inputs)
+
+    def compiled(gradient: Callable, optimizer: optax.GradientTransformationExtraArgs) -> Callable[[], object]:
+        def step(params, state):
+            gradients, extra = gradient(params)
+            updates, state = optimizer.update(gradients, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        state = optimizer.init(params)
+        program = compile_timed(step, params, state)[0]
+        return lambda: jax.block_until_ready(program(params, state))
+
+    forms = dict(plain=plain, cheap=cheap, exact=exact)
+    return {form: compiled(gradient, optim.delta_gradient_descent(rate, exact=form == 'exact')) for form, gradient in forms.items()}
+
+
+def delta_steps(settings: Settings):
+    """Cost of delta gradient descent for whole networks: processor seconds of a step, and their ratio to plain gradients' beside it."""
+    wide = DIGITS_MODEL | dict(width=512, heads=8, mlp_width=1024)
+    models = {'digits of the race': (DIGITS_MODEL, (64, 8, 8)), 'width 512, 2,048 tokens': (wide, (32, 16, 16))}
+    if settings.smoke:
+        models = {'digits of the race': (DIGITS_MODEL, (2, 8, 8))}
+    for tree, (model, shape) in models.items():
+        runs = delta_forms(VisionTransformer(**model), jax.random.uniform(jax.random.key(1), shape))
+        seconds = {form: [] for form in runs}
+        for _ in range(1 + settings.repeats):
+            for form, run in runs.items():
+                begun = time.process_time()
+                run()
+                seconds[form].append(time.process_time() - begun)
+        for form, spent in seconds.items():
+            ratio = statistics.median(each / plain for each, plain in zip(spent[1:], seconds['plain'][1:], strict=True))
+            yield dict(what='delta gradient descent', model=form, tree=tree, cpu_seconds=statistics.median(spent[1:]), ratio=ratio)
+
+
+PARTS = (optimizer_steps, delta_steps)

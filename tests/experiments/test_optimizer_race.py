@@ -14,6 +14,8 @@ import pytest
 
 from experiments import optimizer_race, race_tasks, racing
 from experiments.racing import Optimizer, Setting
+from nested_jax.layers import delta_descent
+from nested_jax.optim import with_delta
 
 DUMMY = Optimizer(lambda *_: None, 1e-2, 'beta', (0.9, 0.8, 0.95))
 
@@ -24,7 +26,7 @@ DUMMY = Optimizer(lambda *_: None, 1e-2, 'beta', (0.9, 0.8, 0.95))
 def test_a_lane_is_the_run_alone():
     """Each lane has its own seed and setting; the period of m3's slow momentum ends within the run."""
     task, optimizer = race_tasks.stream(20), optimizer_race.OPTIMIZERS['m3']
-    settings = [Setting(0.1, 0.1, 1.0), Setting(0.03, 0.0, 0.1), Setting(0.03, 0.0, 1.0)]
+    settings = [Setting(0.1, 0.1, 0.98), Setting(0.03, 0.0, 0.9), Setting(0.03, 0.0, 0.98)]
     found = racing.Runs(task, optimizer, 2)([7, 7, 8], settings)
     alone = jax.jit(functools.partial(racing.train_one, task, optimizer))
     for lane, (seed, setting) in enumerate(zip([7, 7, 8], settings, strict=True)):
@@ -68,6 +70,27 @@ def test_flops_count_loops_by_their_length_and_the_dearest_branch():
     assert count(lambda x: jnp.linalg.qr(x)[0], (6, 4)) == pytest.approx(4 * 6 * 16 - 4 / 3 * 64)
 
 
+def test_flops_that_no_result_needs_do_not_count():
+    """A product that is dropped, in a loop and in a branch too, and the half of a gradient that is not asked for."""
+    count = lambda function: racing.matrix_flops(jax.make_jaxpr(function)(jnp.ones((4, 4))).jaxpr)
+    body = lambda carry, _: ((carry[0] @ carry[0], carry[1] @ carry[1]), None)
+    loop = lambda x: jax.lax.scan(body, (x, x), length=5)[0][0]
+    assert count(lambda x: (x @ x, x + 1)[1]) == 0 and count(loop) == 640
+    assert count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: (x @ x, x), lambda: (x, x))[1]) == 0
+    both = lambda x, w: jax.vjp(jnp.matmul, x, w)[1](x)
+    assert count(lambda x: both(x, x)) == 256 and count(lambda x: both(x, x)[0]) == 128
+
+
+def test_delta_gradient_descent_has_the_products_of_gradient_descent(monkeypatch):
+    """On every kernel of the language model's two layers, which are stacked, and on no other leaf."""
+    task, wrapped = race_tasks.char_lm(10), []
+    monkeypatch.setattr(delta_descent, 'with_delta', lambda *args: wrapped.append(args) or with_delta(*args))
+    flops = [racing.step_flops(task, optimizer_race.OPTIMIZERS[name]) for name in ('sgd', 'delta-gradient-descent')]
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(task.init, jax.random.key(0)))
+    kernels = [path for path, _ in leaves if jax.tree_util.keystr(path[-1:], simple=True) == 'kernel']
+    assert len(wrapped) == 2 * len(kernels) == 14 and flops[0] == flops[1] > 0
+
+
 def test_schedule_warms_up_stays_and_falls_to_zero():
     task = race_tasks.stream(20)
     plateau = racing.rate_schedule(task, 2.0)
@@ -93,7 +116,7 @@ def bowl(best: float, **others):
 def test_search_refines_around_the_best_and_tries_decay_and_knob():
     evaluate, asked = bowl(1.7e-2, weight_decay=0.01, knob=0.9)
     trials = racing.search(evaluate, DUMMY)
-    assert trials.best == Setting(pytest.approx(1e-2 * 10**0.25, rel=1e-5), 0.01, 0.9) and not trials.at_edge
+    assert trials.best == Setting(pytest.approx(1e-2 * 10**0.25, rel=1e-5), 0.01, 0.9) and trials.at_edge == ()
     assert [len(settings) for settings in asked] == [5, 4, 4] and len(trials.losses) == 13
     assert {setting.knob for setting in asked[2]} == {0.8, 0.9, 0.95}
 
@@ -110,7 +133,43 @@ def test_search_extends_the_grid_until_the_best_is_inside(best):
 
 def test_search_says_that_the_best_is_still_at_the_edge():
     trials = racing.search(lambda settings: [math.log(setting.rate) for setting in settings], DUMMY)
-    assert trials.at_edge and len(trials.losses) == 13 + 2 * racing.MAX_EXTENSIONS
+    assert trials.at_edge == ('rate',) and len(trials.losses) == 13 + 2 * racing.MAX_EXTENSIONS
+
+
+@pytest.mark.parametrize(
+    ('others', 'found'),
+    [
+        (dict(weight_decay=1.0), dict(weight_decay=1.0, knob=0.9)),
+        (dict(knob=0.99), dict(weight_decay=0.0, knob=0.9875)),
+        (dict(knob=0.6), dict(weight_decay=0.0, knob=0.6)),
+        (dict(knob=0.0), dict(weight_decay=0.0, knob=0.0)),
+    ],
+)
+def test_search_extends_the_other_grids(others, found):
+    """The best is between values that were tried, or at zero, of which there is no other side."""
+    trials = racing.search(bowl(1e-2, **others)[0], DUMMY)
+    assert trials.at_edge == () and trials.best._replace(rate=0) == Setting(0, **found)
+    for name, value in found.items():
+        tried = [getattr(setting, name) for setting in trials.losses]
+        assert value == 0 or min(tried) < value < max(tried)
+
+
+def test_search_extends_from_the_best_of_the_combinations():
+    """Weight decay and hyper-parameter both end at an edge, which neither does alone."""
+    evaluate = lambda settings: [abs(math.log10(s.rate / 1e-2)) - 5 * s.weight_decay * (s.knob == 0.95) for s in settings]
+    assert racing.search(evaluate, DUMMY, extra=True).best.weight_decay > 0.1
+    assert racing.search(evaluate, DUMMY).best.weight_decay == 0
+
+
+def test_search_says_what_is_still_at_the_edge():
+    """A decay whose losses fall by as much for each halving of its distance from 1."""
+    trials = racing.search(lambda settings: [abs(math.log10(s.rate / 1e-2)) + math.log(1 - s.knob) for s in settings], DUMMY)
+    assert trials.at_edge == ('knob',) and len(trials.losses) == 13 + 2 * racing.MAX_EXTENSIONS
+
+
+def test_search_ends_where_a_decay_levels_off():
+    trials = racing.search(lambda settings: [abs(math.log10(s.rate / 1e-2)) + (1 - s.knob) ** 2 for s in settings], DUMMY)
+    assert trials.at_edge == () and 0.99 < trials.best.knob < 1 and len(trials.losses) < 13 + racing.MAX_EXTENSIONS
 
 
 def test_search_stops_where_losses_have_levelled_off():
@@ -129,6 +188,24 @@ def test_the_baseline_s_budget_is_the_largest():
     assert len(racing.search(evaluate, DUMMY, extra=True).losses) == 17
     for optimizer in optimizer_race.OPTIMIZERS.values():
         assert len(set(optimizer.knobs)) == 3
+
+
+def test_m3_without_its_slow_momentum_is_searched_as_m3_is():
+    """And is m3 until the first period ends."""
+    m3, fast = (optimizer_race.OPTIMIZERS[name] for name in ('m3', 'm3-fast'))
+    assert dataclasses.replace(m3, make=None) == dataclasses.replace(fast, make=None)
+    task, key = race_tasks.stream(20), jax.random.key(0)
+    params = task.init(key)
+    gradients = [jax.random.normal(jax.random.fold_in(key, step), params['kernel'].shape) for step in range(12)]
+    both = [optimizer.make(lambda count: 1e-2, 0.1, 0.9) for optimizer in (m3, fast)]
+    states = [optimizer.init(params) for optimizer in both]
+    update = [jax.jit(optimizer.update) for optimizer in both]
+    gaps = []
+    for gradient in gradients:
+        found = [one({'kernel': gradient}, state, params) for one, state in zip(update, states, strict=True)]
+        states = [state for _, state in found]
+        gaps.append(float(jnp.abs(found[0][0]['kernel'] - found[1][0]['kernel']).max()))
+    assert max(gaps[:9]) < 1e-7 and min(gaps[10:]) > 1e-5
 
 
 # --- what counts as a difference
@@ -198,7 +275,7 @@ def test_controls_that_come_out_as_they_must():
         (dict(again=-0.5), 'adamw-again came out better, not equal'),
         (dict(flipped=0.0), 'adamw-flipped came out equal, not worse'),
         (dict(flipped=-0.5), 'adamw-flipped came out better, not worse'),
-        (dict(at_edge=True), 'at the edge of its grid'),
+        (dict(at_edge=['rate', 'knob']), 'best rate and knob at the edge of its grid'),
     ],
 )
 def test_controls_that_do_not(changes, said):
@@ -286,6 +363,21 @@ def test_smoke_run_races_and_stores_nothing(tmp_path, capsys):
     for name in ('adamw ', 'adamw-again', 'adamw-flipped', 'delta-gradient-descent'):
         assert name in said
     assert 'nan' not in said and list(tmp_path.iterdir()) == []
+
+
+def test_smoke_run_tries_the_other_tasks(tmp_path, monkeypatch, capsys):
+    """Each in one step, digits only where they can be had."""
+    monkeypatch.setattr(optimizer_race, 'TASKS', dict.fromkeys(race_tasks.TASKS, race_tasks.stream))
+    monkeypatch.setattr(optimizer_race, '_race', lambda args, name: race())
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    arguments = ['--smoke', '--optimizers', 'sgd', '--results', str(tmp_path / 'rows.jsonl')]
+    assert optimizer_race.main(arguments) == 0 and list(tmp_path.iterdir()) == []
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:2] for line in lines[-2:]] == [['char-lm', 'sgd'], ['recall', 'sgd']] and lines[0][0] == 'stream'
+    task, setting = race_tasks.stream(10), Setting(*np.float32([0.1, 0, 0.9]))
+    carry = racing.begin(task, optimizer_race.OPTIMIZERS['sgd'], np.uint32(0), setting)
+    params, _ = racing.advance(task, optimizer_race.OPTIMIZERS['sgd'], {}, np.uint32(0), setting, carry, jnp.int32(0))
+    assert float(lines[-1][2]) == pytest.approx(float(task.loss(params, task.draw({}, jax.random.key(0), jnp.int32(1)))), abs=1e-4)
 
 
 def test_a_race_stores_one_row_for_each_entry(tmp_path, monkeypatch):

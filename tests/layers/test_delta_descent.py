@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nested_jax.layers.common import Projection
 from nested_jax.layers.delta_descent import capture_inputs, delta_dense, inputs_for
 from nested_jax.optim.delta_descent import delta_gradient_descent
 
@@ -55,6 +56,46 @@ def test_gradients_are_the_cheap_form():
         expected = (plain[name].pop('kernel') + a @ params[name]['kernel']) / (1 + 0.3 * jnp.trace(a))
         np.testing.assert_allclose(gradients[name].pop('kernel'), expected, rtol=1e-5, atol=1e-7)
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6), gradients, plain)  # biases and the norm
+
+
+@pytest.mark.parametrize('layer', [nn.Dense(6), Projection(6, jnp.float32, use_bias=True)])
+def test_layers_of_sequences(layer):
+    """Samples over two axes: the same output, and the direction of all of them."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5)), jnp.float32)
+    params = layer.init(jax.random.key(0), x)['params'] | {'bias': jnp.arange(6.0)}
+    loss = lambda params: jnp.sum(jnp.square(layer.apply({'params': params}, x))) / 6
+    value, plain = jax.value_and_grad(loss)(params)
+    with nn.intercept_methods(delta_dense(0.3)):
+        intercepted, gradients = jax.value_and_grad(loss)(params)
+        assert layer.apply({'params': params}, x[0, 0]).shape == (6,)
+    np.testing.assert_allclose(intercepted, value, rtol=1e-6)
+    rows = x.reshape(6, 5)
+    a = rows.T @ rows / 6
+    np.testing.assert_allclose(
+        gradients['kernel'], (plain['kernel'] + a @ params['kernel']) / (1 + 0.3 * jnp.trace(a)), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(gradients['bias'], plain['bias'], rtol=1e-6)
+    with nn.intercept_methods(capture_inputs):
+        _, state = layer.apply({'params': params}, x, mutable='delta_inputs')
+    np.testing.assert_array_equal(inputs_for(params, state['delta_inputs'])['kernel'], x)
+
+
+def test_a_projection_with_an_adapter_is_left_alone():
+    layer, x = Projection(3, jnp.float32), jnp.ones((2, 5))
+    variables = layer.init(jax.random.key(0), x) | {'lora': {'a': jnp.ones((5, 1)), 'b': jnp.ones((1, 3))}}
+    gradient = jax.grad(lambda variables: jnp.sum(layer.apply(variables, x) ** 2))
+    plain = gradient(variables)
+    with nn.intercept_methods(delta_dense(0.3)):
+        jax.tree.map(np.testing.assert_array_equal, gradient(variables), plain)
+
+
+def test_nothing_is_transposed_on_the_way_back():
+    """Where samples have several axes, XLA on CPU writes the sum of gradient and output transposed, one number at a time."""
+    model, x = Perceptron(), jnp.ones((4, 8, 5))
+    params = model.init(jax.random.key(0), x)['params']
+    with nn.intercept_methods(delta_dense(0.3)):
+        compiled = jax.jit(jax.grad(loss_of(model, x))).lower(params).compile().as_text()
+    assert compiled.count(' dot(') + compiled.count('dot_general') and ' transpose(' not in compiled
 
 
 def test_captured_inputs_give_the_exact_form():

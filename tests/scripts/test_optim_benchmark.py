@@ -17,7 +17,13 @@ OPTIMIZERS = {'optax.adamw', 'optax.contrib.muon', 'muon', 'm3'}
 def test_rows_of_the_suite_at_smoke_size(tmp_path):
     bench.main(['--suite', 'optim', '--smoke', '--repeats', '1', '--output', str(tmp_path / 'rows.jsonl')])
     rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
-    metrics = [row['metrics'] for row in rows]
+    metrics = [row['metrics'] for row in rows if row['metrics']['what'] == 'optimizer']
+    forms = {row['metrics']['model']: row['metrics'] for row in rows if row['metrics']['what'] == 'delta gradient descent'}
+    assert (
+        set(forms) == {'plain', 'cheap', 'exact'}
+        and forms['plain']['ratio'] == 1
+        and all(form['cpu_seconds'] > 0 for form in forms.values())
+    )
     timed, compiled = [[row for row in metrics if ('step_s' in row) == steps] for steps in (True, False)]
     assert {row['model'] for row in timed} == {row['model'] for row in compiled} == OPTIMIZERS
     assert len(timed) == len(compiled) == len(OPTIMIZERS)
