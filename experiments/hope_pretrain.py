@@ -109,7 +109,7 @@ class Args:
     data: DataArgs = DataArgs()
     train: TrainConfig = TrainConfig()
     distributed: Mode = 'auto'
-    """Which processes share a run: what SLURM, Cloud TPU, Open MPI or launch_local.py says; this one alone; as --processes says."""
+    """Who shares a run: what SLURM, Cloud TPU, Open MPI, Kubernetes or launch_local.py says; this one alone; as --processes says."""
     processes: ProcessConfig = ProcessConfig()
     mesh: str | None = None
     """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp, sequence and tensor; None: data, for large models fsdp."""
