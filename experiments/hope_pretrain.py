@@ -28,7 +28,7 @@ import tyro
 from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.models.presets import preset, without
 from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu, run_to_exit
-from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder
+from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder, private_cache
 from nested_jax.training.faults import faults_of_environment
 
 if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
@@ -109,7 +109,7 @@ class Args:
     data: DataArgs = DataArgs()
     train: TrainConfig = TrainConfig()
     distributed: Mode = 'auto'
-    """Which processes share a run: what SLURM, Cloud TPU, Open MPI or launch_local.py says; this one alone; as --processes says."""
+    """Who shares a run: what SLURM, Cloud TPU, Open MPI, Kubernetes or launch_local.py says; this one alone; as --processes says."""
     processes: ProcessConfig = ProcessConfig()
     mesh: str | None = None
     """How devices share the work, as data=2,fsdp=4, of replica, data, fsdp, sequence and tensor; None: data, for large models fsdp."""
@@ -173,6 +173,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
         The model's configuration, the text, and the configuration of the run as JSON.
     """
     faults_of_environment()
+    private_cache()
     find_cluster(args.distributed, args.processes, os.environ, has_tpu())
     fields = ('vocab_size', 'dtype', 'remat', 'scan_layers')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}

@@ -2,7 +2,7 @@
 # Trains on TPU slices of a GKE cluster, as one workload of xpk:
 #
 #   scripts/launch_gke_xpk.sh --cluster c --workload hope --type v5litepod-256 --slices 2 --image python:3.12 --storage runs \
-#     -- --model.preset hope-1.3b --train.output /mnt/runs/hope
+#     -- --model.preset hope-1.3b --train.watchdog-s 600 --train.output /mnt/runs/hope
 #
 # xpk puts this checkout on top of the image. A pod that is killed or preempted makes GKE start all again, from the newest checkpoint,
 # ten times at most. Nothing is deleted but by --delete, which takes the place of -- and what follows; after it, the same command

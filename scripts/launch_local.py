@@ -1,6 +1,7 @@
 """Runs a command as several processes on this machine, which share its simulated devices: what a pod does, on a laptop.
 
-    python scripts/launch_local.py --processes 2 --devices 4 -- python -m experiments.hope_pretrain --smoke
+    python scripts/launch_local.py --processes 2 --devices 4 -- \\
+        python -m experiments.hope_pretrain --smoke --train.watchdog-s 300
 
 A process that dies, of SIGKILL too, takes the others with it, and all are started again from the newest checkpoint that verifies: ten
 times at most without a newer one, and not after ending at the same step three times in a row. Ctrl-C or SIGTERM saves and stops all at

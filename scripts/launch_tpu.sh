@@ -2,7 +2,7 @@
 # Trains on a Cloud TPU slice: asks for it as a queued resource, waits, installs this checkout on every worker, runs there.
 #
 #   scripts/launch_tpu.sh --name hope --zone us-west4-a --type v5litepod-64 --runtime v2-alpha-tpuv5-lite \
-#     --setup 'sudo mount 10.0.0.2:/share /mnt' -- --model.preset hope-760m --train.output /mnt/runs/hope
+#     --setup 'sudo mount 10.0.0.2:/share /mnt' -- --model.preset hope-760m --train.watchdog-s 600 --train.output /mnt/runs/hope
 #
 # The same command goes on from the newest checkpoint, on the same slice while it is there. Nothing is deleted but by
 # --delete, which takes the place of -- and what follows. --dry-run prints the commands instead.
@@ -57,6 +57,7 @@ if [[ -n "${option_dry_run:-}" ]]; then
 else
   state >/dev/null 2>&1 || "${create[@]}"
   wait_for_slice
+  [[ -z "$(git status --porcelain)" ]] || echo "note: the last commit is copied; what git status shows as changed or new is not" >&2
 fi
 run git archive --format=tar.gz --output="$archive" HEAD
 run gcloud compute tpus tpu-vm scp "$archive" "$option_name:nested_jax.tar.gz" "${where[@]}" --worker=all

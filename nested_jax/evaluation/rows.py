@@ -15,6 +15,9 @@ from typing import Any
 
 from nested_jax.config import redacted
 
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_ARCHIVED = '$Format:%H$'  # git archive puts the commit here (.gitattributes)
+
 
 def make_row(
     *,
@@ -114,11 +117,15 @@ def hardware_name(devices: list) -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree, `+changes` when files differ from it, 'unknown' outside a repository."""
-    folder = pathlib.Path(__file__).resolve().parent
+    """The commit of the source tree, `+changes` when files differ from it, 'unknown' outside a repository.
+
+    In what `git archive` packed, as scripts/launch_tpu.sh sends it, the commit it was made of: changes since are not seen there.
+    """
+    if not (_ROOT / '.git').exists():
+        return 'unknown' if _ARCHIVED.startswith('$') else _ARCHIVED
     try:
-        head = _git(folder, 'rev-parse', 'HEAD')
-        return head + ('+changes' if _git(folder, 'status', '--porcelain', '--untracked-files=no') else '')
+        head = _git(_ROOT, 'rev-parse', 'HEAD')
+        return head + ('+changes' if _git(_ROOT, 'status', '--porcelain', '--untracked-files=no') else '')
     except (OSError, subprocess.SubprocessError):
         return 'unknown'
 

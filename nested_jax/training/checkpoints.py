@@ -216,7 +216,7 @@ class Checkpoints:
             self.faults.reach(phase, step, self.path(step))
 
     def verify(self, step: int, part: int = 0, parts: int = 1) -> str | None:
-        """None when every byte is as it was written, else what is wrong, with the file's name.
+        """None when every byte is as it was written and nothing is missing or was added, else what is wrong, with the file's name.
 
         Args:
             step: of the checkpoint.
@@ -229,14 +229,16 @@ class Checkpoints:
             files = json.loads(text)
             if not isinstance(files, dict) or _manifest_text(files) != text:
                 return f'{_MANIFEST} is damaged'
+            there = set(_files(folder)) - {_MANIFEST}
+            if odd := (files.keys() ^ there) | ({_META} - files.keys()):
+                name = min(odd)
+                return f'{name} is not in {_MANIFEST}' if name in there else f'{name} is missing'
             for name, digest in list(files.items())[part::parts]:
-                if not (folder / name).is_file():
-                    return f'{name} is missing'
                 if _digest(folder / name) != digest:
                     return f'{name} is damaged'
         except FileNotFoundError:
             return f'{_MANIFEST} is missing'
-        except (ValueError, OSError) as error:  # not UTF-8, not JSON, a name that no file can have
+        except (ValueError, OSError) as error:  # not UTF-8, not JSON, not to be read
             return f'{_MANIFEST} is damaged ({error})'
         return None
 

@@ -4,6 +4,9 @@ jax.distributed reads SLURM, Open MPI and Cloud TPU itself, and where it finds n
 it. A run that then went on alone would be one of many that write the same folder. So what is detected here has to be joined, half an
 environment is an error, and one process is what is left when nothing says that there are more.
 
+On Kubernetes JAX asks the API server, where the package kubernetes is installed. What else may start processes (torchrun, MPICH, Flux)
+it cannot join: what their variables say of several is an error too.
+
 scripts/launch_local.py says what to join in variables of its own, NESTED_JAX_COORDINATOR, _NUM_PROCESSES and _PROCESS_ID.
 """
 
@@ -13,6 +16,7 @@ import os
 import pathlib
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn
 
@@ -24,6 +28,17 @@ LOCAL = ('NESTED_JAX_COORDINATOR', 'NESTED_JAX_NUM_PROCESSES', 'NESTED_JAX_PROCE
 FAILED = 75  # exit code of a process that an error nobody expected ended
 _SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
 _OPEN_MPI = ('OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_LOCAL_RANK', 'OMPI_MCA_orte_hnp_uri')
+_POD = 'JOB_COMPLETION_INDEX'  # of a Kubernetes Job: how many pods there are it does not say, and the first may be the only one
+_COUNTS = {  # variables with a number of processes -> who sets them
+    'SLURM_STEP_NUM_TASKS': 'SLURM',
+    'PMI_SIZE': 'MPICH or Intel MPI',
+    'MV2_COMM_WORLD_SIZE': 'MVAPICH2',
+    'FLUX_JOB_SIZE': 'Flux',
+    'WORLD_SIZE': 'torchrun or what takes its place',
+    'JAX_NUM_PROCESSES': 'Kubeflow or a script',
+    'MEGASCALE_NUM_SLICES': 'Cloud TPU',
+}
+_INDICES = {_POD: 'a Kubernetes Job', 'TPU_WORKER_ID': 'Cloud TPU', 'MEGASCALE_SLICE_ID': 'Cloud TPU'}  # from 0
 
 
 class ClusterError(RuntimeError):
@@ -101,8 +116,8 @@ def _detect(environment: Mapping[str, str], on_tpu: bool) -> Cluster | None:
         coordinator, count, index = (environment[name] for name in LOCAL)
         return _told('scripts/launch_local.py', coordinator, _number(environment, LOCAL[1]), _number(environment, LOCAL[2]))
     hosts = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
-    if hosts:
-        return _tpu_with(hosts, environment)
+    if hosts and (slices := _tpu_with(hosts, environment)) is not None:
+        return slices
     for name, method, variables, size in (
         ('SLURM', 'slurm', _SLURM, 'SLURM_NTASKS'),
         ('Open MPI', 'ompi', _OPEN_MPI, 'OMPI_COMM_WORLD_SIZE'),
@@ -110,9 +125,39 @@ def _detect(environment: Mapping[str, str], on_tpu: bool) -> Cluster | None:
         if size in environment and _number(environment, size) > 1:
             _require(name, environment, variables)
             return Cluster(name, _number(environment, size), dict(cluster_detection_method=method))
-    if on_tpu and 'TPU_SKIP_MDS_QUERY' not in environment:
+    if on_tpu and not hosts and 'TPU_SKIP_MDS_QUERY' not in environment:
         return Cluster('Cloud TPU', None, {})  # its metadata server, which jax.distributed asks, knows the other hosts
+    if not hosts and {_POD, 'KUBERNETES_SERVICE_HOST'} <= environment.keys() and importlib.util.find_spec('kubernetes') is not None:
+        return Cluster('Kubernetes', None, {})  # its API server, which jax.distributed asks, knows the other pods
+    _refuse_to_leave_others(environment)
+    if not hosts:
+        _say_if_in_doubt(environment)
     return None
+
+
+def _refuse_to_leave_others(environment: Mapping[str, str]) -> None:
+    """Raises ClusterError for a variable by which there are processes that cannot be joined."""
+    told = {name: ('0', '1') for name in _COUNTS} | {name: ('0',) for name in _INDICES}
+    found = [name for name, alone in told.items() if environment.get(name) and environment[name] not in alone]
+    if environment.get('JAX_COORDINATOR_ADDRESS') and environment.get('JAX_NUM_PROCESSES') != '1':
+        found.append('JAX_COORDINATOR_ADDRESS')
+    if found:
+        who = (_COUNTS | _INDICES).get(found[0], 'Kubeflow or a script')
+        raise ClusterError(
+            f'{found[0]} is {environment[found[0]]!r}, as {who} sets it where there are several processes, and they cannot be found by it: '
+            'say where they are with --distributed=explicit, or that this one is alone with --distributed=off'
+        )
+
+
+def _say_if_in_doubt(environment: Mapping[str, str]) -> None:
+    """Warns where this may be the first of several pods: the others have an index above 0, or wait for the lock of the run's folder."""
+    name = next((name for name in environment if name == _POD or name.startswith('JOBSET_')), None)
+    if name is not None:
+        warnings.warn(
+            f'{name} is set, so this pod may be one of several, which cannot be found (the package kubernetes is not installed): '
+            'going on alone, as --distributed=off does without this warning',
+            stacklevel=1,
+        )
 
 
 def _tpu_with(hosts: str, environment: Mapping[str, str]) -> Cluster | None:
@@ -138,7 +183,8 @@ def _require(name: str, environment: Mapping[str, str], variables: tuple[str, ..
     if missing:
         raise ClusterError(
             f'{name} says that there are several processes, but {", ".join(missing)} is not set: '
-            'start every process through it (srun, mpirun), or one alone with --distributed=off'
+            'start every process through it (srun, mpirun), say where they are with --distributed=explicit, or that this one is alone '
+            'with --distributed=off'
         )
 
 

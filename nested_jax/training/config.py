@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from nested_jax.config import ModelConfig, added, redacted
+from nested_jax.config import ModelConfig, added, check, redacted
 
 # What may change between two halves of a run: none of it touches a number that is learnt or reported. Blocks that are scanned or unrolled
 # have the same parameters, and differ by rounding, as meshes do.
@@ -135,9 +136,13 @@ def claim_folder(folder: str | os.PathLike, run_config: dict, allow_data_change:
         allow_data_change: whether `DATA_FIELDS` may differ from what the folder holds.
 
     Raises:
-        ValueError: naming the first field in which the folder's configuration is another one, or the folder that cannot be written.
+        ValueError: naming the first field in which the folder's configuration is another one, or the folder that cannot be written or is
+            somebody else's symbolic link.
     """
     path = pathlib.Path(folder) / 'config.json'
+    for link in (path.parent, path.with_name('checkpoints')):
+        allowed = 'a folder, or a symbolic link that is your own'
+        check(not (link.is_symlink() and _of_another(link.lstat())), 'train.output', str(link), allowed)
     if path.exists():
         try:
             saved = json.loads(path.read_text())
@@ -159,15 +164,45 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Keeps other runs out of a claimed folder; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        ValueError: when another run holds it.
+        ValueError: when another run holds it, or the file system has no locks.
     """
     path = pathlib.Path(folder) / 'config.json'
-    with open(path) as file:
+    with open(path, 'r+') as file:  # written by nobody here: NFS locks a file for one holder only where it is open for writing
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f'train.output is {str(folder)!r}, which is in use by another run; allowed is a folder of its own') from None
+        except OSError as error:
+            allowed = 'a folder of a file system with locks: mount it with them (Lustre: flock; NFS: a lock service), or use another one'
+            raise ValueError(f'train.output is {str(folder)!r}, which cannot be locked ({error}); allowed is {allowed}') from error
         yield
+
+
+def private_cache(environment: Mapping[str, str] = os.environ) -> None:
+    """Makes the folder in which JAX keeps compiled programs, for this user alone: what somebody else puts there would be run.
+
+    Args:
+        environment: variables of the process; without JAX_COMPILATION_CACHE_DIR, or with an address there, nothing is done.
+
+    Raises:
+        ValueError: when others can write to the folder, or it is somebody else's, or cannot be made.
+    """
+    variable = 'JAX_COMPILATION_CACHE_DIR'
+    folder = environment.get(variable, '')
+    if not folder or '://' in folder:
+        return
+    try:
+        pathlib.Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = os.stat(folder)
+    except OSError as error:
+        raise ValueError(f'{variable} is {folder!r}, allowed is a folder that can be made ({error})') from error
+    private = not _of_another(status) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    check(private, variable, folder, 'a folder of your own that nobody else can write to (chmod go-w)')
+
+
+def _of_another(status: os.stat_result) -> bool:
+    """Whether a file is neither this user's nor the administrator's."""
+    return status.st_uid not in (0, os.geteuid())
 
 
 def renew_claim(folder: str | os.PathLike, run_config: dict) -> None:

@@ -22,6 +22,7 @@ from nested_jax.config import check
 from nested_jax.training.cluster import LOCAL
 
 VARIABLE = 'NESTED_JAX_WHEREABOUTS'  # file of a process
+_LISTEN = 'JAX_COORDINATOR_BIND_ADDRESS'  # which JAX reads; it lets in whoever reaches it, from other machines too unless told otherwise
 SAME_STEP = 3  # times in a row that end a run
 _POLL_S = 0.05
 
@@ -140,7 +141,8 @@ class Supervisor:
         for index, file in enumerate(files):
             file.unlink(missing_ok=True)
             told = dict(zip(LOCAL, (f'localhost:{port}', str(self.count), str(index)), strict=True))
-            self._processes.append(self._start(self._environment | told | {VARIABLE: str(file)}, file.with_suffix('.log'), index))
+            told |= {_LISTEN: f'localhost:{port}', VARIABLE: str(file)}
+            self._processes.append(self._start(self._environment | told, file.with_suffix('.log'), index))
         tee = threading.Thread(target=_tee, args=(self._processes[0].stdout, files[0].with_suffix('.log')))
         tee.start()
         codes = self._wait()

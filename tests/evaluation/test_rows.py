@@ -1,7 +1,12 @@
 """Rows of measured results."""
 
 import json
+import os
+import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 from nested_jax.evaluation import rows
 
@@ -29,6 +34,35 @@ def test_config_digest_ignores_order_and_sees_values():
 def test_commit_is_unknown_outside_a_repository(monkeypatch, tmp_path):
     monkeypatch.setenv('PATH', str(tmp_path))  # no git to be found
     assert rows.commit() == 'unknown'
+
+
+def test_an_archive_knows_its_commit(tmp_path):
+    """Also in a folder of another repository, as a home folder may be one: that one's commit is not the source's."""
+    root, source = pathlib.Path(__file__).parents[2], tmp_path / 'source'
+    for name in ('.gitattributes', 'nested_jax/config.py', 'nested_jax/evaluation/rows.py'):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, source / name)
+
+    def ask(folder):
+        command = [sys.executable, '-c', 'from nested_jax.evaluation.rows import commit; print(commit())']
+        return subprocess.run(command, cwd=folder, env=os.environ | {'PYTHONPATH': '.'}, capture_output=True, text=True).stdout.strip()
+
+    def git(folder, *words):
+        who = ['-c', 'user.name=a', '-c', 'user.email=a@b']
+        return subprocess.run(['git', *who, *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert ask(source) == 'unknown'
+    for folder in (source, tmp_path):
+        git(folder, 'init', '-q')
+        git(folder, 'add', '--all') if folder == source else None
+        git(folder, 'commit', '-q', '--allow-empty', '-m', folder.name)
+    head = git(source, 'rev-parse', 'HEAD')
+    assert ask(source) == head
+    git(source, 'archive', '--format=zip', '--output=../archive.zip', 'HEAD')
+    shutil.unpack_archive(tmp_path / 'archive.zip', tmp_path / 'unpacked')
+    assert ask(tmp_path / 'unpacked') == head
+    (source / 'nested_jax/config.py').write_text('redacted = dict')
+    assert ask(source) == head + '+changes'
 
 
 def test_rows_hold_no_secrets(monkeypatch):

@@ -119,6 +119,18 @@ def test_empty_folder_is_one_line_and_exit_code_2(tmp_path):
     assert code == 2 and str(tmp_path) in complained and complained.count('\n') == 1, complained
 
 
+def test_cache_that_others_can_write_to_and_processes_that_cannot_be_joined_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    tmp_path.chmod(0o777)
+    assert hope_pretrain.main([]) == 2
+    assert capsys.readouterr().err.startswith(f"error: JAX_COMPILATION_CACHE_DIR is '{tmp_path}', allowed is a folder of your own")
+    tmp_path.chmod(0o700)
+    assert hope_pretrain.main([]) == 1
+    complained = capsys.readouterr().err
+    assert complained.startswith("error: WORLD_SIZE is '2', as torchrun") and complained.count('\n') == 1
+
+
 def test_errors_that_need_no_device_are_met_before_jax_is_imported(tmp_path):
     """The bound of two seconds depends on the machine; what is imported doesn't."""
     program = (

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,38 @@ def test_tpu_is_not_asked_for_twice_and_a_lost_one_is_not_deleted(tools):
     assert {line.split()[4] for line in tools.calls()} == {'describe'}
 
 
+def test_tpu_gets_the_last_commit_and_that_is_said_where_there_are_changes(tools):
+    words = shlex.split(f'scripts/{TPU} hope --type t --runtime r -- --train.output /x')
+    tools('gcloud', 'case "$*" in *describe*) echo ACTIVE ;; esac')
+    note = 'note: the last commit is copied; what git status shows as changed or new is not\n'
+    for status, said in ((':', ''), ('echo " M README.md"', note)):
+        tools('git', f'case "$1" in status) {status} ;; esac')
+        ended = launch(*words, path=tools.folder)
+        assert (ended.returncode, ended.stderr) == (0, said)
+
+
+def test_tpu_worker_without_a_python_gets_one(tools):
+    """By the README's --setup: where python3 is too old, and only there, uv installs another, which the environment is made with."""
+    (line,) = (line for line in COMMANDS if '--setup' in line)
+    words = shlex.split(line)
+    *_, install, _ = commands_of('launch_tpu.sh', *words[1:])
+    setup = install[-1].removeprefix('--command=').replace('tar -xzf nested_jax.tar.gz -C nested_jax; ', '')
+    (tools.folder / 'nested_jax/scripts').mkdir(parents=True)
+    (tools.folder / 'nested_jax/scripts/environment.sh').write_text((ROOT / 'scripts/environment.sh').read_text())
+    for name in ('dirname', 'mkdir', 'mv'):
+        (tools.folder / name).symlink_to(shutil.which(name))
+    tools('mountpoint', ':')
+    tools('python3.12', ':')
+    (tools.folder / 'python3.12').rename(tools.folder / 'later')
+    tools('python3', 'case "$*" in *install\\ 3.12) mkdir -p ~/.local/bin; mv later ~/.local/bin/python3.12 ;; -c*) exit 1 ;; esac')
+    environment = dict(PATH=str(tools.folder), HOME=str(tools.folder / 'home'))
+    for _ in range(2):
+        ended = subprocess.run(['/bin/bash', '-c', setup], cwd=tools.folder, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert tools.calls()[-1] == 'python3.12 scripts/environment.py tpu'
+    assert [line for line in tools.calls() if 'install' in line] == ['python3 -m pip install -q uv', 'python3 -m uv python install 3.12']
+
+
 SRUN = 'trap "echo told >> $0.told; exit 0" TERM; touch $0.ready; for _ in {1..200}; do sleep 0.05; done; exit 3'
 
 
@@ -155,10 +188,25 @@ def test_slurm_job_passes_the_warning_on_once_and_is_put_back(tools):
     assert tools.calls()[-1] == 'scontrol requeue 7'
 
 
-def test_slurm_job_that_fails_is_not_put_back(tools):
-    tools('srun', 'exit 3')
-    ended = launch('scripts/launch_slurm.sbatch', '--', '--train.output=x', path=tools.folder, SLURM_JOB_ID='7', SLURM_SUBMIT_DIR=str(ROOT))
-    assert ended.returncode == 3 and [line.split()[0] for line in tools.calls()] == ['srun']
+@pytest.mark.parametrize(
+    'code, restarts, told, back',
+    [
+        (1, None, '', False),
+        (2, None, '', False),
+        (75, None, '', True),
+        (76, '9', '', True),
+        (137, None, '', True),
+        (76, '10', '', False),
+        (75, None, 'kill -TERM $PPID; ', False),  # cancelled
+    ],
+)
+def test_slurm_job_is_put_back_where_another_try_may_mend_it(tools, code, restarts, told, back):
+    tools('srun', f'{told}exit {code}')
+    tools('scontrol', ':')
+    job = dict(SLURM_JOB_ID='7', SLURM_SUBMIT_DIR=str(ROOT)) | ({} if restarts is None else dict(SLURM_RESTART_COUNT=restarts))
+    ended = launch('scripts/launch_slurm.sbatch', '--', '--train.output=x', path=tools.folder, **job)
+    assert ended.returncode == (0 if back else code), ended.stderr
+    assert tools.calls()[1:] == (['scontrol requeue 7'] if back else [])
 
 
 @pytest.mark.parametrize('told, code', [(True, 143), (False, 3)])
@@ -182,6 +230,7 @@ def test_pod_that_was_told_to_stop_is_not_done(tools, told, code):
 def test_pod_commands_of_the_readme_are_understood():
     pods = [shlex.split(line) for line in COMMANDS if 'launch_local' not in line]
     assert len(pods) == 5
+    assert all('--train.watchdog-s' in line for line in COMMANDS if '--delete' not in line)
     for words in pods:
         start = next(index for index, word in enumerate(words) if word.startswith('scripts/'))
         name, *arguments = words[start:]

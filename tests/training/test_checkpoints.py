@@ -189,6 +189,30 @@ def test_every_single_bit_of_a_small_file_counts(saved):
     assert saved.verify(3) is None
 
 
+def test_a_manifest_lists_what_is_there_no_more_and_no_less(saved):
+    manifest = saved.path(3) / 'manifest.json'
+    whole = json.loads(manifest.read_text())
+    write = lambda files: manifest.write_text(json.dumps(files, indent=1, sort_keys=True))
+    write({})
+    assert saved.verify(3) == f'{min(whole)} is not in manifest.json'
+    for name in whole:
+        write({other: digest for other, digest in whole.items() if other != name})
+        assert saved.verify(3) == f'{name} is not in manifest.json'
+    write(whole)
+    (saved.path(3) / 'state' / 'more').touch()
+    assert [saved.verify(3, part, 3) for part in range(3)] == ['state/more is not in manifest.json'] * 3
+    assert saved.restore(make_state(0)).rejected == ('step 3: state/more is not in manifest.json',)
+    (saved.path(3) / 'state' / 'more').unlink()
+    assert saved.verify(3) is None
+
+
+def test_an_empty_manifest_of_an_empty_checkpoint_is_damage(saved):
+    shutil.rmtree(saved.path(3))
+    saved.path(3).mkdir()
+    (saved.path(3) / 'manifest.json').write_text('{}')
+    assert saved.verify(3) == 'meta.json is missing'
+
+
 def test_refuses_to_start_over_when_all_are_bad(saved):
     for step in (1, 2, 3):
         flip_somewhere(saved.path(step) / 'meta.json')

@@ -48,6 +48,24 @@ def test_all_end_well(tmp_path, capsys):
     assert capsys.readouterr().out == logs[0]
 
 
+LISTENS = """
+import jax
+jax.distributed.initialize(coordinator, 1, 0, cluster_detection_method='deactivate')
+port = int(coordinator.rpartition(':')[2])
+lines = [line.split() for name in ('tcp', 'tcp6') for line in pathlib.Path('/proc/net', name).read_text().splitlines()[1:]]
+print('listens on', {words[1] for words in lines if words[3] == '0A' and words[1].endswith(f':{port:04X}')})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path('/proc/net/tcp').exists(), reason='asks Linux who listens')
+def test_the_coordinator_listens_to_this_machine_only(tmp_path, capsys):
+    """JAX's default is every address of the machine, and whoever reaches it is let in."""
+    assert supervise(tmp_path, LISTENS, 1) == (0, [], [1])
+    addresses = set(re.findall(r"'([0-9A-F]+):[0-9A-F]{4}'", capsys.readouterr().out))
+    assert addresses and addresses <= {'0100007F', '00000000000000000000000001000000', '0000000000000000FFFF00000100007F'}
+
+
 @pytest.mark.parametrize(
     'end, code',
     [('sys.exit(3)', 3), ('os.kill(os.getpid(), signal.SIGKILL)', 137), ('raise RuntimeError', 1)],
