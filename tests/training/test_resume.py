@@ -57,10 +57,11 @@ def run(folder, texts, name, kind):
     return hashlib.sha256(b''.join(map(raw, jax.tree.leaves(result.state)))).hexdigest(), result.resumed_from
 
 
-def run_in_a_process(folder, texts, name, kind, cache):
-    program = 'import sys; sys.path.insert(0, sys.argv[1]); import test_resume; print(*test_resume.run(*sys.argv[2:]))'
+def run_in_a_process(folder, texts, name, kind, cache, first='', **variables):
+    """The same, in a process that does what `first` says before anything else."""
+    program = f'{first}\nimport sys; sys.path.insert(0, sys.argv[1]); import test_resume; print(*test_resume.run(*sys.argv[2:]))'
     command = [sys.executable, '-c', program, str(pathlib.Path(__file__).parent), str(folder), str(texts), name, kind]
-    own = dict(JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_PLATFORMS='cpu')
+    own = dict(JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_PLATFORMS='cpu') | variables
     done = subprocess.run(command, cwd=ROOT, env=os.environ | own | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     digest, step = done.stdout.split()[-2:]
@@ -132,3 +133,18 @@ def test_gone_on_with_from_every_step(texts, tmp_path, name):
         folder = cut_copy(tmp_path / 'whole', tmp_path / f'{cut}', cut)
         assert run(folder, texts, name, 'levels') == (whole, cut)
         assert history(folder) == history(tmp_path / 'whole')
+
+
+# For XLA's pool of threads, its products of matrices, and libraries that use OpenMP. XLA optimizes as it does outside of tests.
+ONE_THREAD = dict(NPROC='1', XLA_FLAGS='--xla_cpu_multi_thread_eigen=false', OMP_NUM_THREADS='1', JAX_NUM_CPU_DEVICES='1')
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no way to keep a process on one core')
+@pytest.mark.parametrize('kind', ['levels', *MEMORIES])
+def test_one_thread_gives_the_same_bits_again(texts, tmp_path, kind):
+    """R8. Nothing is shared: each process compiles for itself."""
+    alone = f'import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})'
+    start = lambda name: run_in_a_process(tmp_path / name, texts, 'adamw', kind, tmp_path / f'{name}-cache', alone, **ONE_THREAD)
+    assert start('once') == start('again')
+    assert history(tmp_path / 'once') == history(tmp_path / 'again')
