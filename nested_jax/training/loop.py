@@ -113,6 +113,7 @@ class _Trainer:
     ):
         self.config, self.run_config, self.progress, self.allow_data_change = config, run_config, progress, allow
         self.folder = pathlib.Path(config.output)
+        self.ledger = Ledger(self.folder if is_first() else None, process=jax.process_index())  # before anything that takes time
         self.model = LanguageModel(model)
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
         self.init_params = lambda key: self.model.init(key, tokens)['params']
@@ -133,7 +134,7 @@ class _Trainer:
         )
         self.window = LossWindow()
         self.skips = Skips(config.max_skips) if config.on_nonfinite == 'skip' else None
-        self.watchdog, self.ledger = Watchdog(config.watchdog_s), Ledger(self.folder if is_first() else None, process=jax.process_index())
+        self.watchdog = Watchdog(config.watchdog_s)
         self.pending: Callable[[], None] | None = None
 
     def run(self) -> Result:
@@ -159,7 +160,8 @@ class _Trainer:
             return self.result(None, stopped_by)
         self.progress.say('evaluating on the held-out text')
         heldout = self.evaluate(self.final)
-        self.finish(heldout)
+        with self.ledger.during('evaluate'):
+            self.finish(heldout)
         self.ledger.close('finished')
         if is_first():
             self.progress.say(str(summary(self.folder)))

@@ -15,6 +15,7 @@ from experiments.seal_world import PROTOTYPE, Marks
 from nested_jax.seal.outer_loop import StaleRewardsError, digest
 from nested_jax.seal.stages import Stages
 
+ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ('edits', 'rewards-0', 'writer', 'test')
 
 
@@ -45,23 +46,77 @@ def test_smoke_run_goes_on_where_it_was_stopped_and_stores_no_row(tmp_path, caps
     assert "the paper's order" in said and not (tmp_path / 'rows.jsonl').exists() and list(tmp_path.rglob('arms.png'))
 
 
+# Says which stages a process computed, a line each. Within one that is named it dies, a moment after it began to make it.
+COUNTED = """
+import os, signal, sys, threading, time
+from experiments import seal_knowledge
+from nested_jax.seal.stages import Stages
+within, list_of_stages = sys.argv.pop(1), sys.argv.pop(1)
+call = Stages.__call__
+
+def counted(self, name, make):
+    def dying():
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        make()
+        time.sleep(60)
+    before = self.computed
+    found = call(self, name, dying if name.endswith(within) else make)
+    if self.computed > before:
+        with open(list_of_stages, 'a') as file:
+            print(name, file=file)
+    return found
+
+Stages.__call__ = counted
+sys.exit(seal_knowledge.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope='module')
+def start(tmp_path_factory):
+    """Starts a smoke run in a folder by its name, and says where that is."""
+    folder = tmp_path_factory.mktemp('runs')
+    environment = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+    def started(name: str, program: tuple[str, ...] = ('-m', 'experiments.seal_knowledge')) -> tuple[subprocess.Popen, pathlib.Path]:
+        command = [sys.executable, *program, '--smoke', '--runs', str(folder / name)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=ROOT), folder / name
+
+    return started
+
+
+@pytest.fixture(scope='module')
+def whole(start):
+    """Stages of a run that nothing happens to."""
+    process, folder = start('whole')
+    assert process.wait(300) == 0
+    return stored(folder)
+
+
 @pytest.mark.exhaustive
-def test_killed_in_every_stage_it_ends_bit_equal(tmp_path):
-    environment = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-
-    def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, '-m', 'experiments.seal_knowledge', '--smoke', '--runs', str(tmp_path / name)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-
-    assert start('whole').wait(300) == 0
+def test_killed_after_every_stage_it_ends_bit_equal(start, whole):
     for stage in STAGES:
-        process = start('killed')
-        while process.poll() is None and not list(tmp_path.glob(f'killed/**/rest-em-1/{stage}.stage')):
+        process, folder = start('after')
+        while process.poll() is None and not list(folder.glob(f'**/rest-em-1/{stage}.stage')):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, stage
-    assert start('killed').wait(300) == 0
-    assert stored(tmp_path / 'killed') == stored(tmp_path / 'whole')
+    process, folder = start('after')
+    assert process.wait(300) == 0 and stored(folder) == whole
+
+
+@pytest.mark.exhaustive
+def test_killed_within_every_stage_it_does_each_once(start, whole, tmp_path):
+    """R7: while self-edits are written, tried, learned from and tested. A stage counts once it is stored: no candidate is tried twice."""
+    done = tmp_path / 'stages'
+    for stage in STAGES:
+        process, folder = start('within', ('-c', COUNTED, f'rest-em-1/{stage}', str(done)))
+        assert process.wait(300) == -signal.SIGKILL, stage
+        assert not list(folder.glob(f'**/rest-em-1/{stage}.stage'))
+    process, folder = start('within', ('-c', COUNTED, 'none', str(done)))
+    assert process.wait(300) == 0 and stored(folder) == whole
+    computed = done.read_text().split()
+    assert len(computed) == len(set(computed)) == len(whole)
+    assert {f'{name}.stage' for name in computed} == {path.split('/', 2)[-1] for path in whole}
 
 
 def test_stored_rewards_of_another_learner_are_refused(tmp_path):

@@ -12,7 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.cluster import LOCAL
+from nested_jax.training.supervisor import read_whereabouts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.multiprocess
@@ -147,3 +149,32 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(folder, undi
         step: int(step == 3) for step in range(1, 7)
     }
     assert np.isfinite(list(found.values())).all() and found[4] != undisturbed[4]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('index', [0, 2])
+def test_a_signal_for_one_of_three_stops_all_at_one_step(folder, index):
+    """S1. All end by themselves: were one still running, the launcher would wait for it."""
+    name = f'three-{index}'
+    process = start(folder, name, 3, 1, faults=f'{index}:sleep@4=8', **{'train.batch-size': 6})
+    wait_for_step(process, folder / name, 3)
+    tell(process, index, signal.SIGTERM)
+    said = finish(process)
+    done = max(losses(folder / name))
+    assert f'saved step {done}' in said and 3 <= done < 6 and 'started again' not in said
+    assert [read_whereabouts(path) for path in sorted((folder / f'{name}-logs').glob('*.step'))] == [
+        (done, done), (done, 0), (done, 0)  # the first alone says what is saved
+    ]  # fmt: skip
+    checkpoints = Checkpoints(folder / name / 'checkpoints')
+    assert checkpoints.steps()[-1] == done and checkpoints.verify(done) is None
+
+
+@pytest.mark.exhaustive
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_by_the_same_line(folder):
+    """N4, where the run is to stop at the first one: nothing of it is saved, and no process goes on."""
+    finish(start(folder, 'abort', 2, 4, faults='1:nan_batch@4', restarts=0), code=1)
+    logs = [path.read_text() for path in sorted((folder / 'abort-logs').glob('*.log'))]
+    complaints = [[line for line in log.splitlines() if line.startswith('error: ')] for log in logs]
+    assert len(complaints) == 2 and len(complaints[0]) == 1 and complaints[0] == complaints[1], complaints
+    assert 'step 4' in complaints[0][0]
+    assert [path.name for path in (folder / 'abort/checkpoints').iterdir()] == ['00000002']

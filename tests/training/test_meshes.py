@@ -1,5 +1,6 @@
 """A small model on every axis of a mesh: the losses of one device, the collectives each axis is there for, and the way of a checkpoint."""
 
+import collections
 import dataclasses
 import math
 
@@ -18,6 +19,7 @@ from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.sharding import Placement, choose_mesh, count_slices, make_mesh
 from nested_jax.training.state import init_state
 from nested_jax.training.step import make_train_step
+from tests.models.small_models import small
 
 TRAIN = TrainConfig(steps=3, batch_size=8, sequence_length=16, warmup_steps=1)
 # The second level is updated every second step: the sums of its gradients are state too.
@@ -94,16 +96,28 @@ def test_copies_of_split_parameters_have_the_losses_of_one_device():
     assert len(set(found)) == TRAIN.steps
 
 
-def kinds(model, **sizes):
-    """Collectives of floating numbers, where gradients are to lie where their parameters do."""
+def shapes_of(model):
+    return jax.eval_shape(LanguageModel(model).init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))['params']
+
+
+def moved(model, **sizes):
+    """Kind of collective -> bytes of floating numbers, where gradients are to lie where their parameters do."""
     placement = Placement.on(make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]))
-    shapes = jax.eval_shape(LanguageModel(model).init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))['params']
+    shapes = shapes_of(model)
     where = placement.params(shapes)
     params = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, where)
     gradient = jax.jit(lambda params, batch: jax.grad(loss_of(model), has_aux=True)(params, batch)[0], out_shardings=where)
     with jax.set_mesh(placement.mesh):
         found = collectives(gradient.lower(params, batch_on(placement)).compile().as_text())
-    return {each.kind for each in found if any(dtype.startswith('f') for dtype, _ in each.shapes)}
+    sums = collections.Counter()
+    for each in found:
+        if any(dtype.startswith('f') for dtype, _ in each.shapes):
+            sums[each.kind] += each.runs * each.num_bytes
+    return sums
+
+
+def kinds(model, **sizes):
+    return set(moved(model, **sizes))
 
 
 @pytest.mark.slow
@@ -114,6 +128,33 @@ def test_axes_have_the_collectives_they_are_there_for():
     assert kinds(MODEL, sequence=2) == {'all-gather', 'reduce-scatter', 'all-reduce'}
     # States are handed on, nothing is made whole.
     assert kinds(MATRIX, sequence=2) == {'collective-permute', 'all-reduce'}
+
+
+# Logits of gates for each head: their projection is whole on every device, since its columns are not in the order of heads, so that
+# in the backward pass the gradients of all heads' logits come together.
+GATES = {'transformer': 0, 'hope': 3, 'hope-linear': 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', GATES)
+def test_each_gradient_is_summed_once_and_little_else_moves(family):
+    model = small(family, vocab_size=MODEL.vocab_size)
+    num_bytes = lambda leaves: sum(4 * leaf.size for leaf in leaves)
+    leaves = jax.tree.leaves(shapes_of(model))
+    whole, matrices = num_bytes(leaves), num_bytes(leaf for leaf in leaves if leaf.ndim > 1)
+    assert moved(model, data=4) == {'all-reduce': whole}
+    found = moved(model, fsdp=4)
+    assert set(found) <= {'all-gather', 'all-reduce', 'reduce-scatter'}
+    assert found['all-reduce'] + 4 * found['reduce-scatter'] == whole
+    assert matrices / 2 < found['all-gather'] <= 2 * matrices  # in the forward pass, and most of them in the backward pass again
+    found, tokens = moved(model, tensor=2), TRAIN.batch_size * TRAIN.sequence_length
+    gates = 4 * tokens * model.num_layers * model.num_heads * GATES[family]
+    # Sums over heads or hidden units: what the mixer and each level put out, and the gradients of their input, of one array for each
+    # projection unless XLA adds those up first; also embeddings, and the gradient from the head. Norms and the loss are small.
+    levels, projections, width = len(model.levels), 4 if gates else 3, 4 * tokens * model.width
+    fewest, most = (model.num_layers * (1 + levels + backward) + 2 for backward in (1 + levels, projections + 2 * levels))
+    assert fewest * width <= found.pop('all-reduce') <= (most + 1 / 2) * width
+    assert found == ({'all-gather': gates} if gates else {})
 
 
 CHAIN = {'data': 1}, {'fsdp': 2}, {'data': 4}, {'fsdp': 8}, {'data': 1}

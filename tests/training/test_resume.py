@@ -1,4 +1,4 @@
-"""R1 and R2: cut anywhere and taken up again, a run is the run that was not cut, whatever the optimizer, with levels and without.
+"""R1 and R2: cut anywhere and taken up again, a run is the run that was not cut, whatever the optimizer and the model.
 
 An epoch is five steps: cuts lie after its first step, inside and at its end, and off the periods of levels and of M3.
 """
@@ -25,6 +25,7 @@ from nested_jax.data.pipelines import rows_per_epoch
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.loop import train
 from nested_jax.training.metrics import read_metrics
+from tests.models.small_models import small
 
 pytestmark = pytest.mark.usefixtures('compilations_on_disk')
 ROOT = pathlib.Path(__file__).parents[2]
@@ -37,16 +38,18 @@ TRAIN = TrainConfig(
 SLOW = {'m3': 3}  # steps between two updates of its slow momentum
 
 
-def model(levels):
-    periods = PERIODS if levels else (1,)
-    sizes = tuple(LevelConfig(8, period * TRAIN.tokens_per_step) for period in periods)
-    return ModelConfig('attention', num_layers=1, width=8, num_heads=1, head_dim=8, levels=sizes, max_length=16)
+def model(kind):
+    """A Transformer of one block with one level or several, or a small model of a family whose blocks write memories, with several."""
+    levels = tuple(LevelConfig(8, period * TRAIN.tokens_per_step) for period in (PERIODS if kind != 'plain' else (1,)))
+    if kind in ('plain', 'levels'):
+        return ModelConfig('attention', num_layers=1, width=8, num_heads=1, head_dim=8, levels=levels, max_length=16)
+    return small(kind, levels=levels, vocab_size=ModelConfig.vocab_size)
 
 
-def run(folder, texts, name, levels):
+def run(folder, texts, name, kind):
     """(a digest of the last state, the step gone on from); called here, and in processes of its own, which print it."""
     config = dataclasses.replace(TRAIN, output=str(folder), optimizer=name, slow_period=SLOW.get(name, TRAIN.slow_period))
-    shape = model(levels not in (False, 'False'))
+    shape = model(kind)
     settings = dict(model=as_dict(shape), train=as_dict(config))
     console = rich.console.Console(file=io.StringIO(), width=200)
     result = train(config, shape, open_dataset(texts), settings, devices=jax.devices()[:1], console=console)
@@ -54,10 +57,11 @@ def run(folder, texts, name, levels):
     return hashlib.sha256(b''.join(map(raw, jax.tree.leaves(result.state)))).hexdigest(), result.resumed_from
 
 
-def run_in_a_process(folder, texts, name, levels, cache):
-    program = 'import sys; sys.path.insert(0, sys.argv[1]); import test_resume; print(*test_resume.run(*sys.argv[2:]))'
-    command = [sys.executable, '-c', program, str(pathlib.Path(__file__).parent), str(folder), str(texts), name, str(levels)]
-    own = dict(JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_PLATFORMS='cpu')
+def run_in_a_process(folder, texts, name, kind, cache, first='', **variables):
+    """The same, in a process that does what `first` says before anything else."""
+    program = f'{first}\nimport sys; sys.path.insert(0, sys.argv[1]); import test_resume; print(*test_resume.run(*sys.argv[2:]))'
+    command = [sys.executable, '-c', program, str(pathlib.Path(__file__).parent), str(folder), str(texts), name, kind]
+    own = dict(JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_PLATFORMS='cpu') | variables
     done = subprocess.run(command, cwd=ROOT, env=os.environ | own | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     digest, step = done.stdout.split()[-2:]
@@ -82,7 +86,7 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp('texts')
     for number in range(40):
         (folder / f'{number:02d}.txt').write_text(f'text {number:02d}.' + '.' * (number % 2))
-    rows = rows_per_epoch(open_dataset(folder).train, length=TRAIN.sequence_length, grid=model(True).grid)
+    rows = rows_per_epoch(open_dataset(folder).train, length=TRAIN.sequence_length, grid=model('levels').grid)
     assert rows == 5 * TRAIN.batch_size
     return folder
 
@@ -90,21 +94,29 @@ def texts(tmp_path_factory):
 CUTS = (1, 5, 8, 13, 19)
 
 
+# AdamW with levels is in the default suite, test_loop.py. Memories are written by gradients inside the forward pass, too.
+CUT = [
+    ('adamw', 'plain', 13), ('muon', 'plain', 5), ('muon', 'levels', 13), ('m3', 'plain', 1), ('m3', 'levels', 8),
+    ('adamw', 'hope', 8), ('adamw', 'hope-linear', 13),
+]  # fmt: skip
+MEMORIES = ('hope', 'hope-linear')
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'levels', 'cut'), [('muon', False, 5), ('m3', True, 8)])
-def test_cut_runs_of_other_optimizers_end_with_the_same_bits(texts, tmp_path, name, levels, cut):
-    whole, first = run(tmp_path / 'whole', texts, name, levels)
+@pytest.mark.parametrize(('name', 'kind', 'cut'), CUT)
+def test_cut_runs_end_with_the_same_bits(texts, tmp_path, name, kind, cut):
+    whole, first = run(tmp_path / 'whole', texts, name, kind)
     assert first == 0 and len(history(tmp_path / 'whole')) == 8
     folder = cut_copy(tmp_path / 'whole', tmp_path / 'cut', cut)
-    assert run(folder, texts, name, levels) == (whole, cut)
+    assert run(folder, texts, name, kind) == (whole, cut)
     assert history(folder) == history(tmp_path / 'whole')
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize('levels', [True, False])
+@pytest.mark.parametrize('kind', ['plain', 'levels', *MEMORIES])
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'm3'])
-def test_new_processes_end_with_the_same_bits(texts, tmp_path, name, levels):
-    start = functools.partial(run_in_a_process, texts=texts, name=name, levels=levels, cache=tmp_path / 'cache')
+def test_new_processes_end_with_the_same_bits(texts, tmp_path, name, kind):
+    start = functools.partial(run_in_a_process, texts=texts, name=name, kind=kind, cache=tmp_path / 'cache')
     whole, _ = start(tmp_path / 'whole')
     for cut in CUTS:
         folder = cut_copy(tmp_path / 'whole', tmp_path / f'{cut}', cut)
@@ -116,8 +128,23 @@ def test_new_processes_end_with_the_same_bits(texts, tmp_path, name, levels):
 @pytest.mark.parametrize('name', ['adamw', 'm3'])
 def test_gone_on_with_from_every_step(texts, tmp_path, name):
     """R2: sums and counters of slow levels that a checkpoint forgot would show at some step of their periods."""
-    whole, _ = run(tmp_path / 'whole', texts, name, True)
+    whole, _ = run(tmp_path / 'whole', texts, name, 'levels')
     for cut in range(1, STEPS):
         folder = cut_copy(tmp_path / 'whole', tmp_path / f'{cut}', cut)
-        assert run(folder, texts, name, True) == (whole, cut)
+        assert run(folder, texts, name, 'levels') == (whole, cut)
         assert history(folder) == history(tmp_path / 'whole')
+
+
+# For XLA's pool of threads, its products of matrices, and libraries that use OpenMP. XLA optimizes as it does outside of tests.
+ONE_THREAD = dict(NPROC='1', XLA_FLAGS='--xla_cpu_multi_thread_eigen=false', OMP_NUM_THREADS='1', JAX_NUM_CPU_DEVICES='1')
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no way to keep a process on one core')
+@pytest.mark.parametrize('kind', ['levels', *MEMORIES])
+def test_one_thread_gives_the_same_bits_again(texts, tmp_path, kind):
+    """R8. Nothing is shared: each process compiles for itself."""
+    alone = f'import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})'
+    start = lambda name: run_in_a_process(tmp_path / name, texts, 'adamw', kind, tmp_path / f'{name}-cache', alone, **ONE_THREAD)
+    assert start('once') == start('again')
+    assert history(tmp_path / 'once') == history(tmp_path / 'again')

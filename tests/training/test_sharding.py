@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -41,21 +42,21 @@ WIDE = ('retnet-tiny', 'memora-tiny')
 TRAIN = TrainConfig(steps=STEPS, batch_size=8, sequence_length=64, learning_rate=1e-3, warmup_steps=2)
 
 
-def batches(name):
+def batches(name, steps=STEPS):
     draw = np.random.default_rng(0)
-    for _ in range(STEPS):
+    for _ in range(steps):
         tokens = draw.integers(0, preset(name).vocab_size, (8, 65)).astype(np.int32)
         ids = np.ones((8, 64), np.int32)
         yield {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'segment_ids': ids, 'weights': ids.astype(np.float32)}
 
 
 @functools.cache
-def program(name, mesh):
+def program(name, mesh, steps=STEPS):
     """What makes the state where it belongs, the compiled step, the placement and the state's shardings."""
     blocks = 2 if preset(name).mixer == 'mamba-attention' else 1
     dtype = 'float64' if name in WIDE else 'float32'
     model = LanguageModel(preset(name, num_layers=2 * blocks, scan_layers=True, remat='block', dtype=dtype))
-    optimizer, sizes = make_optimizer(TRAIN), MESHES[mesh]
+    optimizer, sizes = make_optimizer(dataclasses.replace(TRAIN, steps=steps)), MESHES[mesh]
     placement = Placement.on(make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]))
     init = lambda key: model.init(key, jnp.zeros((1, 64), jnp.int32))['params']
     shardings = placement.state(optimizer, jax.eval_shape(init, jax.random.key(0)))
@@ -67,10 +68,10 @@ def program(name, mesh):
     return make, compiled, placement, shardings
 
 
-def losses(name, mesh):
-    make, step, placement, _ = program(name, mesh)
+def losses(name, mesh, steps=STEPS):
+    make, step, placement, _ = program(name, mesh, steps)
     state, found = make(), []
-    for batch in batches(name):
+    for batch in batches(name, steps):
         state, metrics = step(state, jax.device_put(batch, placement.rows))
         found.append(float(metrics['loss']))
     return found
@@ -233,22 +234,40 @@ def test_a_step_gathers_parameters_and_sums_gradients():
     assert found['collectives']['all-gather']['bytes'] < 2.5 * whole
 
 
-def test_checkpoints_move_to_another_mesh(tmp_path):
-    name, run = 'transformer-tiny', []
-    stream, checkpoints = batches(name), Checkpoints(tmp_path)
-    for index, mesh in enumerate(('fsdp', 'one', 'fsdp')):
-        make, step, placement, shardings = program(name, mesh)
+def carried(folder, name, parts):
+    """Losses of a run that goes on, from its last checkpoint, on one mesh after the other: (mesh, steps on it)."""
+    steps, found, checkpoints = sum(count for _, count in parts), [], Checkpoints(folder)
+    stream = batches(name, steps)
+    for mesh, count in parts:
+        make, step, placement, shardings = program(name, mesh, steps)
         state = make()
-        if index:
+        if found:
             like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), state, shardings)
             state = checkpoints.restore(like).state
             same = jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim), state, shardings)
             assert all(jax.tree.leaves(same))
-        for _ in range(3):
-            state, metrics = step(state, jax.device_put(next(stream), placement.rows))
-            run.append(float(metrics['loss']))
-        checkpoints.save(3 * index + 3, state, config={}, data={})
-    np.testing.assert_allclose(run, alone(name)[: len(run)], rtol=1e-6)
+        for batch in itertools.islice(stream, count):
+            state, metrics = step(state, jax.device_put(batch, placement.rows))
+            found.append(float(metrics['loss']))
+        checkpoints.save(len(found), state, config={}, data={})
+    checkpoints.wait()
+    return found
+
+
+LONG = [('fsdp-tensor', 3), ('sequence', 20), ('one', 20)]  # 8, 4 and 1 devices
+
+
+@pytest.mark.parametrize(
+    ('name', 'parts'),
+    [
+        ('transformer-tiny', [('fsdp', 3), ('one', 3), ('fsdp', 14)]),
+        *marked([(f'{family}-tiny', LONG) for family in ('hope', 'hope-linear', 'transformer')], pytest.mark.exhaustive),
+    ],
+)
+def test_checkpoints_move_to_another_mesh(tmp_path, name, parts):
+    """Against the run that stays on the first mesh; the long ones do twenty steps on each of two others."""
+    found = carried(tmp_path, name, parts)
+    np.testing.assert_allclose(found, losses(name, parts[0][0], len(found)), rtol=1e-6)
 
 
 class Device:
