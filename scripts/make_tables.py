@@ -93,10 +93,12 @@ def parity_table(rows: list[dict]) -> list[str]:
         memory = row['config']['model']['memory']
         key = row['model'], memory['projection_chunk_size'], memory['decay_to'], row['config']['train']['learning_rate']
         groups[key][row['seed']] = row['metrics']['bin1']['every']
-    lines = ['| parity arm | chunk | decays to | strings of 51 to 100 bits right at every position, by seed |', '| --- | --- | --- | --- |']
-    for (arm, size, decay_to, _), shares in groups.items():
+    heads = ('parity arm', 'chunk', 'decays to', 'learning rate', 'strings of 51 to 100 bits right at every position, by seed')
+    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    for (arm, size, decay_to, rate), shares in groups.items():
         if len(shares) >= 3:
-            lines.append(f'| {arm} | {size} | {decay_to} | {", ".join(f"{100 * share:.4g}" for _, share in sorted(shares.items()))} % |')
+            right = ', '.join(f'{100 * share:.4g}' for _, share in sorted(shares.items()))
+            lines.append(f'| {arm} | {size} | {decay_to} | {rate:g} | {right} % |')
     return lines
 
 

@@ -63,6 +63,7 @@ class Ended:
     code: int  # its exit code, 128 + number for a signal
     step: int  # that it was about to do, or the others were, whichever is lower; 0: before the first
     saved: int  # newest step saved
+    asked: bool  # by a signal that it answered: it saved and stopped, where one that is killed has no exit code of its own
 
 
 class Supervisor:
@@ -119,7 +120,7 @@ class Supervisor:
         while True:
             attempt += 1
             ended = self._attempt(attempt)
-            if not ended.code or self._signals:
+            if not ended.code or ended.asked or self._signals:
                 return ended.code
             if ended.saved > best:
                 best, used = ended.saved, 0
@@ -151,7 +152,8 @@ class Supervisor:
         bad = next(((index, code) for index, code in enumerate(codes) if code), (-1, 0))
         where = [read_whereabouts(file) for file in files]
         code = 128 - bad[1] if bad[1] < 0 else bad[1]
-        return Ended(bad[0], code, min(step for step, _ in where), max(saved for _, saved in where))
+        asked = bad[1] in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+        return Ended(bad[0], code, min(step for step, _ in where), max(saved for _, saved in where), asked)
 
     def _start(self, environment: dict[str, str], log: pathlib.Path, index: int) -> subprocess.Popen:
         """A process in a session of its own, so that it dies with all it has started and Ctrl-C reaches it through here only."""

@@ -23,9 +23,16 @@ index, where, counted = int(index), Whereabouts(os.environ[VARIABLE]), pathlib.P
 attempt = int(counted.read_text()) + 1 if counted.exists() else 1
 counted.write_text(str(attempt))
 print('process', index, 'of', count, 'at', coordinator, 'attempt', attempt, flush=True)
+
+def others_wait():
+    # For process 1, as in a collective; it goes on when process 0 has counted this attempt too.
+    if index != 1:
+        time.sleep(60)
+    first = counted.with_name('attempts-0')
+    while not first.exists() or first.read_text() in ('', str(attempt - 1)):
+        time.sleep(0.01)
 """
-# The other process waits for the one that ends, as in a collective.
-OTHERS_WAIT = 'if index != 1: time.sleep(60)\n'
+OTHERS_WAIT = 'others_wait()\n'
 
 
 def command(folder, program):
@@ -85,6 +92,12 @@ def test_one_bad_end_starts_all_again_at_once(tmp_path, end, code):
     assert time.monotonic() - began < 30  # the other one would wait for a minute
     ports = {re.search(r'localhost:(\d+)', path.read_text())[1] for path in (tmp_path / 'logs').glob('*.log')}
     assert len(ports) == 2  # one for each attempt
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_a_signal_stopped_is_not_started_again(tmp_path, number):
+    """A single process that saved and stopped, told by somebody else, says so by its code; one that the signal killed has none."""
+    assert supervise(tmp_path, f'sys.exit({128 + number})', 1) == (128 + number, [], [1])
 
 
 @pytest.mark.parametrize('step, where', [(7, 'at step 7'), (0, 'before the first step')])
