@@ -21,8 +21,8 @@ from nested_jax.training.supervisor import VARIABLE, Whereabouts
 coordinator, count, index = (os.environ[name] for name in LOCAL)
 index, where, counted = int(index), Whereabouts(os.environ[VARIABLE]), pathlib.Path(sys.argv[2]) / f'attempts-{index}'
 attempt = int(counted.read_text()) + 1 if counted.exists() else 1
-counted.write_text(str(attempt))
 print('process', index, 'of', count, 'at', coordinator, 'attempt', attempt, flush=True)
+counted.write_text(str(attempt))
 
 def others_wait():
     # For process 1, as in a collective; it goes on when process 0 has counted this attempt too.
