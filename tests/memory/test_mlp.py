@@ -71,23 +71,46 @@ def assert_trees_close(got, want, atol: float) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=atol), got, want)
 
 
-# Goldens
+# Goldens. No test uses titans_luc_default_chunk16, titans_luc_chunk8_batch32 and titans_luc_nomomentum: their memory ends in a LayerNorm
+# whose scale is itself written, its gates are means over a chunk, and a chunk's tokens read the weights before it. No memory of ours does
+# any of these. Nor titans_linear_fla_asis, whose gradient is wrong.
+
+FORMS = [(mlp_memory, 1e-4), (mlp_memory_reference, 1e-5)]  # and how close to float64 they are in float32
+
+
+def load_golden(folder, name: str, dtype: str = 'float64') -> dict[str, jax.Array]:
+    with np.load(folder / 'golden' / f'{name}.npz') as arrays:
+        return {key: jnp.asarray(value, dtype) for key, value in arrays.items()}
+
+
+def assert_rms_close(got, want, tolerance: float) -> None:
+    """Against float64 in float32: the goldens' README compares root mean squares."""
+    got, want = np.asarray(got, 'float64'), np.asarray(want, 'float64')
+    assert np.sqrt(np.mean((got - want) ** 2)) < tolerance * np.sqrt(np.mean(want**2))
+
+
+def golden_titans_mlp(function, size: int, q, k, v, theta, eta, alpha, w_in, w_out):
+    """Outputs (B, T, D) and state of the residual MLP of derived_titans_mlp_res."""
+    gates = (x[:, :, None] for x in (theta, jnp.log1p(-alpha), jnp.log(eta)))
+    y, state = function(
+        *(x[:, :, None] for x in (q, k, v)), *gates,
+        initial=MLPWeights(w_in[None], w_out[None]), chunk_size=size, activation='gelu', dgd='none',
+    )  # fmt: skip
+    return y[:, :, 0], state
+
+
+GOLDEN_MLP = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'W1', 'W2')
 
 
 def test_golden_titans_mlp(x64, shared_data):
     """Outputs, last weights and momentum, and all gradients of float64 autograd over a loop."""
-    g = {name: jnp.asarray(value, 'float64') for name, value in np.load(shared_data / 'golden' / 'derived_titans_mlp_res.npz').items()}
-    size = int(g['C'])
+    g = load_golden(shared_data, 'derived_titans_mlp_res')
 
-    def total(q, k, v, theta, eta, alpha, w_in, w_out):
-        gates = (x[:, :, None] for x in (theta, jnp.log1p(-alpha), jnp.log(eta)))
-        y, state = mlp_memory(
-            *(x[:, :, None] for x in (q, k, v)), *gates,
-            initial=MLPWeights(w_in[None], w_out[None]), chunk_size=size, activation='gelu', dgd='none',
-        )  # fmt: skip
-        return jnp.sum(y[:, :, 0] * g['dy']), (y[:, :, 0], state)
+    def total(*arrays):
+        y, state = golden_titans_mlp(mlp_memory, int(g['C']), *arrays)
+        return jnp.sum(y * g['dy']), (y, state)
 
-    names = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'W1', 'W2')
+    names = GOLDEN_MLP
     grads, (y, state) = jax.jit(jax.grad(total, range(8), has_aux=True))(*(g[name] for name in names))
     np.testing.assert_allclose(y, g['y'], atol=1e-9)
     for name, last, momentum in zip(('W1', 'W2'), state.running, state.momentum, strict=True):
@@ -97,8 +120,23 @@ def test_golden_titans_mlp(x64, shared_data):
         np.testing.assert_allclose(grad, g[f'd_{name}'], atol=1e-9, err_msg=name)
 
 
-def linear_memory(q, k, v, eta, log_alpha, log_momentum, weight, size: int, erase=None):
-    """The linear memory x W written by `chunk.py`; arrays (..., T, D), gates (..., T), weight (..., D, D)."""
+@pytest.mark.parametrize(('function', 'tolerance'), FORMS)
+def test_golden_titans_mlp_in_float32(shared_data, function, tolerance):
+    g = load_golden(shared_data, 'derived_titans_mlp_res', 'float32')
+    size = int(g['C'])
+    y, state = jax.jit(functools.partial(golden_titans_mlp, function, size))(*(g[name] for name in GOLDEN_MLP))
+    assert y.dtype == jnp.float32
+    assert_rms_close(y, g['y'], tolerance)
+    for name, last, momentum in zip(('W1', 'W2'), state.running, state.momentum, strict=True):
+        assert_rms_close(last[:, 0], g[f'{name}_last'], tolerance)
+        assert_rms_close(momentum[:, 0], g[f'{name}_mom_last'], tolerance)
+
+
+def linear_memory(q, k, v, eta, log_alpha, log_momentum, weight, size: int, erase=None, error=jnp.subtract):
+    """The linear memory x W written by `chunk.py`; arrays (..., T, D), gates (..., T), weight (..., D, D).
+
+    `error` is the gradient of the objective with respect to what keys read, given that and the values.
+    """
 
     def cut(x):
         return None if x is None else jnp.moveaxis(x.reshape(*x.shape[: eta.ndim - 1], -1, size, *x.shape[eta.ndim :]), eta.ndim - 1, 0)
@@ -106,7 +144,7 @@ def linear_memory(q, k, v, eta, log_alpha, log_momentum, weight, size: int, eras
     def step(carry, item):
         q, k, v, eta, log_alpha, log_momentum, erase = item
         decays = chunks.chunk_decays(log_alpha, log_momentum)
-        writes = chunks.layer_writes(decays, k, k @ carry[0] - v, eta, *carry, erase=erase)
+        writes = chunks.layer_writes(decays, k, error(k @ carry[0], v), eta, *carry, erase=erase)
         return chunks.weight_after(decays, writes, *carry), chunks.read_running(decays, writes, q, *carry)
 
     items = tuple(cut(x) for x in (q, k, v, eta, log_alpha, log_momentum, erase))
@@ -116,7 +154,7 @@ def linear_memory(q, k, v, eta, log_alpha, log_momentum, weight, size: int, eras
 
 @pytest.mark.parametrize('name', ['derived_titans_linear', 'derived_titans_linear_dgd'])
 def test_golden_titans_linear(x64, shared_data, name):
-    g = {key: jnp.asarray(value, 'float64') for key, value in np.load(shared_data / 'golden' / f'{name}.npz').items()}
+    g = load_golden(shared_data, name)
 
     def total(q, k, v, theta, eta, alpha, weight):
         start = jnp.broadcast_to(weight[None], (q.shape[0], *weight.shape))
@@ -130,6 +168,40 @@ def test_golden_titans_linear(x64, shared_data, name):
         np.testing.assert_allclose(got, g[want], atol=1e-9)
     for key, grad in zip(names, grads, strict=True):
         np.testing.assert_allclose(grad, g[f'd_{key}'], atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize('name', ['derived_titans_linear', 'derived_titans_linear_dgd'])
+def test_golden_titans_linear_in_float32(shared_data, name):
+    g = load_golden(shared_data, name, 'float32')
+    start = jnp.broadcast_to(g['W1'][None], (len(g['q']), *g['W1'].shape))
+    gates = (g['theta'], jnp.log1p(-g['alpha']), jnp.log(g['eta']))
+    erase = g['theta'] if name.endswith('dgd') else None
+    y, last = jax.jit(linear_memory, static_argnums=7)(g['q'], g['k'], g['v'], *gates, start, int(g['C']), erase)
+    for got, want in zip((y, *last), ('y', 'W1_last', 'W1_mom_last'), strict=True):
+        assert got.dtype == jnp.float32
+        assert_rms_close(got, g[want], 1e-4)
+
+
+def test_golden_titans_linear_with_a_normalised_output(x64, shared_data):
+    """A peer's linear memory of the objective 1/2 |LN(k M) - (v - k)|^2 at twice the rate, which reads M_t q + LN(M_t q)."""
+    g = load_golden(shared_data, 'titans_linear_fla_fixed')
+
+    def total(q, k, v, theta, eta, alpha, w, b, h0):
+        norm = lambda x: w[None, :, None] * jax.nn.standardize(x, epsilon=1e-6) + b[None, :, None]
+        error = lambda z, target: jax.vjp(norm, z)[1](norm(z) - target)[0]
+        heads_first = lambda x: jnp.moveaxis(x, 2, 1)
+        theta, eta, alpha = (heads_first(x)[..., 0] for x in (theta, eta, alpha))
+        q, k, v = map(heads_first, (q, k, v))
+        read, (last, _) = linear_memory(q, k, v - k, 2 * theta, jnp.log1p(-alpha), jnp.log(eta), h0, 16, error=error)
+        y = jnp.moveaxis(read + norm(read), 1, 2)
+        return jnp.sum(y * g['do']) + jnp.sum(last * g['dht']), (y, last)
+
+    names = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'w', 'b', 'h0')
+    grads, (y, last) = jax.jit(jax.grad(total, range(9), has_aux=True))(*(g[name] for name in names))
+    np.testing.assert_allclose(y, g['o'], atol=1e-9)
+    np.testing.assert_allclose(last, g['ht'], atol=1e-9)
+    for key, grad in zip(names, grads, strict=True):
+        np.testing.assert_allclose(grad, g[f'd{key}'], atol=1e-9 * float(jnp.abs(g[f'd{key}']).max()), err_msg=key)
 
 
 def titans_layer(p: dict, x: jax.Array, memory):
@@ -156,9 +228,9 @@ def titans_layer(p: dict, x: jax.Array, memory):
     return y.reshape(x.shape) @ p['combine_heads.weight'].T, last
 
 
-def peer_mlp(p: dict, *rows):
+def peer_mlp(p: dict, *rows, function=mlp_memory):
     initial = MLPWeights(p['memory_model_parameters.0'], p['memory_model_parameters.1'])
-    y, state = mlp_memory(*rows, initial=initial, chunk_size=16, activation='gelu_exact', dgd='none', residual=False)
+    y, state = function(*rows, initial=initial, chunk_size=16, activation='gelu_exact', dgd='none', residual=False)
     return y, (list(state.running), list(state.momentum))
 
 
@@ -172,7 +244,7 @@ def peer_linear(p: dict, *rows):
 @pytest.mark.parametrize(('name', 'memory'), [('mlp2', peer_mlp), ('linear', peer_linear)])
 def test_golden_peer_layer(x64, shared_data, name, memory):
     """A peer's whole layer with per-token gates: outputs, state, and the gradient of every parameter."""
-    g = {key: jnp.asarray(value, 'float64') for key, value in np.load(shared_data / 'golden' / f'titans_luc_paperlike_{name}.npz').items()}
+    g = load_golden(shared_data, f'titans_luc_paperlike_{name}')
     params = {key.removeprefix('param.'): value for key, value in g.items() if key.startswith('param.')}
 
     def total(params, x):
@@ -190,6 +262,20 @@ def test_golden_peer_layer(x64, shared_data, name, memory):
         # Their per-head weights share one parameter in the module; only the per-head copies are differentiated.
         if not key.startswith('memory_model.'):
             np.testing.assert_allclose(grad, g[f'grad.{key}'], atol=1e-9, err_msg=key)
+
+
+@pytest.mark.parametrize(('function', 'tolerance'), FORMS)
+def test_golden_peer_layer_in_float32(shared_data, function, tolerance):
+    g = load_golden(shared_data, 'titans_luc_paperlike_mlp2', 'float32')
+    params = {key.removeprefix('param.'): value for key, value in g.items() if key.startswith('param.')}
+    memory = functools.partial(peer_mlp, params, function=function)
+    y, last = jax.jit(lambda x: titans_layer(params, x, memory))(g['x'])
+    assert y.dtype == jnp.float32
+    assert_rms_close(y, g['y'], tolerance)
+    for kind, layers in zip(('weights', 'momentum'), last, strict=True):
+        for i, got in enumerate(layers):
+            want = g[f'last_{kind}.weights.{i}']
+            assert_rms_close(got.reshape(want.shape), want, tolerance)
 
 
 # Chunked against token by token
