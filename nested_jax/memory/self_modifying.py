@@ -137,7 +137,7 @@ def self_modifying(
             coarser grid.
 
     Returns:
-        (B, T, H, D) outputs of M_memory in the memories' dtype, and the state.
+        (B, T, H, D) outputs of M_memory in the memories' dtype, float32 or that of a wider `initial`, and the state.
 
     Raises:
         ValueError: if `state` comes without `position`, or momentum with token-wise gradients, whose erasure is part of the gradient.
@@ -150,7 +150,7 @@ def self_modifying(
     opened = None if state is None else (state.opened, _open_ids(segment_ids, rule.base))
     laid = grid.lay_out((inputs, segment_ids), rule.base, opened, position)
     chunks, ids = laid.chunks
-    start = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), initial)
+    start = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), _widened(initial))
     carry = _first_carry(rule, start, state, position, inputs.momentum is not None)
     # One for each row: devices that split the batch would else sum its gradient over them in every chunk.
     scale = jnp.broadcast_to(retention_scale[None], (batch, *retention_scale.shape))
@@ -162,8 +162,13 @@ def self_modifying(
         y, after, before = _chunk(rule, scale, start, carry, tokens, flag)
         return after if flag['complete'] is None else grid.where_rows(flag['complete'], after, before), jnp.moveaxis(y, 1, 2)
 
-    carry, y = jax.lax.scan(step, carry, (_static(chunks, initial.first.dtype), flags))
+    carry, y = jax.lax.scan(step, carry, (_static(chunks, start.first.dtype), flags))
     return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
+
+
+def _widened(initial: Memories) -> Memories:
+    """The learned states in float32 or wider: memories are held in it whatever the parameters' dtype."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), initial)
 
 
 def _open_ids(segment_ids: jax.Array | None, size: int) -> jax.Array | None:
@@ -415,7 +420,7 @@ def self_modifying_reference(
         return jax.lax.scan(step, (start, momentum, start, start), (tokens, jnp.arange(tokens.eta.shape[0]), changes))[1]
 
     heads = jax.vmap(one_head, in_axes=(1, None, 0, 0), out_axes=1)
-    return jax.vmap(heads, in_axes=(0, 0, None, None))(inputs, segment_ids, retention_scale, initial)
+    return jax.vmap(heads, in_axes=(0, 0, None, None))(inputs, segment_ids, retention_scale, _widened(initial))
 
 
 def _token(rule: Rule, scale: jax.Array, start: Memories, carry, xs):

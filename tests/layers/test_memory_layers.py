@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
-from nested_jax.layers.common import Context
+from nested_jax.layers.common import Context, l2_normalize
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.memory_block import MemoryBlock, log_retention
 from nested_jax.layers.titans import Titans
@@ -117,10 +117,21 @@ def test_keys_and_queries_have_unit_norm_whatever_the_rows_scale(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 32)))
     run = lambda variables, x: block.apply(variables, x, None, Context(None, None, True), method='inputs')
     variables = jax.jit(lambda x: block.init(jax.random.key(0), x, None, Context(None, None, True), method='inputs'))(x)
-    inputs = jax.jit(run)(variables, x)
+    run = jax.jit(run)
+    inputs = run(variables, x)
     assert inputs.query.dtype == inputs.key.dtype == jnp.float64
-    np.testing.assert_allclose(jnp.linalg.norm(inputs.key, axis=-1), 1, atol=1e-3)
+    # Norms are those of 1e-6 + |x|^2.
+    for scale, tolerance in ((1, 1e-3), (1e3, 1e-9), (1e6, 1e-12)):
+        scaled = run(variables, scale * x)
+        for rows in (scaled.query, scaled.key):
+            np.testing.assert_allclose(jnp.linalg.norm(rows, axis=-1), 1, rtol=0, atol=tolerance, err_msg=str(scale))
     assert (inputs.retention_scale >= 1).all() and (inputs.retention_scale <= 16).all()
+
+
+def test_normalised_rows_do_not_depend_on_their_scale(x64):
+    """Identity 20."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 4, 8)))
+    np.testing.assert_allclose(l2_normalize(1e6 * x), l2_normalize(1e3 * x), rtol=1e-11)
 
 
 def test_gates_are_computed_in_float32_and_in_float64_for_float64(x64):

@@ -1,4 +1,4 @@
-"""The deep memory: against goldens, its loop over tokens, and what must hold by its equations."""
+"""The deep memory: against its loop over tokens, and what must hold by its equations."""
 
 import functools
 import itertools
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nested_jax.memory import chunk as chunks
+from nested_jax.memory.matrix import delta_rule
 from nested_jax.memory.mlp import ACTIVATIONS, MLPWeights, mlp_initial_state, mlp_memory, mlp_memory_reference, mlp_read
+from tests.memory.linear_memory import linear_memory
 
 WIDTH, HIDDEN, HEADS = 4, 5, 2
 GATES = ('q', 'k', 'v', 'eta', 'log_alpha', 'log_momentum', 'erase')
@@ -69,127 +70,6 @@ def gradient(call: dict, function=mlp_memory, **options):
 def assert_trees_close(got, want, atol: float) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=atol), got, want)
-
-
-# Goldens
-
-
-def test_golden_titans_mlp(x64, shared_data):
-    """Outputs, last weights and momentum, and all gradients of float64 autograd over a loop."""
-    g = {name: jnp.asarray(value, 'float64') for name, value in np.load(shared_data / 'golden' / 'derived_titans_mlp_res.npz').items()}
-    size = int(g['C'])
-
-    def total(q, k, v, theta, eta, alpha, w_in, w_out):
-        gates = (x[:, :, None] for x in (theta, jnp.log1p(-alpha), jnp.log(eta)))
-        y, state = mlp_memory(
-            *(x[:, :, None] for x in (q, k, v)), *gates,
-            initial=MLPWeights(w_in[None], w_out[None]), chunk_size=size, activation='gelu', dgd='none',
-        )  # fmt: skip
-        return jnp.sum(y[:, :, 0] * g['dy']), (y[:, :, 0], state)
-
-    names = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'W1', 'W2')
-    grads, (y, state) = jax.jit(jax.grad(total, range(8), has_aux=True))(*(g[name] for name in names))
-    np.testing.assert_allclose(y, g['y'], atol=1e-9)
-    for name, last, momentum in zip(('W1', 'W2'), state.running, state.momentum, strict=True):
-        np.testing.assert_allclose(last[:, 0], g[f'{name}_last'], atol=1e-9)
-        np.testing.assert_allclose(momentum[:, 0], g[f'{name}_mom_last'], atol=1e-9)
-    for name, grad in zip(names, grads, strict=True):
-        np.testing.assert_allclose(grad, g[f'd_{name}'], atol=1e-9, err_msg=name)
-
-
-def linear_memory(q, k, v, eta, log_alpha, log_momentum, weight, size: int, erase=None):
-    """The linear memory x W written by `chunk.py`; arrays (..., T, D), gates (..., T), weight (..., D, D)."""
-
-    def cut(x):
-        return None if x is None else jnp.moveaxis(x.reshape(*x.shape[: eta.ndim - 1], -1, size, *x.shape[eta.ndim :]), eta.ndim - 1, 0)
-
-    def step(carry, item):
-        q, k, v, eta, log_alpha, log_momentum, erase = item
-        decays = chunks.chunk_decays(log_alpha, log_momentum)
-        writes = chunks.layer_writes(decays, k, k @ carry[0] - v, eta, *carry, erase=erase)
-        return chunks.weight_after(decays, writes, *carry), chunks.read_running(decays, writes, q, *carry)
-
-    items = tuple(cut(x) for x in (q, k, v, eta, log_alpha, log_momentum, erase))
-    last, y = jax.lax.scan(step, (weight, jnp.zeros_like(weight)), items)
-    return jnp.moveaxis(y, 0, eta.ndim - 1).reshape(q.shape), last
-
-
-@pytest.mark.parametrize('name', ['derived_titans_linear', 'derived_titans_linear_dgd'])
-def test_golden_titans_linear(x64, shared_data, name):
-    g = {key: jnp.asarray(value, 'float64') for key, value in np.load(shared_data / 'golden' / f'{name}.npz').items()}
-
-    def total(q, k, v, theta, eta, alpha, weight):
-        start = jnp.broadcast_to(weight[None], (q.shape[0], *weight.shape))
-        erase = theta if name.endswith('dgd') else None
-        y, last = linear_memory(q, k, v, theta, jnp.log1p(-alpha), jnp.log(eta), start, int(g['C']), erase)
-        return jnp.sum(y * g['dy']), (y, last)
-
-    names = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'W1')
-    grads, (y, last) = jax.jit(jax.grad(total, range(7), has_aux=True))(*(g[name] for name in names))
-    for got, want in zip((y, *last), ('y', 'W1_last', 'W1_mom_last'), strict=True):
-        np.testing.assert_allclose(got, g[want], atol=1e-9)
-    for key, grad in zip(names, grads, strict=True):
-        np.testing.assert_allclose(grad, g[f'd_{key}'], atol=1e-9, err_msg=key)
-
-
-def titans_layer(p: dict, x: jax.Array, memory):
-    """lucidrains' NeuralMemory as the goldens' README states it, around `memory(q, k, v, lr, log_alpha, log_momentum)`."""
-
-    def rms(x):
-        return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + jnp.finfo(x.dtype).eps)
-
-    def heads(x):
-        return x.reshape(*x.shape[:2], 2, -1)
-
-    def gate(name, x):
-        return x @ p[f'{name}.0.weight'].T + p[f'{name}.0.bias'][None, None]
-
-    stored, read = rms(x) * p['store_norm.weight'][None, None], rms(x) * p['retrieve_norm.weight'][None, None]
-    q = rms(heads(read @ p['to_queries.weight'].T)) * (p['q_norm.gamma'].reshape(1, 1, 2, -1) + 1)
-    k = rms(heads(stored @ p['to_keys.weight'].T)) * (p['k_norm.gamma'].reshape(1, 1, 2, -1) + 1)
-    v = heads(stored @ p['to_values.weight'].T)
-    log_alpha, log_momentum = jax.nn.log_sigmoid(-gate('to_decay_factor', stored)), jax.nn.log_sigmoid(gate('to_momentum', stored))
-    # Their objective is a mean over features without the half: 2 / d of ours.
-    rate = 2 / q.shape[-1] * jax.nn.sigmoid(gate('to_adaptive_step', stored))
-    y, last = memory(q, k, v, rate, log_alpha, log_momentum)
-    y = y * jax.nn.sigmoid(read @ p['retrieve_gate.0.weight'].T)[..., None]
-    return y.reshape(x.shape) @ p['combine_heads.weight'].T, last
-
-
-def peer_mlp(p: dict, *rows):
-    initial = MLPWeights(p['memory_model_parameters.0'], p['memory_model_parameters.1'])
-    y, state = mlp_memory(*rows, initial=initial, chunk_size=16, activation='gelu_exact', dgd='none', residual=False)
-    return y, (list(state.running), list(state.momentum))
-
-
-def peer_linear(p: dict, *rows):
-    rows = [jnp.moveaxis(x, 2, 1) for x in rows]
-    weight = p['memory_model_parameters.0'][None]
-    y, (last, momentum) = linear_memory(*rows, jnp.broadcast_to(weight, (2, *weight.shape[1:])), 16)
-    return jnp.moveaxis(y, 1, 2), ([last], [momentum])
-
-
-@pytest.mark.parametrize(('name', 'memory'), [('mlp2', peer_mlp), ('linear', peer_linear)])
-def test_golden_peer_layer(x64, shared_data, name, memory):
-    """A peer's whole layer with per-token gates: outputs, state, and the gradient of every parameter."""
-    g = {key: jnp.asarray(value, 'float64') for key, value in np.load(shared_data / 'golden' / f'titans_luc_paperlike_{name}.npz').items()}
-    params = {key.removeprefix('param.'): value for key, value in g.items() if key.startswith('param.')}
-
-    def total(params, x):
-        y, last = titans_layer(params, x, functools.partial(memory, params))
-        return jnp.sum(y * g['dy']), (y, last)
-
-    (grads, dx), (y, last) = jax.jit(jax.grad(total, (0, 1), has_aux=True))(params, g['x'])
-    np.testing.assert_allclose(y, g['y'], atol=1e-9)
-    for kind, layers in zip(('weights', 'momentum'), last, strict=True):
-        for i, got in enumerate(layers):
-            want = g[f'last_{kind}.weights.{i}']
-            np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-9)
-    np.testing.assert_allclose(dx, g['dx'], atol=1e-9)
-    for key, grad in grads.items():
-        # Their per-head weights share one parameter in the module; only the per-head copies are differentiated.
-        if not key.startswith('memory_model.'):
-            np.testing.assert_allclose(grad, g[f'grad.{key}'], atol=1e-9, err_msg=key)
 
 
 # Chunked against token by token
@@ -459,6 +339,21 @@ def test_momentum_zero_is_no_momentum(x64):
     want, last = run({**call, 'log_momentum': None}, chunk_size=4)
     np.testing.assert_allclose(y, want, atol=1e-13)
     assert_trees_close(state.running, last.running, 1e-13)
+
+
+def test_chunks_of_one_token_without_momentum_are_the_gated_delta_rule(x64):
+    """Identity 17: M_t = alpha M + eta k (v - M^T k)^T is the rule of rate eta / alpha whose values are alpha v."""
+    call = random_call(9, dgd='none', momentum=False)
+    start = jnp.asarray(np.random.default_rng(1).normal(size=(HEADS, WIDTH, WIDTH)))
+    never = jnp.full_like(call['eta'], -jnp.inf)
+    rows = [jnp.moveaxis(x, 2, 1) for x in (*(call[name] for name in ('q', 'k', 'v', 'eta', 'log_alpha')), never)]
+    y, (last, _) = jax.jit(linear_memory, static_argnums=7)(*rows, jnp.stack([start, start]), 1)
+    alpha = jnp.exp(call['log_alpha'])
+    values, rate = alpha[..., None] * call['v'], call['eta'] / alpha
+    rule = jax.jit(delta_rule, static_argnames='chunk_size')
+    want, state = rule(call['q'], call['k'], values, rate, call['log_alpha'], initial=start, chunk_size=4)
+    np.testing.assert_allclose(jnp.moveaxis(y, 1, 2), want, atol=1e-13)
+    np.testing.assert_allclose(last, state, atol=1e-13)
 
 
 def test_anchor_error_is_of_second_order_in_the_rate(x64):

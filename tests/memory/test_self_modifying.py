@@ -55,21 +55,21 @@ def _unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _make(rule: Rule, momentum: bool, length: int = LENGTH, seed: int = 0):
+def _make(rule: Rule, momentum: bool, length: int = LENGTH, seed: int = 0, heads: int = HEADS):
     """Random inputs, retention scales and initial memories, in float64 if enabled."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape)
-    rows, gates = (BATCH, length, HEADS, WIDTH), (BATCH, length, HEADS)
+    rows, gates = (BATCH, length, heads, WIDTH), (BATCH, length, heads)
     inputs = Inputs(
         _unit(normal(*rows)), _unit(normal(*rows)), normal(*rows), normal(*gates), normal(*gates) - 2, normal(*gates) if momentum else None
     )
     count = rule.wide
     if rule.kind == 'matrix':
-        initial = Memories(0.5 * normal(HEADS, WIDTH, count * WIDTH + 2), None, None)
+        initial = Memories(0.5 * normal(heads, WIDTH, count * WIDTH + 2), None, None)
     else:
-        first, wide, gate = (HEADS, WIDTH, (count + 2) * HIDDEN), (HEADS, count, HIDDEN, WIDTH), (HEADS, 2, HIDDEN, 1)
+        first, wide, gate = (heads, WIDTH, (count + 2) * HIDDEN), (heads, count, HIDDEN, WIDTH), (heads, 2, HIDDEN, 1)
         initial = Memories(normal(*first), normal(*wide), normal(*gate))
-    return jax.tree.map(jnp.asarray, (inputs, np.array([1.0, 3.0]), initial))
+    return jax.tree.map(jnp.asarray, (inputs, np.array([1.0, 3.0])[:heads], initial))
 
 
 def _weights(y):
@@ -113,6 +113,30 @@ def test_chunked_equals_the_token_loop(x64, name):
 def test_chunked_equals_the_token_loop_for_all_options(x64, options, momentum):
     rule = Rule(**options)
     _assert_equal_to_reference(_with_gradients(self_modifying, rule), _make(rule, momentum), rule)
+
+
+# One token a chunk is Eq. 88 step by step; one head is the paper's form.
+_LITERAL = {
+    'matrix-token': (dict(kind='matrix', gradient='token'), False),
+    'matrix-chunk': (dict(kind='matrix', gradient='chunk'), True),
+    'mlp': (dict(kind='mlp'), True),
+}
+
+
+@pytest.mark.parametrize(('sizes', 'heads'), [((1, 1), 2), ((8, 4), 1)], ids=['one token', 'one head'])
+@pytest.mark.parametrize('name', ['matrix-token', *(pytest.param(name, marks=pytest.mark.slow) for name in ('matrix-chunk', 'mlp'))])
+def test_chunks_of_one_token_and_single_heads_equal_the_token_loop(x64, name, sizes, heads):
+    """Identity 12."""
+    options, momentum = _LITERAL[name]
+    rule = Rule(**options, chunk_size=sizes[0], projection_chunk_size=sizes[1])
+    _assert_equal_to_reference(_with_gradients(self_modifying, rule), _make(rule, momentum, heads=heads), rule)
+
+
+def test_with_chunks_of_one_token_gradients_at_the_token_and_at_the_chunks_start_are_the_same(x64):
+    """Identity 12."""
+    rules = [Rule(kind='matrix', gradient=gradient, chunk_size=1, projection_chunk_size=1) for gradient in ('token', 'chunk')]
+    token, chunk = (jax.jit(functools.partial(self_modifying, rule=rule))(*_make(rule, False))[0] for rule in rules)
+    np.testing.assert_allclose(token, chunk, rtol=0, atol=1e-12)
 
 
 def _of_memory(rule: Rule, index: int, weights: Memories, direction: Memories) -> Memories:
@@ -344,6 +368,22 @@ def test_static_mlp_memory_is_the_deep_memory_and_without_dgd_titans(x64, dgd):
     )  # fmt: skip
     y, _ = jax.jit(functools.partial(self_modifying, rule=rule))(inputs, scale, initial)
     np.testing.assert_allclose(y, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize('kind', ['matrix', 'mlp'])
+def test_an_identity_memory_generates_the_value_itself(x64, kind):
+    """Identity 15: a memory that reads zero is the identity in v_hat = v + M(v), and v_hat = v is what no memory generates."""
+    rule, inputs, scale, initial = _static(kind)
+    own = dataclasses.replace(rule, self_modified=tuple(name for name in rule.self_modified if name != 'target'))
+    if kind == 'matrix':
+        identity = jax.tree.map(jnp.zeros_like, initial)
+    else:
+        identity = initial._replace(wide=jnp.zeros_like(initial.wide))
+    generated, given = (jax.jit(functools.partial(self_modifying, rule=each)) for each in (rule, own))
+    y = generated(inputs, scale, identity)[0]
+    assert float(jnp.abs(y).max()) > 1e-2
+    np.testing.assert_allclose(y, given(inputs, scale, identity)[0], rtol=0, atol=1e-12)
+    assert float(jnp.abs(generated(inputs, scale, initial)[0] - given(inputs, scale, initial)[0]).max()) > 1e-2
 
 
 @pytest.mark.parametrize('name', ['matrix-chunk', 'mlp'])

@@ -33,6 +33,7 @@ BASELINES: dict[str, bool] = {
     'titans-mal': False,
     'rwkv7': True,
     'comba': False,
+    'transformer-conv': False,
 }
 FAMILIES = (*CORE, *BASELINES)
 # Families with learned initial states, and how many a block has.
@@ -63,6 +64,8 @@ UNNORMALIZED = (
 )
 # What else the small model of a family changes.
 _SHRUNK: dict[str, dict] = {
+    # The four levels that the larger presets have.
+    'hope-attention': dict(levels=tuple(LevelConfig(6, level.period) for level in preset('hope-attention-1.3b').levels)),
     'mamba2': dict(state_space=StateSpaceConfig(state_dim=6, head_dim=8)),
     'samba': dict(num_layers=4, attention=AttentionConfig(window=6)),
     'atlas': dict(memory=MemoryConfig(dgd='none', decay_to='init', chunk_size=4, projection_chunk_size=2, window=3, hidden_dim=6)),

@@ -76,7 +76,7 @@ from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.models.presets import preset
 
-begun = time.perf_counter()
+begun = time.process_time()  # other processes' work is none of the program's
 mesh = jax.make_mesh((4, 16, 4), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
 rules = {'embed': 'fsdp', 'heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor'}
 model = LanguageModel(preset(sys.argv[1], dtype='bfloat16', remat='block'))
@@ -96,7 +96,7 @@ def step(params, state, tokens, targets):
 
 lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens, tokens)
 text = lowered.as_text()
-report = {'seconds': time.perf_counter() - begun, 'lines': text.count(chr(10)), 'partitions': 'num_partitions = 256' in text}
+report = {'seconds': time.process_time() - begun, 'lines': text.count(chr(10)), 'partitions': 'num_partitions = 256' in text}
 print(json.dumps(report))
 """
 
@@ -108,6 +108,6 @@ def test_largest_presets_lower_for_256_devices(name):
     done = subprocess.run([sys.executable, '-c', LOWER, name], capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report['partitions']
+    assert report['partitions'] and report['seconds'] < 60
     # One program of a few thousand lines whatever the number of layers and chunks: 4,096 tokens are 256 chunks.
     assert report['lines'] < 20_000

@@ -1,6 +1,8 @@
 """The invariants of every family of models: causality, streams, documents, outer gradients, bounds."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ import optax
 import pytest
 
 import nested_jax.layers.gated_delta_rule
+import nested_jax.layers.titans
 from nested_jax.config import AttentionConfig, LevelConfig
+from nested_jax.layers.common import l2_normalize
 from nested_jax.memory.matrix import delta_rule_reference
 from nested_jax.models.language_model import LanguageModel
 from tests.models.small_models import (
@@ -28,9 +32,7 @@ from tests.models.small_models import (
 def _marked(family: str, *, one_program: bool):
     """Tests of a family run on one worker. Hope-Attention is the Transformer but for its levels, which have a test of their own."""
     marks = [pytest.mark.xdist_group(f'invariants of {family}')]
-    if family == 'hope-attention':
-        marks.append(pytest.mark.exhaustive)
-    elif family in BASELINES and not (one_program and BASELINES[family]):
+    if family == 'hope-attention' or family in BASELINES and not (one_program and BASELINES[family]):
         marks.append(pytest.mark.slow)
     return pytest.param(family, marks=marks)
 
@@ -203,6 +205,19 @@ def test_a_document_that_begins_with_a_call_meets_fresh_states(x64, family):
 
 
 @pytest.mark.parametrize('family', _FAMILIES)
+def test_a_saved_state_goes_on_where_it_was_saved(x64, family, tmp_path):
+    model, params = _model(family)
+    _, state = _piece(family)(params, TOKENS[:, :5], model.init_state(2), ONE[:, :5])
+    leaves, structure = jax.tree.flatten(state)
+    np.savez(tmp_path / 'state.npz', *leaves)
+    with np.load(tmp_path / 'state.npz') as saved:
+        restored = jax.tree.unflatten(structure, [saved[f'arr_{i}'] for i in range(len(leaves))])
+    going_on, again = (_piece(family)(params, TOKENS[:, 5:10], each, ONE[:, :5]) for each in (state, restored))
+    jax.tree.map(np.testing.assert_array_equal, going_on, again)
+    np.testing.assert_allclose(again[0], _logits(family)[:, 5:10], rtol=0, atol=_close(family))
+
+
+@pytest.mark.parametrize('family', _FAMILIES)
 def test_the_first_state_is_all_zeros_with_a_leading_batch_axis(family):
     model, _ = _model(family, 'float32')
     first = model.init_state(3)
@@ -226,7 +241,7 @@ def test_reading_without_update_returns_the_state_as_it_was(x64, family):
         again, _ = _piece(family)(params, TOKENS[:, 5:10], after, ONE[:, :5])
         written, _ = _piece(family)(params, TOKENS[:, 5:10], state, ONE[:, :5])
         np.testing.assert_array_equal(again, written)
-    assert family in ('transformer', 'hope-attention') or np.abs(logits - written).max() > 1e-4
+    assert family in ('transformer', 'transformer-conv', 'hope-attention') or np.abs(logits - written).max() > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -259,7 +274,8 @@ _FORMS = [dict(scan_layers=False), dict(remat='block'), dict(remat='dots'), dict
 
 @pytest.mark.parametrize(
     ('family', 'form'),
-    [('gated-deltanet', _FORMS[3])] + [pytest.param(family, form, marks=pytest.mark.exhaustive) for family in CORE for form in _FORMS],
+    [('gated-deltanet', _FORMS[3]), pytest.param('hope', _FORMS[1], marks=pytest.mark.slow)]
+    + [pytest.param(family, form, marks=pytest.mark.exhaustive) for family in CORE for form in _FORMS],
 )
 def test_unrolled_and_rematerialised_layers_compute_the_same(x64, family, form):
     model, params = LanguageModel(small(family, dtype='float64', **form)), _model(family)[1]
@@ -293,6 +309,34 @@ def test_dtypes_agree(x64, family):
         assert dtype == 'float32' or wide or family in ('transformer', 'hope-attention'), 'memories are float32'
 
 
+@pytest.mark.parametrize(
+    'family',
+    [
+        'transformer',
+        'hope-linear',
+        pytest.param('hope', marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('gated-deltanet', 'titans')),
+    ],
+)
+def test_decoding_with_parameters_in_bfloat16_equals_prefill(family):
+    """Identity 29, and near the model in float32 at the same parameters; memories are float32."""
+    model, params = _model(family, 'bfloat16')
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    run = jax.jit(lambda tokens, state: model.apply({'params': params}, tokens, state))
+    (prefill, whole), state, decoded = run(TOKENS, None), model.init_state(2), []
+    for token in range(LENGTH):
+        logits, state = run(TOKENS[:, token : token + 1], state)
+        decoded.append(logits)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    expected = jax.jit(lambda params: _model(family, 'float32')[0].apply({'params': params}, TOKENS)[0])(wide)
+    decoded, largest = jnp.concatenate(decoded, 1), float(jnp.abs(expected).max())
+    np.testing.assert_allclose(decoded, prefill, rtol=0, atol=0.02 * largest)
+    for logits in (decoded, prefill):
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=0.04 * largest)
+    assert jax.tree.map(lambda leaf: leaf.dtype, whole) == jax.tree.map(lambda leaf: leaf.dtype, state)
+    assert _memories(whole) or family == 'transformer'
+
+
 def test_attention_options_keep_the_invariants(x64):
     attention = AttentionConfig(num_kv_heads=1, window=6, short_convolution=True)
     model = LanguageModel(small('transformer', dtype='float64', attention=attention))
@@ -322,13 +366,33 @@ def test_one_level_is_a_transformers_mlp(x64):
     assert small('hope-attention', levels=(LevelConfig(24, 1),)) == small('transformer', levels=(LevelConfig(24, 1),))
     model, params = _model('hope-attention')
     silent = jax.tree_util.tree_map_with_path(
-        lambda path, x: 0 * x if 'level_1/down' in jax.tree_util.keystr(path, simple=True, separator='/') else x, params
+        lambda path, x: 0 * x if re.search('level_[123]/down', jax.tree_util.keystr(path, simple=True, separator='/')) else x, params
     )
+    assert len(model.config.levels) == 4
     one = LanguageModel(small('hope-attention', dtype='float64', levels=model.config.levels[:1]))
     channel = {'level_0': params['blocks']['channel']['level_0']}
     expected = jax.jit(lambda p: one.apply({'params': p}, TOKENS)[0])({**params, 'blocks': {**params['blocks'], 'channel': channel}})
     np.testing.assert_allclose(_whole('hope-attention')(silent, TOKENS, ONE, ALL)[0][1][0], expected, rtol=0, atol=1e-5)
     assert np.abs(_logits('hope-attention') - expected).max() > 1e-3
+
+
+def test_hope_without_self_modification_is_titans_and_levels(x64, monkeypatch):
+    """Identity 28: with plain gradient descent, and values of unit norm, which Titans leaves as they are."""
+    memory = dataclasses.replace(small('hope').memory, chunk_size=4, projection_chunk_size=4, dgd='none', self_modified=())
+    hope = LanguageModel(small('hope', dtype='float64', memory=memory))
+    titans = LanguageModel(small('titans', dtype='float64', memory=memory, levels=hope.config.levels))
+    params = random_params(hope)
+    mixer = {name: params['blocks']['mixer'][name] for name in ('block', 'initial_memory_in', 'initial_memory_out')}
+    of_titans = {**params, 'blocks': {**params['blocks'], 'mixer': mixer}}
+    assert jax.tree.map(jnp.shape, of_titans) == jax.tree.map(lambda leaf: leaf.shape, shapes(titans))
+    run = lambda model: jax.jit(lambda params, ids: model.apply({'params': params}, TOKENS, segment_ids=ids)[0])
+    expected = run(hope)(params, PACKED)
+    assert float(jnp.abs(run(titans)(of_titans, PACKED) - expected).max()) > 1e-2
+    raw = nested_jax.layers.titans.write_and_read
+    unit = lambda config, inputs, *rest, **options: raw(config, inputs._replace(value=l2_normalize(inputs.value)), *rest, **options)
+    monkeypatch.setattr(nested_jax.layers.titans, 'write_and_read', unit)
+    y = run(titans)(of_titans, PACKED)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=5e-5)  # norms are those of 1e-6 + |x|^2, taken more than once
 
 
 # 6 and 8: outer gradients

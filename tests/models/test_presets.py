@@ -11,10 +11,10 @@ import pytest
 from nested_jax.config import AttentionConfig, InSequenceConfig, LevelConfig, MemoryConfig, StateSpaceConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset, preset_names, without
+from nested_jax.training.config import TrainConfig
 from tests.models.small_models import FAMILIES
 
 SIZES = ('tiny', '124m', '340m', '760m', '1.3b')
-NAMED = (*FAMILIES, 'transformer-conv')  # the control is no family of its own: its layers are those of the Transformer
 TINY_ONLY = ('lstm', 'srwm')  # they are not parallel over tokens
 
 
@@ -29,7 +29,7 @@ def _count(name: str) -> int:
 
 
 def test_names_are_families_times_sizes():
-    assert set(preset_names()) == {f'{family}-{size}' for family in NAMED for size in SIZES if size == 'tiny' or family not in TINY_ONLY}
+    assert set(preset_names()) == {f'{family}-{size}' for family in FAMILIES for size in SIZES if size == 'tiny' or family not in TINY_ONLY}
     for name in preset_names():
         assert preset(name).width % preset(name).num_heads == 0
 
@@ -64,7 +64,7 @@ def test_parts_can_be_left_out_of_hope():
 @pytest.mark.parametrize('size', ['tiny', '1.3b', *(pytest.param(size, marks=pytest.mark.slow) for size in ('124m', '340m', '760m'))])
 def test_families_of_one_size_have_equally_many_parameters(size):
     expected = _count(f'transformer-{size}')
-    for family in NAMED:
+    for family in FAMILIES:
         if family in TINY_ONLY and size != 'tiny':
             continue
         assert abs(_count(f'{family}-{size}') / expected - 1) < 0.03, (family, _count(f'{family}-{size}'), expected)
@@ -83,7 +83,9 @@ def test_sizes_are_what_their_names_say():
 def test_periods_are_at_least_a_training_sequence_and_ordered():
     for family in ('hope', 'hope-linear', 'hope-attention'):
         for size in SIZES:
-            periods = [level.period for level in preset(f'{family}-{size}').levels]
+            config = preset(f'{family}-{size}')
+            periods = [level.period for level in config.levels]
+            assert periods[0] >= (TrainConfig().sequence_length if size == 'tiny' else config.max_length)
             assert len(periods) > 1 and periods == sorted(periods) and all(b % a == 0 for a, b in zip(periods, periods[1:], strict=False))
 
 

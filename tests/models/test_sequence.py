@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from nested_jax.config import AttentionConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.loss import model_loss
 from nested_jax.training.compiled import collectives
@@ -32,8 +31,6 @@ def make_mesh(sizes):
 
 @functools.cache
 def model(name):
-    if name == 'transformer-conv':
-        return LanguageModel(small('transformer', attention=AttentionConfig(short_convolution=True), dtype='float64'))
     return LanguageModel(small(name, dtype='float64'))
 
 

@@ -15,6 +15,13 @@ from nested_jax.models.loss import model_loss
 
 BATCH, LENGTH = 2, 14
 LEVELS = (LevelConfig(6, 2), LevelConfig(6, 4))
+_GRID = MemoryConfig(kind='matrix', chunk_size=2, projection_chunk_size=2)
+# Matrix memories with gradients of the chunk, hope-linear's own rule, and hope's.
+MEMORIES = {
+    'chunk': _GRID,
+    'token': dataclasses.replace(_GRID, gradient='token', momentum=False, decay_to='init'),
+    'mlp': dataclasses.replace(_GRID, kind='mlp', hidden_dim=3, decay_to='init'),
+}
 # Attention's softmax and the memories' gates are computed in float32 whatever the inputs.
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.usefixtures('x64')
@@ -23,7 +30,7 @@ in_sequence_loss = jax.jit(streaming.in_sequence_loss, static_argnums=0)
 static_loss = jax.jit(model_loss, static_argnums=0)
 
 
-def make(mixer='attention', levels=LEVELS, **in_sequence):
+def make(mixer='attention', levels=LEVELS, memory='chunk', **in_sequence):
     """A model of two blocks that learn while reading, random non-zero parameters and tokens."""
     config = ModelConfig(
         mixer,
@@ -34,7 +41,7 @@ def make(mixer='attention', levels=LEVELS, **in_sequence):
         levels=levels,
         vocab_size=7,
         max_length=32,
-        memory=MemoryConfig(kind='matrix', chunk_size=2, projection_chunk_size=2),
+        memory=MEMORIES[memory],
         dtype='float64',
         in_sequence=InSequenceConfig(**{'blocks': (0, 1), 'learning_rate': 0.1, **in_sequence}),
     )
@@ -98,11 +105,17 @@ def test_loss_and_gradient_equal_the_loop(mixer, bptt):
     assert count == weights.sum()
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize('mixer', ['gated-delta-rule', 'self-modifying'])
-def test_gradient_of_every_initial_level_equals_finite_differences(mixer):
+@pytest.mark.parametrize(
+    'mixer, memory',
+    [
+        pytest.param('self-modifying', 'chunk', marks=pytest.mark.slow),
+        *(pytest.param('self-modifying', memory, marks=pytest.mark.exhaustive) for memory in ('token', 'mlp')),
+        pytest.param('gated-delta-rule', 'chunk', marks=pytest.mark.exhaustive),
+    ],
+)
+def test_gradient_of_every_initial_level_equals_finite_differences(mixer, memory):
     """Over six chunks: six updates of the fast level, three of the slow one; and of the rate of each level."""
-    model, params, tokens, targets = make(mixer)
+    model, params, tokens, targets = make(mixer, memory=memory)
     channel, logs = params['blocks']['channel'], jnp.log(jnp.array([0.02, 0.01]))
 
     @jax.jit
@@ -112,16 +125,17 @@ def test_gradient_of_every_initial_level_equals_finite_differences(mixer):
 
     levels = {name: channel[name] for name in ('level_0', 'level_1')}
     gradient, rates = jax.jit(jax.grad(loss, (0, 1)))(levels, logs)
-    slope = lambda ends: (ends[0] - ends[1]) / 6e-5
+    steps = [size * 3e-5 for size in (-2, -1, 1, 2)]
+    slope = lambda values: (8 * (values[2] - values[1]) - (values[3] - values[0])) / (12 * 3e-5)
     for name, level in levels.items():
         assert all((leaf != 0).all() for leaf in jax.tree.leaves(gradient[name]))
         direction = jax.tree.map(lambda leaf: jnp.sign(leaf), level)
-        moved = [jax.tree.map(lambda leaf, way, step=step: leaf + step * way, level, direction) for step in (3e-5, -3e-5)]
+        moved = [jax.tree.map(lambda leaf, way, step=step: leaf + step * way, level, direction) for step in steps]
         expected = jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, gradient[name], direction))
-        np.testing.assert_allclose(slope([loss({**levels, name: end}, logs) for end in moved]), expected, rtol=1e-3)
+        np.testing.assert_allclose(slope([loss({**levels, name: end}, logs) for end in moved]), expected, rtol=1e-6)
     for level in range(2):
-        ends = [loss(levels, logs.at[level].add(step)) for step in (3e-5, -3e-5)]
-        np.testing.assert_allclose(slope(ends), rates[level], rtol=1e-3)
+        values = [loss(levels, logs.at[level].add(step)) for step in steps]
+        np.testing.assert_allclose(slope(values), rates[level], rtol=1e-6)
 
 
 def test_without_learning_it_is_the_models_loss():
@@ -136,15 +150,16 @@ def test_without_learning_it_is_the_models_loss():
 
 
 @pytest.mark.parametrize(
-    'mixer, variant',
+    'mixer, variant, memory',
     [
-        ('attention', 'sequential'),
-        pytest.param('gated-delta-rule', 'nested', marks=pytest.mark.exhaustive),
-        pytest.param('self-modifying', 'sequential', marks=pytest.mark.exhaustive),
+        ('attention', 'sequential', 'chunk'),
+        pytest.param('gated-delta-rule', 'nested', 'chunk', marks=pytest.mark.exhaustive),
+        pytest.param('self-modifying', 'sequential', 'chunk', marks=pytest.mark.slow),
+        *(pytest.param('self-modifying', 'sequential', memory, marks=pytest.mark.exhaustive) for memory in ('token', 'mlp')),
     ],
 )
-def test_stream_equals_the_loss_at_every_cut(mixer, variant):
-    model, params, tokens, targets = make(mixer, variant=variant)
+def test_stream_equals_the_loss_at_every_cut(mixer, variant, memory):
+    model, params, tokens, targets = make(mixer, memory=memory, variant=variant)
     start = streaming.init_stream(model, params, BATCH)
     whole, end = streaming.read(model, params, start, tokens)
     assert_close(nats(whole, targets).sum(), in_sequence_loss(model, params, tokens, targets)[0])
@@ -173,8 +188,9 @@ def test_stream_learns_once_a_period():
         np.testing.assert_array_equal(np.array(moves)[:, level], (read_before % period == 0) & (read_before > 0))
 
 
-def test_saved_stream_continues():
-    model, params, tokens, _ = make()
+@pytest.mark.parametrize('mixer', ['attention', pytest.param('self-modifying', marks=pytest.mark.slow)])
+def test_saved_stream_continues(mixer):
+    model, params, tokens, _ = make(mixer)
     whole, _ = streaming.read(model, params, streaming.init_stream(model, params, BATCH), tokens)
     _, stream = streaming.read(model, params, streaming.init_stream(model, params, BATCH), tokens[:, :7])
     leaves, structure = jax.tree.flatten(stream)

@@ -75,7 +75,7 @@ def test_targets_are_ends_of_paths():
     paths = lambda *targets: {'/'.join(path[:-1]) for path in traverse_util.flatten_dict(
         init_lora(params, jax.random.key(0), LoraConfig(targets=targets)))}  # fmt: skip
     assert paths('level_1/down') == {'blocks/channel/level_1/down'}
-    assert paths('down') == {'blocks/channel/level_0/down', 'blocks/channel/level_1/down'}
+    assert paths('down') == {f'blocks/channel/level_{level}/down' for level in range(4)}
     with pytest.raises(ValueError, match="targets has 'own'.*allowed are down, gate, key"):
         paths('own')
 
