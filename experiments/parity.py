@@ -20,13 +20,15 @@ can learn parity. Retention decays to the learned initial memories; with `--deca
 Expected, seeds 0, 1, 2, in % of 500 strings (rows in results/parity.jsonl):
 
     arm             2-50                   51-100              101-200
-    dgd             100 / 100 / 100        100 / 100 / 98.8    100 / 95.8 / 73.6
-    plain-positive  67.6 / 47.2 / 44.4     0.4 / 0 / 0         0 / 0 / 0             last position at 51-100: 52.6 / 48.0 / 48.6, chance
-    plain           100 / 100 / 100        100 / 98.4 / 81.8   98.8 / 73.8 / 5.4
-    dgd-static      100 / 100 / 100        100 / 100 / 99.6    98.4 / 100 / 81.8
-    gated-deltanet  19.4 / 39.2 / 29.2     0 / 0 / 0           0 / 0 / 0
-    transformer     5.6 / 3.8 / 5.0        0 / 0 / 0           0 / 0 / 0
+    dgd             100 / 100 / 100        99.6 / 100 / 100    99.6 / 87.4 / 100
+    plain-positive  20.4 / 22.6 / 23.8     0 / 0 / 0           0 / 0 / 0             last position at 51-100: 51.0 / 47.8 / 51.2, chance
+    plain           100 / 100 / 100        99.6 / 100 / 99.6   49.2 / 94.6 / 91.8
+    dgd-static      100 / 100 / 100        100 / 100 / 100     98.8 / 99.6 / 96.4
+    gated-deltanet  17.4 / 23.6 / 11.8     0 / 0 / 0           0 / 0 / 0
+    transformer     3.2 / 3 / 3            0 / 0 / 0           0 / 0 / 0
 
+Single strings depend on how sums are rounded, and so on the machine and on the version of this code. The learning rate is the best of
+0.005, 0.01, 0.02 and 0.03 for dgd; plain-positive stays at chance at 0.01 too.
 So what solves parity is the negative eigenvalue, not self-modification. Six to seven minutes on 2 CPU cores.
 """
 
@@ -75,7 +77,7 @@ class Args:
     """Tokens between two refreshes of keys, values and rates; token-wise gradients depend on no other chunk size."""
     decay_to: Literal['init', 'zero'] = 'init'
     """What retention decays to: the learned initial memories, or zero as in the paper."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     """At the end of the warm-up; a cosine takes it to a tenth."""
     steps: int = 600
     """Optimizer steps."""

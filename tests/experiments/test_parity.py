@@ -101,4 +101,4 @@ def test_delta_gradient_descent_learns_parity_and_holds_it_at_twice_the_length(t
     results = tmp_path / 'rows.jsonl'
     assert parity.main(['--arms', 'dgd', '--seeds', '0', '--results', str(results)]) == 0
     (row,) = read_rows(results)
-    assert row['metrics']['bin0']['every'] == 1.0 and row['metrics']['bin1']['every'] > 0.95
+    assert row['metrics']['bin0']['every'] == 1.0 and row['metrics']['bin1']['every'] > 0.98
