@@ -42,7 +42,7 @@ def run_suite(name: str, settings: Settings, output: pathlib.Path) -> None:
     if name == 'gpu':  # in processes of its own, each of which wants the card
         suite.run(settings, output)
         return
-    if name == 'seal':
+    if name in ('cpu', 'seal'):
         devices_for_cores()
     hardware = hardware_name(jax.devices())
     for part in suite.PARTS:

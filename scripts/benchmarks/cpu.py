@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import statistics
 
 import jax
@@ -14,7 +15,7 @@ from nested_jax.models.streaming import in_sequence_loss
 from scripts.benchmarks.memories import disagreement, memory_forms, memory_inputs
 from scripts.benchmarks.timing import Settings, compile_timed, measure, time_training
 
-TOKENS = 8192  # of a training step, at every length
+BATCH = 2  # rows of a training step, at every length: what a token costs as rows get longer
 IN_SEQUENCE_LENGTH, IN_SEQUENCE_LEVELS = 2048, (LevelConfig(156, 512), LevelConfig(156, 2048))
 MODELS = ('transformer-tiny', 'gated-deltanet-tiny', 'titans-tiny', 'hope-linear-tiny', 'hope-tiny')
 
@@ -27,12 +28,13 @@ def attention_forms(config: ModelConfig) -> dict[str, ModelConfig]:
 
 
 def training_lengths(settings: Settings):
-    """Every model from 1k to 8k tokens at equal tokens a step."""
+    """Every model from 1k to 8k tokens, with all cores as one device and with one device for each row: the faster of them counts."""
     for length in (1024, 2048, 4096, 8192):
         for name in MODELS:
             config = preset(name, max_length=length)
             for form, variant in (attention_forms(config) if name == 'transformer-tiny' else {name: config}).items():
-                yield time_training(form, variant, TOKENS // length, length, settings.repeats)
+                for devices in dict.fromkeys((1, math.gcd(BATCH, jax.device_count()))):
+                    yield time_training(form, variant, BATCH, length, settings.repeats, devices)
 
 
 def chunked_against_reference(settings: Settings):
