@@ -20,6 +20,7 @@ import io
 import math
 import pathlib
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -230,7 +231,9 @@ class ImageRuns:
         return losses
 
     def _step(self, carry: Any, setting: Setting, index: jax.Array, batch: Any) -> tuple[Any, jax.Array]:
-        return learn(self.task, self.optimizer, setting, carry, index, batch), index + 1
+        with warnings.catch_warnings():  # matrices are whole on every device, which a program for an Auto mesh cannot see
+            warnings.filterwarnings('ignore', 'the sharding of an array')
+            return learn(self.task, self.optimizer, setting, carry, index, batch), index + 1
 
     def _placed(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self.by_row), batch)

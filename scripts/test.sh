@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests: makes .venv on the first run, then pytest with the arguments given here. The default suite leaves out the
 # tests that take long, start processes of their own or need a GPU; a later -m replaces that choice. Groups of tests (files,
-# or the families of models within one) run side by side, one on each core; a later -n 0 runs them one after the other.
+# or the families of models within one) run side by side, one on each core, in the order of tests/conftest.py; a later -n 0 runs them one
+# after the other.
 #
 # scripts/test.sh --full [argument ...] runs all but those that need a GPU, whole products of options too: hours on two cores. It adds a
 # row of what passed, failed and was skipped to experiments/results/reliability.jsonl. Arguments choose a part: --full tests/training.
@@ -19,4 +20,4 @@ if [[ "${1:-}" == --full ]]; then
   export NESTED_JAX_FULL="${NESTED_JAX_FULL% }"
   choice=(-p scripts.full_suite -m 'not gpu')
 fi
-exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup "${choice[@]}" "$@"
+exec "$python" -m pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder "${choice[@]}" "$@"

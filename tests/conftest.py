@@ -25,9 +25,14 @@ import pytest
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+TESTS = pathlib.Path(__file__).parent
+FIRST = ('scripts', 'test_readme.py', 'training', 'experiments', 'models')  # whose files start processes and train
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Tests of a file share what they compile, so they run on one worker, unless a mark names a smaller group."""
+    """Tests of a file share what they compile, so they run on one worker, unless a mark names a smaller group; long groups come first."""
+    items.sort(key=lambda item: next((turn for turn, name in enumerate(FIRST) if item.path.is_relative_to(TESTS / name)), len(FIRST)))
     for item in items:
         if item.get_closest_marker('xdist_group') is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
