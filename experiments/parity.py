@@ -28,7 +28,8 @@ Expected, seeds 0, 1, 2, in % of 500 strings (rows in results/parity.jsonl):
     transformer     3.2 / 3 / 3            0 / 0 / 0           0 / 0 / 0
 
 Single strings depend on how sums are rounded, and so on the machine and on the version of this code. The learning rate is the best of
-0.005, 0.01, 0.02 and 0.03 for dgd; plain-positive stays at chance at 0.01 too.
+0.005, 0.01, 0.02, 0.03 and 0.05 for dgd; plain-positive stays at chance at 0.01 and 0.05 too.
+
 So what solves parity is the negative eigenvalue, not self-modification. Six to seven minutes on 2 CPU cores.
 """
 

@@ -30,10 +30,11 @@ import numpy as np
 from PIL import Image
 
 from experiments.race_tasks import VisionTransformer
-from experiments.racing import POINTS, TIMED_STEPS, Losses, Optimizer, Setting, Task, begin, learn, matrix_flops, sizes
+from experiments.racing import POINTS, TIMED_STEPS, Losses, Optimizer, Setting, Task, begin, learn, sizes
 from nested_jax.data import batch_iterator
 from nested_jax.data.corpora import tfds_folder
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
+from nested_jax.training.compiled import matrix_flops
 
 RUNS = 'optimizer_race_runs'  # the file of finished runs
 MODELS = {
@@ -207,7 +208,7 @@ class ImageRuns:
         """As `racing.costs`, of one step on all devices; its seconds are by the wall clock, which is what an accelerator is paid by."""
         setting = Setting(*map(np.float32, (self.optimizer.rate, 0.0, self.optimizer.knobs[0])))
         carry, batch = self.begin(np.uint32(0), setting), self._placed(next(self.data.training(0)))
-        flops = matrix_flops(jax.make_jaxpr(self._step)(carry, setting, np.int32(0), batch).jaxpr)
+        flops = matrix_flops(jax.make_jaxpr(self._step)(carry, setting, np.int32(0), batch))
         kept = sizes(*carry)  # before the first step takes the carry's memory
         carry, _ = jax.block_until_ready(self.step(carry, setting, np.int32(0), batch))  # which may compile
         began = time.perf_counter()

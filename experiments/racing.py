@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.interpreters import partial_eval
 from scipy import stats
 
 from nested_jax.layers.delta_descent import delta_dense
+from nested_jax.training.compiled import matrix_flops
 
 PyTree = Any
 WARMUP_SHARE = 0.1  # of the steps
@@ -312,38 +312,13 @@ def step_flops(task: Task, optimizer: Optimizer) -> float:
     setting, index = _first_setting(optimizer), jnp.int32(0)
     carry = jax.eval_shape(functools.partial(begin, task, optimizer), jnp.uint32(0), setting)
     batch = jax.eval_shape(task.draw, task.data, jax.random.key(0), index)
-    return matrix_flops(jax.make_jaxpr(functools.partial(learn, task, optimizer))(setting, carry, index, batch).jaxpr)
+    return matrix_flops(jax.make_jaxpr(functools.partial(learn, task, optimizer))(setting, carry, index, batch))
 
 
 def sizes(params: PyTree, state: PyTree) -> dict[str, float]:
     """The number of parameters, and the state's bytes for each."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     return dict(state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count, parameters=count)
-
-
-def matrix_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products and QR decompositions that a jaxpr's results need, loops as often as they run, of branches the dearest.
-
-    The cost analysis of a compiled program counts the body of a loop once, and Newton-Schulz is a loop; it does not see into LAPACK.
-    """
-    return _needed_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
-
-
-def _needed_flops(jaxpr: Any) -> float:
-    return float(sum(_flops(equation) for equation in jaxpr.eqns))
-
-
-def _flops(equation: Any) -> float:
-    name, params = equation.primitive.name, equation.params
-    if name == 'dot_general':
-        contracted = params['dimension_numbers'][0][0]
-        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-    if name == 'qr':
-        *batch, rows, columns = equation.invars[0].aval.shape
-        return math.prod(batch) * (4 * rows - 4 * columns / 3) * columns**2  # the factor and its orthonormal columns
-    bodies = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else [value])]
-    bodies = [_needed_flops(getattr(part, 'jaxpr', part)) for part in bodies if hasattr(part, 'jaxpr') or hasattr(part, 'eqns')]
-    return max(bodies, default=0) if name == 'cond' else sum(bodies) * params.get('length', 1) if name == 'scan' else sum(bodies)
 
 
 def _first_setting(optimizer: Optimizer) -> Setting:

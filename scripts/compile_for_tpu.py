@@ -19,7 +19,6 @@ import resource
 import sys
 import tempfile
 import time
-from typing import Literal
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,7 +35,7 @@ from nested_jax.config import ModelConfig, as_dict
 from nested_jax.evaluation.rows import append_row, commit, make_row
 from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
-from nested_jax.training.config import TrainConfig, check_devices, check_model
+from nested_jax.training.config import OptimizerName, TrainConfig, check_devices, check_model
 from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, count_slices, make_mesh
 from nested_jax.training.state import init_state
@@ -64,7 +63,7 @@ class Args:
     """Tokens a sequence."""
     accumulation: int = 1
     """Microbatches a step."""
-    optimizer: Literal['adamw', 'muon', 'm3'] = 'adamw'
+    optimizer: OptimizerName = 'adamw'
     """As of experiments.hope_pretrain."""
     dtype: str = 'bfloat16'
     """Of activations and matrix products."""
@@ -115,10 +114,9 @@ def compile_step(config: ModelConfig, train: TrainConfig, placement: Placement) 
     """The trainer's step for shapes alone, no array is made; and the operations of its matrix products on all chips."""
     model = LanguageModel(config)
     tokens = jnp.zeros((1, train.sequence_length), jnp.int32)
-    init_params = lambda key: model.init(key, tokens)['params']
-    where = placement.params(jax.eval_shape(init_params, jax.random.key(0)))
-    optimizer = make_optimizer(train, level_periods(config, train.sequence_length), where)
-    shapes = jax.eval_shape(lambda: init_state(init_params, optimizer, 0))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)['params'])
+    optimizer = make_optimizer(train, level_periods(config, train.sequence_length), placement.params(params))
+    shapes = jax.eval_shape(lambda params: init_state(lambda _: params, optimizer, 0), params)
     shardings = placement.state(optimizer, shapes.params)
     state = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings)
     rows = lambda dtype: jax.ShapeDtypeStruct((train.batch_size, train.sequence_length), dtype, sharding=placement.rows)

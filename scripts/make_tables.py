@@ -72,12 +72,12 @@ def pretraining_table(groups: dict[tuple[int, str], list[dict]]) -> list[str]:
 
 
 def speed_table(rows: list[dict]) -> list[str]:
-    """Lines of the table of training tokens a second, by model and length; of a model's rows at one length the latest."""
-    speeds = collections.defaultdict(dict)
-    for row in rows:
-        metrics = row['metrics']
-        if metrics['what'] == 'training':
-            speeds[metrics['model']][metrics['length']] = metrics['tokens_per_second']
+    """Lines of the table of training tokens a second, by model and length: of the latest rows on one device and on several, the faster."""
+    latest, speeds = {}, collections.defaultdict(dict)
+    for metrics in (row['metrics'] for row in rows if row['metrics']['what'] == 'training'):
+        latest[metrics['model'], metrics['length'], metrics.get('devices', 1)] = metrics['tokens_per_second']
+    for (model, length, _), speed in latest.items():
+        speeds[model][length] = max(speed, speeds[model].get(length, 0))
     lengths = sorted({length for by_length in speeds.values() for length in by_length})
     names = ' | '.join(f'{length:,}' for length in lengths)
     lines = [f'| training tokens a second at length | {names} |', '| --- ' * (len(lengths) + 1) + '|']

@@ -66,11 +66,15 @@ def test_numbers_of_tokens_are_not_mixed(make_tables):
     assert [line.split(' | ')[1] for line in make_tables.pretraining_table(groups)[2:]] == ['2.00M', '1.00M']
 
 
-def test_speeds_are_the_latest_of_each_length(make_tables):
-    speed = lambda model, length, value, what='training': dict(metrics=dict(what=what, model=model, length=length, tokens_per_second=value))
+def test_speeds_are_the_latest_of_each_length_on_the_better_number_of_devices(make_tables):
+    def speed(model, length, value, what='training', **devices):
+        return dict(metrics=dict(what=what, model=model, length=length, tokens_per_second=value, **devices))
+
     rows = [speed('a', 1024, 10.0), speed('a', 8192, 2000.4), speed('b', 1024, 5.0), speed('a', 1024, 30.0), speed('c', 64, 1.0, 'other')]
     assert make_tables.speed_table(rows)[0].endswith('| 1,024 | 8,192 |')
     assert make_tables.speed_table(rows)[2:] == ['| a | 30 | 2,000 |', '| b | 5 |  |']
+    rows += [speed('a', 1024, 50.0, devices=2), speed('a', 1024, 40.0, devices=2), speed('a', 8192, 100.0, devices=2)]
+    assert make_tables.speed_table(rows)[2] == '| a | 40 | 2,000 |'
 
 
 def test_compiled_steps_are_the_latest_of_each_mesh(make_tables):

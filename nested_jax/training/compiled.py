@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 # XLA's partitioner says so when it can move an array to another layout only by making it whole on every device.
@@ -64,25 +65,34 @@ def collectives(text: str) -> list[Collective]:
     return [max(whole, key=often) if whole else min(parts, key=often) for whole, parts in channels.values()]
 
 
-def matrix_flops(jaxpr: Any) -> int:
-    """Operations of the matrix products of a traced function, loops of known length multiplied out; two for a multiplication and a sum.
+def matrix_flops(jaxpr: Any) -> float:
+    """Operations of the matrix products and QR decompositions that a traced function's results need, two for a multiplication and a sum.
 
-    XLA's own count takes a loop's body once, and a scan over 24 blocks and 256 chunks is all body.
+    Loops count as often as they run and of branches the dearest. XLA's own count takes a loop's body once, and a scan over 24 blocks and
+    256 chunks is all body; nor does it see into LAPACK.
 
     Args:
         jaxpr: as of `jax.jit(function).trace(...)`; of a step it has what the backward pass computes again too.
     """
-    total = 0
-    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
-        if equation.primitive.name == 'dot_general':
-            (contracted, _), _ = equation.params['dimension_numbers']
-            left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-            total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
-        inner = [part for value in equation.params.values() for part in (value if isinstance(value, tuple | list) else (value,))]
-        times = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
-        counts = [matrix_flops(part) for part in inner if hasattr(getattr(part, 'jaxpr', part), 'eqns')]
-        total += times * (max(counts, default=0) if equation.primitive.name == 'cond' else sum(counts))
-    return total
+    jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+    return _needed_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def _needed_flops(jaxpr: Any) -> float:
+    return sum(map(_flops, jaxpr.eqns))
+
+
+def _flops(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == 'dot_general':
+        contracted = params['dimension_numbers'][0][0]
+        return 2 * equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    if name == 'qr':
+        *batch, rows, columns = equation.invars[0].aval.shape
+        return math.prod(batch) * (4 * rows - 4 * columns / 3) * columns**2  # the factor and its orthonormal columns
+    parts = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else (value,))]
+    bodies = [_needed_flops(body) for part in parts if hasattr(body := getattr(part, 'jaxpr', part), 'eqns')]
+    return max(bodies, default=0) if name == 'cond' else sum(bodies) * (params['length'] if name == 'scan' else 1)
 
 
 def report(compiled: jax.stages.Compiled) -> dict:

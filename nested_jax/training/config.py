@@ -8,7 +8,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nested_jax.config import ModelConfig, added, check, redacted
 
@@ -19,6 +19,8 @@ FREE_FIELDS = (
 )  # fmt: skip
 # What else may change when it is asked for: which text is read, in which order, how much of it a step.
 DATA_FIELDS = ('data.digest', 'train.batch_size', 'train.seed')
+
+OptimizerName = Literal['adamw', 'muon', 'm3']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class TrainConfig:
     on_nonfinite: Literal['abort', 'skip'] = added('abort')  # what is done where a loss, gradient or new value is not finite
     spike_sigma: float | None = added(None)  # with 'skip': nor a loss or gradient norm so far above the last 128
     max_skips: int = added(10)  # with 'skip': so many in a row go back to the last checkpoint and pass over the batches since
-    optimizer: Literal['adamw', 'muon', 'm3'] = added('adamw')  # learning rates are those of AdamW for all three
+    optimizer: OptimizerName = added('adamw')  # learning rates are those of AdamW for all three
     slow_period: int = added(100)  # with 'm3': steps between two updates of the slow momentum
     watchdog_s: float | None = added(None)  # a step that takes longer ends the process, with all stacks on standard error; None: no limit
     kernels: Literal['plain', 'gpu', 'tpu'] = added('plain')  # what layers compute with: see nested_jax.layers.kernels
@@ -79,8 +81,9 @@ class TrainConfig:
         self._check('warmup_steps', 0 <= self.warmup_steps < self.steps, f'an integer from 0 to below steps={self.steps}')
         self._check('accumulation', self.batch_size % self.accumulation == 0, f'a divisor of batch_size={self.batch_size}')
         self._check('seed', 0 <= self.seed < 2**32, 'an integer from 0 to below 2**32')
-        self._check('optimizer', self.optimizer in ('adamw', 'muon', 'm3'), "'adamw', 'muon' or 'm3'")
-        self._check('slow_period', self.slow_period == 100 or self.optimizer == 'm3', "100 unless optimizer='m3'")
+        self._check('optimizer', self.optimizer in get_args(OptimizerName), f'one of {get_args(OptimizerName)}')
+        unused = TrainConfig.slow_period
+        self._check('slow_period', self.slow_period == unused or self.optimizer == 'm3', f"{unused} unless optimizer='m3'")
         self._check('on_nonfinite', self.on_nonfinite in ('abort', 'skip'), "'abort' or 'skip'")
         self._check('kernels', self.kernels in ('plain', 'gpu', 'tpu'), "'plain', 'gpu' or 'tpu'")
         for name in ('spike_sigma', 'watchdog_s'):

@@ -117,8 +117,8 @@ class _Trainer:
         self.model = LanguageModel(model)
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
         self.init_params = lambda key: self.model.init(key, tokens)['params']
-        where = place.params(jax.eval_shape(self.init_params, jax.random.key(0)))
-        self.optimizer = make_optimizer(config, level_periods(model, config.sequence_length), where)
+        self.params_shape = jax.eval_shape(self.init_params, jax.random.key(0))
+        self.optimizer = make_optimizer(config, level_periods(model, config.sequence_length), place.params(self.params_shape))
         self.schedule, self.loss_function = warmup_cosine(config), make_loss(self.model)
         self.faults, self.whereabouts = faults_of_environment(jax.process_index()), Whereabouts(os.environ.get(VARIABLE))
         self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults, lambda step: self.whereabouts.say(saved=step))
@@ -176,7 +176,7 @@ class _Trainer:
     def restore(self, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
         """Makes the state, or reads it from the newest checkpoint that verifies, of the steps to prefer where there are such."""
         config = self.config
-        shapes = jax.eval_shape(lambda: init_state(self.init_params, self.optimizer, config.seed))
+        shapes = jax.eval_shape(lambda params: init_state(lambda _: params, self.optimizer, config.seed), self.params_shape)
         self.state_shardings = self.placement.state(self.optimizer, shapes.params)
         abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.state_shardings)
         restored = self.checkpoints.restore(abstract, self.run_config, prefer, allow_data_change=self.allow_data_change)

@@ -203,13 +203,12 @@ def make_mesh(sizes: dict[str, int], devices: list, explicit: bool = False) -> M
         explicit: whether types of arrays say where they lie.
     """
     names, slices = tuple(name for name in MESH_AXES if name in sizes), count_slices(devices)
+    shape = tuple(sizes[name] for name in names)
     # Not jax.make_mesh, which splits the axes of a TPU's torus on a v5e only: a v6e of 16 x 16 could not be 8 x 16 x 2.
     if slices == 1:
-        grid = create_device_mesh(tuple(sizes[name] for name in names), devices, allow_split_physical_axes=True)
-    else:
-        across = {'replica': slices}
-        within = tuple(sizes[name] // across.get(name, 1) for name in names)
-        between = tuple(across.get(name, 1) for name in names)
+        grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:  # the first axis is replica
+        within, between = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1))
         grid = create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, names, axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * len(names))
 

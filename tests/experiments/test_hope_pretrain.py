@@ -171,7 +171,7 @@ def test_smoke_run_leaves_everything_behind(tmp_path, texts):
     assert 'step 4/4' in said and re.search(r'transformer-tiny +\d\.\d{4} +perplexity', said) and 'a sample' in said
     assert (folder / 'loss.png').stat().st_size > 1000
     (row,) = read_rows(folder / 'results.jsonl')
-    assert row['model'] == 'transformer-tiny' and row['metrics']['tokens'] == 4 * 8 * 64
+    assert row['model'] == 'transformer-tiny' and row['metrics']['tokens'] == 4 * 8 * 64 and row['metrics']['rejected_checkpoints'] == []
     assert row['config']['data']['digest'] and row['command'].startswith('python -m experiments.hope_pretrain --smoke')
     again, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
     assert again == 0 and 'going on from step 4' in said

@@ -197,7 +197,7 @@ def test_slurm_job_passes_the_warning_on_once_and_is_put_back(tools):
         (76, '9', '', True),
         (137, None, '', True),
         (76, '10', '', False),
-        (75, None, 'kill -TERM $PPID; ', False),  # cancelled
+        (75, None, 'kill -TERM $PPID; sleep 0.5; ', False),  # cancelled; bash loses the code of what ends at the very moment of a signal
     ],
 )
 def test_slurm_job_is_put_back_where_another_try_may_mend_it(tools, code, restarts, told, back):

@@ -25,9 +25,18 @@ def compilations_on_disk(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    """Forty short texts, some of which fall to the held-out side."""
-    folder = tmp_path_factory.mktemp('texts')
-    for number in range(40):
-        (folder / f'{number}.txt').write_text(f'document {number} ' * 12)
-    return open_dataset(folder)
+def texts_of(tmp_path_factory):
+    """Makes forty short texts of a word, some of which fall to the held-out side."""
+
+    def make(word):
+        folder = tmp_path_factory.mktemp('texts')
+        for number in range(40):
+            (folder / f'{number}.txt').write_text(f'{word} {number} ' * 12)
+        return open_dataset(folder)
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def data(texts_of):
+    return texts_of('document')

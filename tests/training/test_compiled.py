@@ -42,6 +42,26 @@ def test_matrix_products_are_counted_through_loops_and_gradients():
     assert matrix_flops(jax.jit(either).trace(jax.ShapeDtypeStruct((), bool), shapes[0]).jaxpr) == 2 * 2 * 8**3
 
 
+def test_flops_count_loops_by_their_length_and_the_dearest_branch():
+    product = lambda x: x @ x
+    loop = lambda x: jax.lax.scan(lambda carry, _: (product(carry), None), x, length=5)[0]
+    either = lambda x: jax.lax.cond(x[0, 0] > 0, loop, product, x)
+    count = lambda function, shape=(4, 4): matrix_flops(jax.make_jaxpr(function)(jnp.ones(shape)))
+    assert [count(product), count(loop), count(either), count(jax.jit(jax.vmap(product)), (3, 4, 4))] == [128, 640, 640, 384]
+    assert count(lambda x: jnp.linalg.qr(x)[0], (6, 4)) == pytest.approx(4 * 6 * 16 - 4 / 3 * 64)
+
+
+def test_flops_that_no_result_needs_do_not_count():
+    """A product that is dropped, in a loop and in a branch too, and the half of a gradient that is not asked for."""
+    count = lambda function: matrix_flops(jax.make_jaxpr(function)(jnp.ones((4, 4))))
+    body = lambda carry, _: ((carry[0] @ carry[0], carry[1] @ carry[1]), None)
+    loop = lambda x: jax.lax.scan(body, (x, x), length=5)[0][0]
+    assert count(lambda x: (x @ x, x + 1)[1]) == 0 and count(loop) == 640
+    assert count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: (x @ x, x), lambda: (x, x))[1]) == 0
+    both = lambda x, w: jax.vjp(jnp.matmul, x, w)[1](x)
+    assert count(lambda x: both(x, x)) == 256 and count(lambda x: both(x, x)[0]) == 128
+
+
 def test_kernels_and_halves_of_a_tpus_collectives_count_once():
     text = """HloModule m
 

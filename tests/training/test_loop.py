@@ -18,7 +18,6 @@ import pytest
 import rich.console
 
 from nested_jax.config import InSequenceConfig, LevelConfig, ModelConfig, as_dict
-from nested_jax.data import open_dataset
 from nested_jax.training import faults, loop
 from nested_jax.training.checkpoints import DamagedCheckpointsError, SaveError
 from nested_jax.training.config import TrainConfig, claim_folder, lock_folder, renew_claim
@@ -216,11 +215,8 @@ def test_renewed_configuration_stands_in_the_file_that_is_locked(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def other_text(tmp_path_factory):
-    texts = tmp_path_factory.mktemp('other')
-    for number in range(40):
-        (texts / f'{number}.txt').write_text(f'Document {number} ' * 12)
-    return open_dataset(texts)
+def other_text(texts_of):
+    return texts_of('Document')
 
 
 def test_changed_data_is_refused_by_the_field(data, other_text, tmp_path, monkeypatch):

@@ -311,7 +311,7 @@ def test_rows_of_a_process_become_a_global_array():
 
 @pytest.mark.parametrize('name', ['muon', pytest.param('m3', marks=pytest.mark.slow)])
 def test_split_matrices_are_orthogonalised_without_gathering_them(name, x64):
-    """Two updates of 12 layers on 2 x 4 devices: those of one device, moved by all-to-alls, no matrix whole anywhere."""
+    """Two updates of 8 layers on 4 x 2 devices: those of one device, moved by all-to-alls, no matrix whole anywhere."""
     config = dataclasses.replace(TRAIN, optimizer=name, slow_period=2 if name == 'm3' else TRAIN.slow_period)
     model = LanguageModel(preset('transformer-tiny', num_layers=8, width=64, num_heads=4, head_dim=16))
     init = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(key, jnp.zeros((1, 64), jnp.int32))['params'])
