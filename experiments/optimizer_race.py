@@ -147,7 +147,7 @@ class Args:
     """Of each task's steps."""
     images: Images = Images()
     """What is learned with --scale paper."""
-    lanes: int = 5
+    lanes: int = 2
     """Runs side by side in one compiled program; with --scale paper they follow one another."""
     results: pathlib.Path = RESULTS
     """File that a row for each task and optimizer is added to; the picture is written beside it."""
