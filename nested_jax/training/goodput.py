@@ -15,7 +15,7 @@ import pathlib
 import socket
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -91,7 +91,8 @@ class Ledger:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self._write()
+            with contextlib.suppress(OSError):  # of a full disk, say: it must not hide what ended the run
+                self._write(ended=kind.__name__)
 
     def begin(self, step: int) -> None:
         """Says from which step the process goes on; nothing is written before."""
@@ -175,6 +176,7 @@ class Summary:
     restarts: int
     slow_steps: int
     stalls: int
+    errors: dict[str, int]  # name -> processes, or tries, that it ended: SaveError, say
 
     @property
     def goodput(self) -> float:
@@ -184,6 +186,7 @@ class Summary:
     def __str__(self) -> str:
         parts = ', '.join(f'{name} {value / self.total_s:.1%}' for name, value in self.badput_s.items() if value and self.total_s)
         again = f'{self.restarts} restarts, {self.wasted_steps} steps done again, {self.slow_steps} slow, {self.stalls} waits for input'
+        again += ''.join(f', {count} x {name}' for name, count in self.errors.items())
         return f'goodput {self.goodput:.1%} of {self.total_s:.1f} s ({parts}); {again}'
 
 
@@ -216,7 +219,9 @@ def summary(folder: str | os.PathLike) -> Summary:
             badput['recovery'] += gap
             total += gap
     counts = {name: sum(lines[-1][name] for lines in tries) for name in ('slow_steps', 'stalls')}
-    return Summary(total, productive, badput, wasted_steps, max(len(tries) - 1, 0), **counts)
+    ends = (lines[-1]['ended'] for lines in tries)
+    errors = Counter(end for end in ends if end not in (None, 'back', *_CLEAN))
+    return Summary(total, productive, badput, wasted_steps, max(len(tries) - 1, 0), **counts, errors=dict(errors))
 
 
 def _tries(path: pathlib.Path) -> list[list[dict[str, Any]]]:

@@ -14,6 +14,7 @@ import pytest
 
 from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.cluster import LOCAL
+from nested_jax.training.goodput import FILE
 from nested_jax.training.supervisor import read_whereabouts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -154,14 +155,17 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(folder, undi
 @pytest.mark.exhaustive
 @pytest.mark.parametrize('index', [0, 2])
 def test_a_signal_for_one_of_three_stops_all_at_one_step(folder, index):
-    """S1. All end by themselves: were one still running, the launcher would wait for it."""
+    """S1. All end by themselves, within two seconds and what the save takes: were one still running, the launcher would wait for it."""
     name = f'three-{index}'
-    process = start(folder, name, 3, 1, faults=f'{index}:sleep@4=8', **{'train.batch-size': 6})
+    process = start(folder, name, 3, 1, faults=f'{index}:sleep@4-60=0.2', **{'train.batch-size': 6, 'train.steps': 60})
     wait_for_step(process, folder / name, 3)
+    told = time.time()
     tell(process, index, signal.SIGTERM)
     said = finish(process)
     done = max(losses(folder / name))
-    assert f'saved step {done}' in said and 3 <= done < 6 and 'started again' not in said
+    assert f'saved step {done}' in said and 3 <= done < 60 and 'started again' not in said
+    ended = json.loads((folder / name / FILE).read_text().splitlines()[-1])
+    assert ended['ended'] == 'stopped' and ended['now'] - told < 2 + ended['seconds']['save']
     assert [read_whereabouts(path) for path in sorted((folder / f'{name}-logs').glob('*.step'))] == [
         (done, done), (done, 0), (done, 0)  # the first alone says what is saved
     ]  # fmt: skip

@@ -1,11 +1,14 @@
 """The ledger: every second has one cause, over restarts too; slow steps and stalls against a definition written out."""
 
+import shutil
 import socket
 
 import numpy as np
 import pytest
 
+from nested_jax.training.checkpoints import SaveError
 from nested_jax.training.goodput import FILE, Ledger, StepTimes, summary
+from nested_jax.training.guard import DivergedError
 
 
 class Clock:
@@ -207,3 +210,17 @@ def test_saves_and_evaluations_are_no_slow_steps(tmp_path, clock, capsys):
     ledger.close('finished')
     assert (summary(tmp_path).slow_steps, summary(tmp_path).stalls) == (0, 0)
     assert not capsys.readouterr().out
+
+
+def test_what_ended_a_try_is_counted_and_never_hidden(tmp_path, clock):
+    for error in (SaveError, SaveError, DivergedError):
+        with pytest.raises(error), begin(tmp_path, clock, 0):
+            raise error
+    begin(tmp_path, clock, 0).close('stopped')
+    spent = summary(tmp_path)
+    assert spent.errors == {'SaveError': 2, 'DivergedError': 1} and str(spent).endswith(', 2 x SaveError, 1 x DivergedError')
+    gone = tmp_path / 'gone'
+    gone.mkdir()
+    with pytest.raises(DivergedError), begin(gone, clock, 0):
+        shutil.rmtree(gone)  # nothing can be written there, as on a full disk
+        raise DivergedError
