@@ -36,7 +36,8 @@ def compilations_on_disk(tmp_path_factory):
 
 
 def start(*arguments, **settings):
-    environment = os.environ | dict(JAX_NUM_CPU_DEVICES='1', JAX_PLATFORMS='cpu', XLA_FLAGS='') | settings
+    settings = dict(JAX_NUM_CPU_DEVICES='1', JAX_PLATFORMS='cpu', XLA_FLAGS='') | settings
+    environment = {name: value for name, value in (os.environ | settings).items() if value is not None}
     command = [sys.executable, '-m', 'experiments.hope_pretrain', *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -164,20 +165,22 @@ def compiled_steps():
 def test_smoke_run_leaves_everything_behind(tmp_path, texts):
     folder = tmp_path / 'run'
     arguments = ['--smoke', '--model.preset', 'transformer-tiny', '--data.corpus', texts, '--train.output', folder]
-    before = compiled_steps()
-    code, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
+    before, choice = compiled_steps(), dict(JAX_ENABLE_COMPILATION_CACHE='true', JAX_NUM_CPU_DEVICES=None)
+    code, said, complained, _ = run(*arguments, **choice)
     assert code == 0, complained
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    assert f'1 process(es), {max(n for n in (1, 2, 4, 8) if n <= cores)} cpu device(s)' in said
     assert len(stored := compiled_steps() - before) == 1
     assert 'step 4/4' in said and re.search(r'transformer-tiny +\d\.\d{4} +perplexity', said) and 'a sample' in said
     assert (folder / 'loss.png').stat().st_size > 1000
     (row,) = read_rows(folder / 'results.jsonl')
     assert row['model'] == 'transformer-tiny' and row['metrics']['tokens'] == 4 * 8 * 64 and row['metrics']['rejected_checkpoints'] == []
     assert row['config']['data']['digest'] and row['command'].startswith('python -m experiments.hope_pretrain --smoke')
-    again, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
+    again, said, complained, _ = run(*arguments, **choice)
     assert again == 0 and 'going on from step 4' in said
     assert compiled_steps() - before == stored  # F5: it was found there; what is not is stored anew
     assert len(read_rows(folder / 'results.jsonl')) == 1
-    other, _, complained, _ = run(*arguments, '--train.seed', '1')
+    other, _, complained, _ = run(*arguments, '--train.seed', '1', **choice)
     assert other == 2 and 'train.seed is 1' in complained and complained.count('\n') == 1
 
 
