@@ -14,7 +14,7 @@ from experiments.race_tasks import DIGITS_MODEL, VisionTransformer
 from nested_jax import optim
 from nested_jax.layers.delta_descent import capture_inputs, delta_dense, inputs_for
 from nested_jax.models import preset
-from scripts.benchmarks.timing import Settings, compile_timed, measure
+from scripts.benchmarks.timing import Settings, by_turns, compile_timed
 
 
 def layer_shapes(width: int, hidden: int, layers: int) -> list[dict[str, tuple[int, int]]]:
@@ -30,6 +30,11 @@ def trees_of(settings: Settings) -> tuple[dict[str, list], list]:
     large = preset('transformer-340m')
     layers = functools.partial(layer_shapes, large.width, large.levels[0].hidden_dim)
     return {'24 layers of 512': layer_shapes(512, 1408, 24), '2 layers of the 340m preset': layers(2)}, layers(large.num_layers)
+
+
+def median_ratio(seconds: list[float], others: list[float]) -> float:
+    """Of two programs timed by turns."""
+    return statistics.median(each / other for each, other in zip(seconds, others, strict=True))
 
 
 def compile_update(make: Callable, shapes: list) -> tuple[float, int]:
@@ -64,13 +69,14 @@ def optimizer_steps(settings: Settings):
     }
     trees, whole = trees_of(settings)
     for tree, shapes in trees.items():
-        for name, make in makers.items():
-            run, compile_seconds, temporary = optimizer_step(make, shapes, advance=1)
-            seconds = measure(run, settings.repeats).median
-            if name == 'm3':
-                renewing = measure(optimizer_step(make, shapes, advance=period)[0], settings.repeats).median
-                seconds = ((period - 1) * seconds + renewing) / period
-            yield dict(what='optimizer', model=name, tree=tree, step_s=seconds, compile_s=compile_seconds, temporary_mib=temporary / 2**20)
+        made = {name: optimizer_step(make, shapes, advance=1) for name, make in makers.items()}
+        renewing = optimizer_step(makers['m3'], shapes, advance=period)[0]
+        spent = by_turns({name: run for name, (run, *_) in made.items()} | dict(renewing=renewing), settings.repeats, time.perf_counter)
+        spent['m3'] = [((period - 1) * each + new) / period for each, new in zip(spent['m3'], spent.pop('renewing'), strict=True)]
+        for name, (_, compile_seconds, temporary) in made.items():
+            costs = dict(step_s=statistics.median(spent[name]), compile_s=compile_seconds, temporary_mib=temporary / 2**20)
+            ratios = {f'to_{other}': median_ratio(spent[name], spent[other]) for other in ('optax.contrib.muon', 'muon')}
+            yield dict(what='optimizer', model=name, tree=tree) | costs | ratios
     # All layers are only compiled: a step of theirs takes minutes, and optax.contrib.muon 7 GiB of temporaries beside 5 of arrays.
     for name, make in makers.items():
         seconds, temporary = compile_update(make, whole)
@@ -121,15 +127,10 @@ def delta_steps(settings: Settings):
         models = {'digits of the race': (DIGITS_MODEL, (2, 8, 8))}
     for tree, (model, shape) in models.items():
         runs = delta_forms(VisionTransformer(**model), jax.random.uniform(jax.random.key(1), shape))
-        seconds = {form: [] for form in runs}
-        for _ in range(1 + settings.repeats):
-            for form, run in runs.items():
-                begun = time.process_time()
-                run()
-                seconds[form].append(time.process_time() - begun)
-        for form, spent in seconds.items():
-            ratio = statistics.median(each / plain for each, plain in zip(spent[1:], seconds['plain'][1:], strict=True))
-            yield dict(what='delta gradient descent', model=form, tree=tree, cpu_seconds=statistics.median(spent[1:]), ratio=ratio)
+        spent = by_turns(runs, settings.repeats, time.process_time)
+        for form, seconds in spent.items():
+            costs = dict(cpu_seconds=statistics.median(seconds), ratio=median_ratio(seconds, spent['plain']))
+            yield dict(what='delta gradient descent', model=form, tree=tree) | costs
 
 
 PARTS = (optimizer_steps, delta_steps)

@@ -65,6 +65,20 @@ def measure(run: Callable[[], object], repeats: int, limit_s: float = math.inf) 
     return Timing(statistics.median(seconds), min(seconds), max(seconds), statistics.median(processor), len(seconds))
 
 
+def by_turns(runs: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of synchronised calls, one after the other in each of the repeats, so that a machine that slows down slows all of them.
+
+    A first round is not counted.
+    """
+    seconds = {name: [] for name in runs}
+    for _ in range(1 + repeats):
+        for name, run in runs.items():
+            begun = clock()
+            run()
+            seconds[name].append(clock() - begun)
+    return {name: spent[1:] for name, spent in seconds.items()}
+
+
 def compile_timed(function: Callable, *args) -> tuple[jax.stages.Compiled, float]:
     """A compiled function and the seconds it took, tracing included.
 

@@ -154,9 +154,7 @@ def test_cpu_devices_that_were_asked_for_stay(monkeypatch):
 
 
 def test_cpu_devices_that_there_are_stay():
-    program = (
-        'import jax; import nested_jax.training.distributed as d; jax.devices(), d.devices_for_cores(), print(jax.device_count())'
-    )
+    program = 'import jax; import nested_jax.training.distributed as d; jax.devices(), d.devices_for_cores(), print(jax.device_count())'
     alone = {name: value for name, value in os.environ.items() if name not in ('JAX_NUM_CPU_DEVICES', 'XLA_FLAGS')}
     ended = subprocess.run([sys.executable, '-c', program], env=alone | dict(JAX_PLATFORMS='cpu'), capture_output=True, text=True)
     assert ended.stdout == '1\n', ended.stderr
