@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None) -> int:
 
     _introduce(args, model_config, data)
     try:
-        layout = dict(mesh=args.mesh, explicit=args.explicit)
-        result = train(args.train, model_config, data, run_config, **layout, allow_data_change=args.allow_data_change)
+        how = dict(mesh=args.mesh, explicit=args.explicit, allow_data_change=args.allow_data_change, began=began)
+        result = train(args.train, model_config, data, run_config, **how)
     except (ClusterError, DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:

@@ -73,6 +73,7 @@ class Ledger:
         clock: seconds that never go back.
         wall: seconds that processes share.
         process: its index, for the lines that each prints about steps that took it far longer than usual.
+        began: by `clock`, when the process did; None: now.
     """
 
     def __init__(
@@ -81,10 +82,11 @@ class Ledger:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         process: int = 0,
+        began: float | None = None,
     ):
         self._path, self._clock, self._wall = None if folder is None else pathlib.Path(folder) / FILE, clock, wall
         self._process = process
-        self._open()
+        self._open(clock() if began is None else began)
 
     def __enter__(self) -> 'Ledger':
         return self
@@ -132,21 +134,21 @@ class Ledger:
     def go_back(self) -> None:
         """Begins anew, as a process that is started again does."""
         self._write(ended='back')
-        self._open()
+        self._open(self._clock())
 
     def close(self, ended: str) -> None:
         """Says how the run ended: 'finished' or 'stopped', after which time is not counted."""
         self._write(ended=ended)
 
-    def _open(self) -> None:
-        self._began, self._id = self._wall(), f'{os.getpid()}-{time.time_ns()}'
+    def _open(self, began: float) -> None:
+        now = self._clock()
+        self._began, self._id = self._wall() - (now - began), f'{os.getpid()}-{time.time_ns()}'
         self._seconds = dict.fromkeys(CAUSES, 0.0)
         self._before = dict(self._seconds)
         self._times, self._waited = StepTimes(), 0.0
         self._first: int | None = None
         self._step = 0
-        self._cause, self._since = 'start', self._clock()
-        self._written = self._since
+        self._cause, self._since, self._written = 'start', began, now
 
     def _switch(self, cause: str) -> str:
         now, before = self._clock(), self._cause

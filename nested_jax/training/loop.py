@@ -65,6 +65,7 @@ def train(
     explicit: bool = False,
     allow_data_change: bool = False,
     console: rich.console.Console | None = None,
+    began: float | None = None,
 ) -> Result:
     """Trains a language model, or goes on where the folder `config.output` says a run stopped.
 
@@ -84,6 +85,7 @@ def train(
         explicit: whether the mesh's axes are Explicit, where types of arrays say how they are split; else Auto.
         allow_data_change: go on with another text, seed or batch size; a step reads the batch of its number of what is there now.
         console: for progress; None is standard output.
+        began: by time.monotonic, when the job did, for the account of its time; None: now.
 
     Raises:
         ValueError: for settings that don't fit each other, or don't fit the folder.
@@ -102,18 +104,19 @@ def train(
         first_then_others(lambda: stack.enter_context(lock_folder(config.output)) if is_first() else None)
         console = console if is_first() else rich.console.Console(quiet=True)
         progress = stack.enter_context(Progress(config.steps, console=console))
-        return _Trainer(config, model_config, data, run_config, placement, progress, allow_data_change).run()
+        ledger = Ledger(pathlib.Path(config.output) if is_first() else None, process=jax.process_index(), began=began)
+        return _Trainer(config, model_config, data, run_config, placement, progress, ledger, allow_data_change).run()
 
 
 class _Trainer:
     """One call of `train`: what it needs, made in order, then the loop."""
 
     def __init__(
-        self, config: TrainConfig, model: ModelConfig, data: Dataset, run_config: dict, place: Placement, progress: Progress, allow: bool
-    ):
+        self, config: TrainConfig, model: ModelConfig, data: Dataset, run_config: dict, place: Placement, progress: Progress,
+        ledger: Ledger, allow: bool,
+    ):  # fmt: skip
         self.config, self.run_config, self.progress, self.allow_data_change = config, run_config, progress, allow
-        self.folder = pathlib.Path(config.output)
-        self.ledger = Ledger(self.folder if is_first() else None, process=jax.process_index())  # before anything that takes time
+        self.folder, self.ledger = pathlib.Path(config.output), ledger
         self.model = LanguageModel(model)
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
         self.init_params = lambda key: self.model.init(key, tokens)['params']
@@ -175,8 +178,7 @@ class _Trainer:
 
     def restore(self, prefer: Callable[[int], bool] = lambda step: True) -> Restored | None:
         """Makes the state, or reads it from the newest checkpoint that verifies, of the steps to prefer where there are such."""
-        config = self.config
-        shapes = jax.eval_shape(lambda params: init_state(lambda _: params, self.optimizer, config.seed), self.params_shape)
+        shapes = jax.eval_shape(lambda params: init_state(lambda _: params, self.optimizer, self.config.seed), self.params_shape)
         self.state_shardings = self.placement.state(self.optimizer, shapes.params)
         abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.state_shardings)
         restored = self.checkpoints.restore(abstract, self.run_config, prefer, allow_data_change=self.allow_data_change)
@@ -189,7 +191,9 @@ class _Trainer:
         if not is_first():
             self.window.num_bytes = 0  # what was read before counts once, in the first process
         if restored is None:
-            self.state = init_state(self.init_params, self.optimizer, config.seed, self.state_shardings)
+            if lost := [line['step'] for line in read_metrics(self.folder / 'metrics.jsonl')]:
+                self.progress.say(f'starting over: {self.folder} has the metrics of step {max(lost)}, and no checkpoint')
+            self.state = init_state(self.init_params, self.optimizer, self.config.seed, self.state_shardings)
             return None
         changes = check_same_data(restored.data['identity'], self.identity, allow_change=self.allow_data_change)
         if changes and is_first():

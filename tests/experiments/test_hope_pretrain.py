@@ -8,17 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
 
 from experiments import hope_pretrain
 from nested_jax.evaluation.rows import read_rows
 from nested_jax.training.metrics import read_metrics
+from tests.training.stored import stored_arrays
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = (
@@ -205,15 +201,6 @@ def lines_without_speed(folder):
     return [{name: value for name, value in line.items() if name != 'tokens_per_second'} for line in lines]
 
 
-def last_state(folder):
-    """Bytes of every array of the last checkpoint, by its name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that it lay on one device, as orbax's own note of it says
-        tree = ocp.load(folder / 'checkpoints' / '00000040' / 'state')
-    raw = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    return {jax.tree_util.keystr(path): np.asarray(raw(leaf)).tobytes() for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path, number, code):
@@ -233,26 +220,45 @@ def test_interrupted_process_resumed_ends_with_the_numbers_of_the_unbroken_one(u
     assert lines_without_speed(tmp_path / 'run') == lines_without_speed(unbroken)
     rows = [read_rows(folder / 'results.jsonl')[0]['metrics'] for folder in (unbroken, tmp_path / 'run')]
     assert rows[0] | {'resumed_from': stopped} == rows[1]
-    assert last_state(tmp_path / 'run') == last_state(unbroken)
+    last = 'checkpoints/00000040'
+    assert stored_arrays(tmp_path / 'run' / last) == stored_arrays(unbroken / last)
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_steps_ends_the_process_and_nothing_is_lost(unbroken, forty_steps, tmp_path):
+    """S2: while programs are compiled there is nothing to save."""
+    arguments = [*forty_steps, '--train.output', tmp_path]
+    process = start(*arguments, JAX_ENABLE_COMPILATION_CACHE='false')  # which takes seconds
+    for line in process.stdout:
+        if 'output in' in line:
+            process.terminate()
+            break
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGTERM and not list((tmp_path / 'checkpoints').glob('*'))
+    code, _, complained, _ = run(*arguments)
+    assert code == 0, complained
+    assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
 
 
 @pytest.mark.slow
 def test_killed_and_hung_processes_resumed_end_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path):
-    """A killed save, a step that hangs until the watchdog ends it, a full disk: one after the other in one folder."""
+    """A killed save, a step that hangs until the watchdog ends it, a flipped bit and a full disk: one after the other in one folder."""
     arguments = [*forty_steps, '--train.checkpoint-every', '5', '--train.output', tmp_path]
     code, _, complained, _ = run(*arguments, NESTED_JAX_FAULTS='kill@10/arrays')
     assert code == -signal.SIGKILL, complained
     code, said, complained, _ = run(*arguments, '--train.watchdog-s', '5', NESTED_JAX_FAULTS='sleep@17=300')
     assert code == 76 and 'going on from step 5' in said
     assert 'watchdog: step 17 has not ended within 5 s' in complained and 'in reach' in complained and 'Thread 0x' in complained
-    code, said, complained, _ = run(*arguments, NESTED_JAX_FAULTS='disk_full@25/arrays')
+    code, said, complained, _ = run(*arguments, NESTED_JAX_FAULTS='flip_bit@20/renamed=777,disk_full@25/arrays')
     assert code == 1 and 'going on from step 15' in said and complained.count('\n') == 1
     assert re.match(
         r'error: step 25 could not be saved in .*No space left on device.*; the newest checkpoint is that of step 20', complained
     )
     code, said, complained, _ = run(*arguments)
-    assert code == 0 and 'going on from step 20' in said, complained
+    assert code == 0 and 'passed over a damaged checkpoint: step 20' in said and 'going on from step 15' in said, complained
     assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
+    (metrics,) = (row['metrics'] for row in read_rows(tmp_path / 'results.jsonl'))
+    assert metrics['resumed_from'] == 15 and [reason.split(':')[0] for reason in metrics['rejected_checkpoints']] == ['step 20']  # C1
 
 
 @pytest.mark.slow

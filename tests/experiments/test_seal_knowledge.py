@@ -17,6 +17,9 @@ from nested_jax.seal.stages import Stages
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ('edits', 'rewards-0', 'writer', 'test')
+POINTS = (
+    ('edits', 'begun'), ('rewards-0', 'begun'), ('rewards-0', 'asked'), ('writer', 'begun'), ('writer', 'written'), ('test', 'begun'),
+)  # fmt: skip
 
 
 def stored(folder: pathlib.Path) -> dict[str, bytes]:
@@ -46,27 +49,38 @@ def test_smoke_run_goes_on_where_it_was_stopped_and_stores_no_row(tmp_path, caps
     assert "the paper's order" in said and not (tmp_path / 'rows.jsonl').exists() and list(tmp_path.rglob('arms.png'))
 
 
-# Says which stages a process computed, a line each. Within one that is named it dies, a moment after it began to make it.
+# Says which stages a process computed, a line each. Within one that is named it dies: a moment after it began to make it, when the first
+# candidates have answered and no other was tried, or when all is written and not yet renamed.
 COUNTED = """
-import os, signal, sys, threading, time
-from experiments import seal_knowledge
+import os, pathlib, signal, sys, threading, time
+from experiments import seal_knowledge, seal_world
 from nested_jax.seal.stages import Stages
-within, list_of_stages = sys.argv.pop(1), sys.argv.pop(1)
-call = Stages.__call__
+within, point, list_of_stages = (sys.argv.pop(1) for _ in range(3))
+call, init, ends = Stages.__call__, seal_world.Reader.__init__, set()
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+def asking(self, *arguments, **options):
+    init(self, *arguments, **options)
+    ask = self._ask
+    self._ask = lambda *arguments: (ask(*arguments), 'asked' in ends and die())[0]
 
 def counted(self, name, make):
     def dying():
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Timer(0.05, die).start()
         make()
         time.sleep(60)
+    if name.endswith(within):
+        ends.add(point)
+    if 'written' in ends:
+        pathlib.Path.replace = die
     before = self.computed
-    found = call(self, name, dying if name.endswith(within) else make)
+    found = call(self, name, dying if 'begun' in ends else make)
     if self.computed > before:
         with open(list_of_stages, 'a') as file:
             print(name, file=file)
     return found
 
-Stages.__call__ = counted
+Stages.__call__, seal_world.Reader.__init__ = counted, asking
 sys.exit(seal_knowledge.main(sys.argv[1:]))
 """
 
@@ -94,12 +108,12 @@ def whole(start):
 
 @pytest.mark.exhaustive
 def test_killed_after_every_stage_it_ends_bit_equal(start, whole):
-    for stage in STAGES:
+    for stage, number in zip(STAGES, 2 * (signal.SIGKILL, signal.SIGTERM), strict=True):
         process, folder = start('after')
         while process.poll() is None and not list(folder.glob(f'**/rest-em-1/{stage}.stage')):
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, stage
+        process.send_signal(number)
+        assert process.wait() == -number, stage
     process, folder = start('after')
     assert process.wait(300) == 0 and stored(folder) == whole
 
@@ -108,11 +122,11 @@ def test_killed_after_every_stage_it_ends_bit_equal(start, whole):
 def test_killed_within_every_stage_it_does_each_once(start, whole, tmp_path):
     """R7: while self-edits are written, tried, learned from and tested. A stage counts once it is stored: no candidate is tried twice."""
     done = tmp_path / 'stages'
-    for stage in STAGES:
-        process, folder = start('within', ('-c', COUNTED, f'rest-em-1/{stage}', str(done)))
+    for stage, point in POINTS:
+        process, folder = start('within', ('-c', COUNTED, f'rest-em-1/{stage}', point, str(done)))
         assert process.wait(300) == -signal.SIGKILL, stage
         assert not list(folder.glob(f'**/rest-em-1/{stage}.stage'))
-    process, folder = start('within', ('-c', COUNTED, 'none', str(done)))
+    process, folder = start('within', ('-c', COUNTED, 'none', 'begun', str(done)))
     assert process.wait(300) == 0 and stored(folder) == whole
     computed = done.read_text().split()
     assert len(computed) == len(set(computed)) == len(whole)

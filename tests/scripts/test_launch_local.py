@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.cluster import LOCAL
 from nested_jax.training.goodput import FILE
 from nested_jax.training.supervisor import read_whereabouts
+from tests.training.stored import stored_arrays
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.multiprocess
@@ -64,6 +66,13 @@ def losses(folder: pathlib.Path) -> dict[int, float]:
     return {record['step']: record['loss'] for record in records if 'loss' in record}
 
 
+def assert_ends_as_undisturbed(folder: pathlib.Path, name: str) -> None:
+    """To the bit: the loss of every step, and what the last checkpoint holds."""
+    assert losses(folder / name) == losses(folder / 'undisturbed')
+    last, expected = (stored_arrays(folder / run / 'checkpoints/00000006') for run in (name, 'undisturbed'))
+    assert last == expected
+
+
 @pytest.fixture(scope='module')
 def undisturbed(folder):
     """Losses of two processes that nothing happens to."""
@@ -103,7 +112,7 @@ def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(folder, 
     tell(process, index, signal.SIGKILL)
     said = finish(process)
     assert 'ended with code 137' in said and 'started again, from step 4' in said
-    assert losses(folder / name) == undisturbed
+    assert_ends_as_undisturbed(folder, name)
 
 
 @pytest.mark.exhaustive
@@ -114,7 +123,7 @@ def test_a_frozen_process_counts_as_dead_and_all_are_started_again(folder, undis
     tell(process, 1, signal.SIGSTOP)
     said = finish(process)
     assert 'process 0 ended with code 134' in said and 'started again, from step 4' in said
-    assert losses(folder / 'frozen') == undisturbed
+    assert_ends_as_undisturbed(folder, 'frozen')
 
 
 def test_a_process_that_is_alive_and_stuck_is_ended_with_its_stacks(folder, undisturbed):
@@ -138,6 +147,26 @@ def test_stopped_together_and_gone_on_with_by_one_process(folder, undisturbed):
     np.testing.assert_allclose([found[step] for step in range(1, 7)], [undisturbed[step] for step in range(1, 7)], rtol=1e-6)
 
 
+@pytest.mark.exhaustive
+def test_twenty_steps_after_a_change_of_processes_and_a_slow_one_is_named(folder):
+    """Losses of another topology stay those of the first. S6: a slow process says so itself, the other one that it waits."""
+    sizes = {'train.steps': 36, 'train.checkpoint-every': 36}
+    finish(start(folder, 'long', 2, 4, **sizes))
+    expected = losses(folder / 'long')
+    process = start(folder, 'moved', 2, 4, faults='1:sleep@13=8', **sizes)
+    wait_for_step(process, folder / 'moved', 12)
+    tell(process, 0, signal.SIGTERM)
+    finish(process)
+    done = max(losses(folder / 'moved'))
+    assert 12 <= done <= 16
+    first, second = (path.read_text() for path in sorted((folder / 'moved-logs').glob('*.log')))
+    slow = lambda process, phase: rf'step 1\d in process {process} on \S+ took \d+\.\d+ s where .* s of it {phase}'
+    assert re.search(slow(1, 'in its own work'), second) and re.search(slow(0, 'waiting for its devices or another process'), first)
+    assert f'going on from step {done}' in finish(start(folder, 'moved', 1, 8, **sizes))
+    found = losses(folder / 'moved')
+    np.testing.assert_allclose([found[step] for step in range(1, 37)], [expected[step] for step in range(1, 37)], rtol=1e-6)
+
+
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(folder, undisturbed):
     """The decision follows from sums over all: otherwise parameters would part, and steps after it with them."""
     skip = {'train.on-nonfinite': 'skip'}
@@ -157,7 +186,8 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(folder, undi
 def test_a_signal_for_one_of_three_stops_all_at_one_step(folder, index):
     """S1. All end by themselves, within two seconds and what the save takes: were one still running, the launcher would wait for it."""
     name = f'three-{index}'
-    process = start(folder, name, 3, 1, faults=f'{index}:sleep@4-60=0.2', **{'train.batch-size': 6, 'train.steps': 60})
+    sizes = {'train.batch-size': 6, 'train.steps': 60, 'train.checkpoint-every': 60}  # one save, which is the stop's
+    process = start(folder, name, 3, 1, faults=f'{index}:sleep@4-60=0.2', **sizes)
     wait_for_step(process, folder / name, 3)
     told = time.time()
     tell(process, index, signal.SIGTERM)

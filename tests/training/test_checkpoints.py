@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 from typing import Any, NamedTuple
 
@@ -250,6 +251,50 @@ def test_never_removes_the_only_one_that_verifies(tmp_path, monkeypatch):
     assert checkpoints.restore(make_state(0)).step == 1
     save(checkpoints, 4, 4)
     assert checkpoints.steps() == [4]
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize('damaged', [2, 1])
+def test_killed_before_any_operation_on_files_one_that_verifies_is_left(tmp_path, monkeypatch, damaged):
+    """C8: two checkpoints, one of which is damaged, and a save that keeps only the newest and is killed at each rename, removal, ...."""
+    steps_left, kills = [], 0
+    while True:
+        folder, left = tmp_path / f'{kills}', kills
+        checkpoints = Checkpoints(folder, keep=2)
+        for step in (1, 2):
+            save(checkpoints, step, step)
+        flip_somewhere(checkpoints.path(damaged) / 'meta.json')
+        good = 3 - damaged
+
+        def counted(operation):
+            def run(*arguments, **options):
+                nonlocal left
+                left -= 1
+                if left < 0:  # as long as the process lives, nothing more happens
+                    raise Killed
+                return operation(*arguments, **options)
+
+            return run
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((pathlib.Path, 'mkdir'), (pathlib.Path, 'rename'), (shutil, 'rmtree'), (os, 'replace'), (os, 'fsync')):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            try:
+                save(Checkpoints(folder, keep=1), 3, 3)
+            except Killed:
+                kills += 1
+            else:
+                break
+        again = Checkpoints(folder)
+        assert not list(folder.glob('*.tmp'))
+        restored = again.restore(make_state(0))
+        assert restored.step in (good, 3)
+        assert_same(restored.state, make_state(restored.step))
+        steps_left.append(restored.step)
+    assert steps_left == sorted(steps_left) and set(steps_left) == {good, 3} and kills >= 5
 
 
 def test_saving_again_after_a_rejected_step_replaces_it(saved):

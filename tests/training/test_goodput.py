@@ -212,6 +212,19 @@ def test_saves_and_evaluations_are_no_slow_steps(tmp_path, clock, capsys):
     assert not capsys.readouterr().out
 
 
+def test_what_was_before_the_ledger_is_start(tmp_path, clock):
+    clock.spend(7)
+    with Ledger(tmp_path, clock, lambda: 5000 + clock.now, began=1000.0) as ledger:
+        clock.spend(1)
+        ledger.begin(0)
+        ledger.go_back()
+        ledger.begin(0)
+        ledger.close('finished')
+    spent = summary(tmp_path)
+    assert spent.badput_s['start'] == pytest.approx(8)  # once
+    assert_adds_up(spent, 8)
+
+
 def test_what_ended_a_try_is_counted_and_never_hidden(tmp_path, clock):
     for error in (SaveError, SaveError, DivergedError):
         with pytest.raises(error), begin(tmp_path, clock, 0):

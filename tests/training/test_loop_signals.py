@@ -58,16 +58,24 @@ def test_every_step_asks_for_signals_and_the_last_save_may_fail(data, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'place', ['save', *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('restore', 'compile', 'evaluate'))]
+    ('place', 'number'),
+    [
+        ('save', signal.SIGTERM),
+        *(pytest.param(name, signal.SIGINT, marks=pytest.mark.exhaustive) for name in ('save', 'restore', 'compile', 'evaluate')),
+        pytest.param('evaluate', signal.SIGTERM, marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_signal_in_any_phase(data, unbroken, tmp_path, monkeypatch, place):
-    """S2. While steps are done it is noted, and obeyed after the next one; before them there is nothing to save, and the run just ends."""
+def test_a_signal_in_any_phase(data, unbroken, tmp_path, monkeypatch, place, number):
+    """S2. While steps are done it is noted, and obeyed after the next one; before them there is nothing to save, and the run just ends.
+
+    SIGTERM before them ends the process: see test_hope_pretrain.py.
+    """
     real, calls = getattr(loop._Trainer, place), []
 
     def interrupted(self, *arguments):
         calls.append(None)
         if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return real(self, *arguments)
 
     with monkeypatch.context() as patch:
@@ -79,10 +87,20 @@ def test_a_signal_in_any_phase(data, unbroken, tmp_path, monkeypatch, place):
         else:
             result, _ = train(tmp_path, data)
             done = result.step
-            assert result.stopped_by == signal.SIGINT and done == dict(save=4, evaluate=5)[place]
+            assert result.stopped_by == number and done == dict(save=4, evaluate=5)[place]
     assert not list(tmp_path.glob('checkpoints/*.tmp'))
     assert train(tmp_path, data)[0].resumed_from == done
     assert history(tmp_path) == unbroken
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over_in_silence(data, unbroken, tmp_path):
+    _, said = train(tmp_path, data)
+    assert 'starting over' not in said
+    shutil.rmtree(tmp_path / 'checkpoints')
+    result, said = train(tmp_path, data)
+    assert f'starting over: {tmp_path} has the metrics of step 8, and no checkpoint' in said
+    assert result.resumed_from == 0 and history(tmp_path) == unbroken
 
 
 @pytest.mark.slow

@@ -153,8 +153,13 @@ def test_each_gradient_is_summed_once_and_little_else_moves(family):
     # projection unless XLA adds those up first; also embeddings, and the gradient from the head. Norms and the loss are small.
     levels, projections, width = len(model.levels), 4 if gates else 3, 4 * tokens * model.width
     fewest, most = (model.num_layers * (1 + levels + backward) + 2 for backward in (1 + levels, projections + 2 * levels))
-    assert fewest * width <= found.pop('all-reduce') <= (most + 1 / 2) * width
-    assert found == ({'all-gather': gates} if gates else {})
+    assert fewest * width <= found['all-reduce'] <= (most + 1 / 2) * width
+    assert found == {'all-reduce': found['all-reduce']} | ({'all-gather': gates} if gates else {})
+    # Both at once: half of the rows and half of the parameters, of each of which half moves.
+    both = moved(model, fsdp=2, tensor=2)
+    np.testing.assert_allclose(both.pop('all-reduce'), (found['all-reduce'] + whole) / 2, rtol=0.01)
+    np.testing.assert_allclose(both.pop('all-gather'), (moved(model, fsdp=2)['all-gather'] + gates) / 2, rtol=0.03)
+    assert set(both) <= {'collective-permute'} and both['collective-permute'] < matrices / 20
 
 
 CHAIN = {'data': 1}, {'fsdp': 2}, {'data': 4}, {'fsdp': 8}, {'data': 1}
