@@ -1,7 +1,6 @@
 """What a checkpoint holds, for tests that compare those of two runs."""
 
 import pathlib
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,10 @@ from orbax.checkpoint import v1 as ocp
 
 
 def stored_arrays(checkpoint: pathlib.Path) -> dict[str, bytes]:
-    """Every array's name and bytes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # that it lay on other devices, as orbax's own note of it says
-        tree = ocp.load(checkpoint / 'state')
+    """Every array's name and bytes, whatever devices it lay on."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    told = ocp.metadata(checkpoint / 'state').metadata
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), told)
     raw = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    return {jax.tree_util.keystr(path): np.asarray(raw(leaf)).tobytes() for path, leaf in jax.tree.leaves_with_path(tree)}
+    leaves = jax.tree.leaves_with_path(ocp.load(checkpoint / 'state', like))
+    return {jax.tree_util.keystr(path): np.asarray(raw(leaf)).tobytes() for path, leaf in leaves}
