@@ -31,9 +31,9 @@ stream` make, 54 minutes of a core in all.
 What came out: M3 is better than adamw on char-lm and digits, not told apart on recall, where adamw's seeds lie far apart, and worse on
 the stream; so is muon. M3 is worse than muon on char-lm and else not told apart from it. Its slow momentum makes no difference that shows
 on any task, the stream that it is meant for included. Deep momentum is better than all others on the stream, and elsewhere, like delta
-momentum everywhere, not told apart from sgd. Delta gradient descent is last; on char-lm two of its ten runs diverged, and the others are
-far behind sgd. Why was not measured; on the stream the learning rate does not fall, so that updates of a fixed size, such as muon's, may
-not settle.
+momentum everywhere, not told apart from sgd. Delta gradient descent is last: near sgd on recall, which no momentum of gradients learns, far
+behind it elsewhere, and on char-lm two of its ten runs diverged. Why was not measured; on the stream the learning rate does not fall, so
+that updates of a fixed size, such as muon's, may not settle.
 
 `--scale paper` races on ImageNet-21K instead, the paper's Fig. 11, or on another set of tensorflow-datasets (`experiments/race_images.py`),
 with the same search and the same verdicts; seconds are then by the wall clock. It is not run here.
