@@ -57,7 +57,7 @@ Label = str | BlockSpec | MatrixSpec  # a str is 'matrix' or 'adam'
 Labels = PyTree | Callable[[str, Any], Label]
 
 _NOT_A_MATRIX = re.compile(
-    r'embed|norm|bias|conv|router|(^|_)(scale|head|logits|classifier)$|^(wte|wpe)$|^gate_(?!proj$|up_proj$)|_gate$|^initial'
+    r'embed|norm|bias|conv|router|(^|_)(scale|head|classifier)$|(^|_)logits(_|$)|^(wte|wpe)$|^gate_(?!proj$|up_proj$)|_gate$|^initial'
 )
 
 

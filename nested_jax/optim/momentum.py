@@ -88,7 +88,8 @@ def scale_by_delta_momentum(
     erases is the scalar rate times its squared norm.
 
     Args:
-        erase_rate: eta, a constant or a schedule. The paper's is the learning rate.
+        erase_rate: eta, a constant or a schedule. The paper's is the learning rate. Of the normalised form at most 1 + decay, which holds
+            what a schedule says too.
         decay: alpha, from 0 to 1.
         preconditioner: P of the written part, as in `scale_by_preconditioned_momentum`.
         mu_dtype: of the trace; by default the parameters', and float32 at least.
@@ -446,6 +447,8 @@ def _delta_step(
 ) -> tuple:
     dtype = working_dtype(gradient)
     rate, decay = jnp.asarray(rate, dtype), jnp.asarray(decay, dtype)
+    if form == 'normalised':  # where it erases once and again what there is, it grows
+        rate = jnp.minimum(rate, 1 + decay)
 
     def moved(key, memory, value):
         kept = decay * memory + value

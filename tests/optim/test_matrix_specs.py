@@ -48,6 +48,7 @@ def test_projections_are_matrices(path):
         'dense/bias',
         'gate_bias',
         'gate_logits/kernel',
+        'decoder/logits_dense/kernel',
         'output_gate/kernel',
         'moe/router/kernel',
         'query_convolution/kernel',

@@ -148,6 +148,13 @@ def test_bounded_on_large_gradients(form, rate):
         assert largest <= bound * 1.001
 
 
+def test_normalised_form_does_not_diverge_by_a_schedule():
+    """A constant rate above 1 + decay is refused."""
+    gradients = jax.tree.map(lambda leaf: jnp.repeat(leaf[:1], 50, 0), make_gradients(1))  # always the same
+    too_fast, limit = (scale_by_delta_momentum(rate, 0.9, form='normalised') for rate in (optax.constant_schedule(3.0), 1.9))
+    jax.tree.map(np.testing.assert_array_equal, run(too_fast, gradients), run(limit, gradients))
+
+
 @pytest.mark.parametrize('scale', [1e-25, 1e13, 1e25])
 def test_normalised_form_does_not_depend_on_the_scale(scale):
     """Where squares of float32 vanish or overflow, too."""
