@@ -2,8 +2,7 @@
 
 The default trains hope-linear-tiny on the embedded corpus (the text of the running Python's standard library; no network) and ends
 with its held-out bits per byte beside those of an n-gram, of xz and of a Transformer of equal size, a sample, a loss curve and a
-checkpoint. It takes hope with matrix memories, since MLP memories read about 0.4 times as many tokens in the same minutes. A CPU's cores
-are a device each, as many as divide the batch, unless JAX_NUM_CPU_DEVICES or --mesh says otherwise.
+checkpoint. It takes hope with matrix memories, since MLP memories read about 0.4 times as many tokens in the same minutes.
 
 Ctrl-C saves and stops with exit code 130 (SIGTERM: 143; both 0 in each of several processes); the same command goes on from there and
 ends with the same numbers. Exit code 2 says that the input was wrong, 1 that the run failed, 76 that a step took longer than
@@ -175,7 +174,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     """
     faults_of_environment()
     private_cache()
-    alone = find_cluster(args.distributed, args.processes, os.environ, has_tpu()) is None
+    find_cluster(args.distributed, args.processes, os.environ, has_tpu())
     fields = ('vocab_size', 'dtype', 'remat', 'scan_layers')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
     if args.model.in_sequence_blocks:
@@ -197,8 +196,6 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
 
     from nested_jax.training import distributed
 
-    if alone and args.mesh is None:
-        distributed.devices_for_cores(args.train.batch_size // args.train.accumulation)
     distributed.join(args.distributed, args.processes)
     import jax
 

@@ -9,7 +9,6 @@ process that is last to shut down dies of SIGABRT when process 0 was quicker (me
 """
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -24,20 +23,17 @@ from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_
 T = TypeVar('T')
 
 
-def devices_for_cores(rows: int = 0) -> None:
+def devices_for_cores() -> None:
     """As many CPU devices as cores that the process may use, a power of two, before JAX makes any: programs side by side, one a core.
 
-    XLA's threads gain little on small programs: on two cores the steps of hope-linear-tiny are 1.2 to 1.3 times as fast on two devices.
-    What JAX_NUM_CPU_DEVICES or XLA_FLAGS says goes first, and devices that there are already stay.
-
-    Args:
-        rows: that the devices are to divide; 0 for any number.
+    XLA's threads gain little on small programs. What JAX_NUM_CPU_DEVICES or XLA_FLAGS says goes first, and devices that there are already
+    stay. Not for long runs: devices wait for one another in XLA's threads, of which there are as many, and a run of 3,000 steps hung so.
     """
     if jax.config.jax_num_cpu_devices != -1 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with contextlib.suppress(RuntimeError):  # a program that called us has used JAX
-        jax.config.update('jax_num_cpu_devices', math.gcd(1 << (cores.bit_length() - 1), rows))
+        jax.config.update('jax_num_cpu_devices', 1 << (cores.bit_length() - 1))
 
 
 def join(mode: Mode = 'auto', config: ProcessConfig | None = None, environment: Mapping[str, str] = os.environ) -> None:

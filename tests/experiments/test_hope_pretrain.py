@@ -164,8 +164,7 @@ def test_smoke_run_leaves_everything_behind(tmp_path, texts):
     before, choice = compiled_steps(), dict(JAX_ENABLE_COMPILATION_CACHE='true', JAX_NUM_CPU_DEVICES=None)
     code, said, complained, _ = run(*arguments, **choice)
     assert code == 0, complained
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    assert f'1 process(es), {max(n for n in (1, 2, 4, 8) if n <= cores)} cpu device(s)' in said
+    assert '1 process(es), 1 cpu device(s)' in said
     assert len(stored := compiled_steps() - before) == 1
     assert 'step 4/4' in said and re.search(r'transformer-tiny +\d\.\d{4} +perplexity', said) and 'a sample' in said
     assert (folder / 'loss.png').stat().st_size > 1000
