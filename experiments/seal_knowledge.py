@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from experiments.grid import devices_for_cores
 from experiments.seal_runs import RunArgs, run_seeds
 from experiments.seal_world import (
     PROTOTYPE,
@@ -53,7 +54,6 @@ from nested_jax.data.tasks.biographies import World
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.seal.outer_loop import Algorithm, OuterConfig, make_policy_update
 from nested_jax.seal.stages import Stages
-from nested_jax.training.distributed import devices_for_cores
 
 PyTree = Any
 EXPERIMENT = 'seal_knowledge'

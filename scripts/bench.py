@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
+from experiments.grid import devices_for_cores
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
-from nested_jax.training.distributed import devices_for_cores
 from scripts.benchmarks.timing import Settings
 
 SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'checkpoint', 'gpu')

@@ -8,7 +8,6 @@ fails or the supervisor ends them, and all are started again from a checkpoint. 
 process that is last to shut down dies of SIGABRT when process 0 was quicker (measured, jax 0.10.2), after a run that went well.
 """
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -21,19 +20,6 @@ from jax.experimental import multihost_utils
 from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu
 
 T = TypeVar('T')
-
-
-def devices_for_cores() -> None:
-    """As many CPU devices as cores that the process may use, a power of two, before JAX makes any: programs side by side, one a core.
-
-    XLA's threads gain little on small programs. What JAX_NUM_CPU_DEVICES or XLA_FLAGS says goes first, and devices that there are already
-    stay. Not for long runs: devices wait for one another in XLA's threads, of which there are as many, and a run of 3,000 steps hung so.
-    """
-    if jax.config.jax_num_cpu_devices != -1 or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # a program that called us has used JAX
-        jax.config.update('jax_num_cpu_devices', 1 << (cores.bit_length() - 1))
 
 
 def join(mode: Mode = 'auto', config: ProcessConfig | None = None, environment: Mapping[str, str] = os.environ) -> None:

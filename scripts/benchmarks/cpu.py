@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import statistics
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from nested_jax.models import LanguageModel, preset
 from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import in_sequence_loss
 from scripts.benchmarks.memories import disagreement, memory_forms, memory_inputs
-from scripts.benchmarks.timing import Settings, compile_timed, measure, time_training
+from scripts.benchmarks.timing import Settings, by_turns, compile_timed, measure, time_training
 
 BATCH = 2  # rows of a training step, at every length: what a token costs as rows get longer
 IN_SEQUENCE_LENGTH, IN_SEQUENCE_LEVELS = 2048, (LevelConfig(156, 512), LevelConfig(156, 2048))
@@ -98,8 +99,9 @@ def in_sequence(settings: Settings):
             lambda p, model=model: in_sequence_loss(model, p, tokens, tokens)[0],
         )
         compiled = [compile_timed(jax.grad(loss), params)[0] for loss in losses]
-        turns = [[measure(lambda c=c: jax.block_until_ready(c(params)), 1).processor for c in compiled] for _ in range(settings.repeats)]
-        ratios = [learned / plainly for plainly, learned in turns]
+        runs = {name: lambda c=c: jax.block_until_ready(c(params)) for name, c in zip(('plain', 'learning'), compiled, strict=True)}
+        spent = by_turns(runs, settings.repeats, time.process_time)
+        ratios = [learned / plainly for plainly, learned in zip(spent['plain'], spent['learning'], strict=True)]
         yield dict(
             what='in-sequence learning', model=name, length=IN_SEQUENCE_LENGTH, bptt=bptt, error=error, ratio=statistics.median(ratios),
             lowest_ratio=min(ratios), highest_ratio=max(ratios),

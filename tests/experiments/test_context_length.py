@@ -26,7 +26,7 @@ def test_a_folder_without_a_run_exits_with_2(tmp_path, capsys):
     assert 'runs has' in capsys.readouterr().err
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_at_its_own_length_a_run_gets_its_own_figure(tmp_path):
     from experiments import hope_pretrain
 

@@ -329,10 +329,14 @@ def test_decoding_with_parameters_in_bfloat16_equals_prefill(family):
         decoded.append(logits)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     expected = jax.jit(lambda params: _model(family, 'float32')[0].apply({'params': params}, TOKENS)[0])(wide)
-    decoded, size = jnp.concatenate(decoded, 1), lambda logits: float(jnp.sqrt(jnp.mean(logits**2)))
-    # Of all logits together: how far a single one is off, behind the norm of a small vector, depends on the CPU's products of bfloat16.
-    for difference in (decoded - prefill, decoded - expected, prefill - expected):
-        assert size(difference) < 0.02 * size(expected)
+    decoded, largest = jnp.concatenate(decoded, 1), float(jnp.abs(expected).max())
+    np.testing.assert_allclose(decoded, prefill, rtol=0, atol=0.02 * largest)
+    size = lambda logits: float(jnp.sqrt(jnp.mean(logits**2)))
+    for logits in (decoded, prefill):
+        assert size(logits - expected) < 0.02 * size(expected)
+        # A head's read of a fifth of the usual size is 4 % off behind its norm, where a CPU multiplies bfloat16 itself: at one token of 28.
+        if family != 'gated-deltanet':
+            np.testing.assert_allclose(logits, expected, rtol=0, atol=0.04 * largest)
     assert jax.tree.map(lambda leaf: leaf.dtype, whole) == jax.tree.map(lambda leaf: leaf.dtype, state)
     assert _memories(whole) or family == 'transformer'
 

@@ -259,7 +259,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize('damaged', [2, 1])
 def test_killed_before_any_operation_on_files_one_that_verifies_is_left(tmp_path, monkeypatch, damaged):
-    """C8: two checkpoints, one of which is damaged, and a save that keeps only the newest and is killed at each rename, removal, ...."""
+    """C8: two checkpoints, one of which is damaged, and a save that keeps only the newest is killed before every one."""
     steps_left, kills = [], 0
     while True:
         folder, left = tmp_path / f'{kills}', kills

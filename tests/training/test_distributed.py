@@ -122,42 +122,6 @@ def test_a_cluster_that_cannot_be_joined_is_one_line(monkeypatch):
     assert str(error.value) == 'cannot join the 8 processes that SLURM says there are: DEADLINE_EXCEEDED: nobody there'
 
 
-class Config:
-    """What jax.config is before any device is made."""
-
-    def __init__(self, devices=-1):
-        self.jax_num_cpu_devices = devices
-
-    def update(self, name, value):
-        setattr(self, name, value)
-
-
-@pytest.mark.parametrize(('cores', 'devices'), [(1, 1), (2, 2), (7, 4), (64, 64)])
-def test_cpu_devices_are_a_power_of_two_of_cores(monkeypatch, cores, devices):
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: range(cores), raising=False)
-    monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=there')
-    monkeypatch.setattr(jax, 'config', Config())
-    distributed.devices_for_cores()
-    assert jax.config.jax_num_cpu_devices == devices
-
-
-def test_cpu_devices_that_were_asked_for_stay(monkeypatch):
-    monkeypatch.setattr(jax, 'config', Config(3))
-    distributed.devices_for_cores()
-    assert jax.config.jax_num_cpu_devices == 3
-    monkeypatch.setattr(jax, 'config', Config())
-    monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=3')
-    distributed.devices_for_cores()
-    assert jax.config.jax_num_cpu_devices == -1
-
-
-def test_cpu_devices_that_there_are_stay():
-    program = 'import jax; import nested_jax.training.distributed as d; jax.devices(), d.devices_for_cores(), print(jax.device_count())'
-    alone = {name: value for name, value in os.environ.items() if name not in ('JAX_NUM_CPU_DEVICES', 'XLA_FLAGS')}
-    ended = subprocess.run([sys.executable, '-c', program], env=alone | dict(JAX_PLATFORMS='cpu'), capture_output=True, text=True)
-    assert ended.stdout == '1\n', ended.stderr
-
-
 def test_joining_after_a_device_was_used_is_an_error():
     jax.devices()
     with pytest.raises(ClusterError, match='must be called before'):
