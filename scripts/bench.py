@@ -68,18 +68,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--smoke', action='store_true', help=f'smallest sizes, whose numbers mean nothing: {", ".join(WITH_SMOKE)}')
     parser.add_argument('--output', type=pathlib.Path, help='file of rows; default experiments/results/bench_<suite>.jsonl')
     parser.add_argument('--cells', nargs='+', help='of the suite gpu: run these alone, in this process')
+    parser.add_argument('--prepare', action='store_true', help='with --cells: compile alone, into the cache of programs')
     args = parser.parse_args(arguments)
     if args.repeats < 1:
         parser.error(f'--repeats is {args.repeats}, allowed is an integer of at least 1')
     if args.smoke and args.suite not in WITH_SMOKE:
         parser.error(f'--smoke is given with --suite {args.suite}, allowed is one of {", ".join(WITH_SMOKE)}')
+    if args.prepare and not args.cells:
+        parser.error('--prepare is given without --cells, allowed is with them')
     if args.smoke and args.output is None:
         parser.error('--output is None, allowed with --smoke is a file: its rows are no results')
     output = args.output or ROOT / 'experiments' / 'results' / f'bench_{args.suite}.jsonl'
     if args.cells:
         from scripts.benchmarks import gpu
 
-        gpu.work(args.cells, Settings(args.repeats, args.smoke), output)
+        gpu.work(args.cells, Settings(args.repeats, args.smoke, args.prepare), output)
         return
     run_suite(args.suite, Settings(args.repeats, args.smoke), output)
 

@@ -135,7 +135,7 @@ class LanguageModel(nn.Module):
             in_axes=(0, nn.broadcast),
             out_axes=0,
             length=length,
-            unroll=1 if config.scan_layers else length,
+            unroll=1 if config.scan_layers or self.is_initializing() else length,  # a loop compiles sooner
         )(config)
         self.norm = RMSNorm(config.norm_epsilon)
         if not config.tie_embeddings:

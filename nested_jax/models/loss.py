@@ -1,5 +1,7 @@
 """Next-token cross-entropy, in chunks of the vocabulary."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -29,8 +31,9 @@ def next_token_loss(
     """
     _check(hidden, head, targets, weights, vocab_chunk)
     vocab = head.shape[1]
-    chunk = min(vocab_chunk, vocab)
-    count = -(-vocab // chunk)
+    count = -(-vocab // vocab_chunk)
+    chunk = vocab // count if vocab % count == 0 else vocab_chunk
+    padded = count * chunk > vocab
     columns = jnp.pad(head.astype(hidden.dtype), ((0, 0), (0, count * chunk - vocab)))
     columns = columns.reshape(head.shape[0], count, chunk).swapaxes(0, 1)
 
@@ -38,8 +41,9 @@ def next_token_loss(
     def add_chunk(carry, inputs):
         largest, total, picked = carry
         first, block = inputs
-        logits = jnp.matmul(hidden, block, preferred_element_type=total.dtype)
-        logits = jnp.where((first + jnp.arange(chunk) < vocab)[None], logits, -jnp.inf)
+        logits = _logits(hidden, block, total.dtype)
+        if padded:
+            logits = jnp.where((first + jnp.arange(chunk) < vocab)[None], logits, -jnp.inf)
         new_largest = jax.lax.stop_gradient(jnp.maximum(largest, logits.max(1)))
         total = total * jnp.exp(largest - new_largest) + jnp.exp(logits - new_largest[:, None]).sum(1)
         local = targets - first
@@ -53,6 +57,26 @@ def next_token_loss(
     (largest, total, picked), _ = jax.lax.scan(add_chunk, start, (jnp.arange(count) * chunk, columns))
     losses = largest + jnp.log(total) - picked
     return losses.sum() if weights is None else (losses * weights).sum()
+
+
+def _logits(hidden: jax.Array, block: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """(N, D) x (D, V) -> (N, V) in `dtype`, the sums' too."""
+    return jnp.matmul(hidden, block) if hidden.dtype == dtype else _widened_product(hidden, block, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _widened_product(hidden: jax.Array, block: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The derivative multiplies in the operands' dtype, as every other product of such a model does: else GPUs multiply in `dtype`."""
+    return jnp.matmul(hidden, block, preferred_element_type=dtype)
+
+
+def _widened_product_backward(dtype: jnp.dtype, operands: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden, block = operands
+    cotangent = cotangent.astype(hidden.dtype)
+    return cotangent @ block.T, hidden.T @ cotangent
+
+
+_widened_product.defvjp(lambda hidden, block, dtype: (_widened_product(hidden, block, dtype), (hidden, block)), _widened_product_backward)
 
 
 def _check(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array | None, vocab_chunk: int) -> None:

@@ -1,8 +1,9 @@
 """The suite 'gpu': `python scripts/bench.py --suite gpu --repeats 5`, at most nine minutes on one H100 or H200.
 
-Cells (`gpu_cells.py`) run in a process of their own, one after another, each row being written at once. A cell that fails has a row that
-says why. One that takes longer than its budget, or takes the process with it, is given up, and another process goes on with the next. No
-cell is begun that could not end in time.
+Those cells (`gpu_cells.py`) that take long to compile do so first, in processes side by side that share a cache of programs. Then cells
+run in a process of their own, one after another, each row being written at once. A cell that fails has a row that says why. One that takes
+longer than its budget, or takes the process with it, is given up, and another process goes on with the next. No cell is begun that could
+not end in time.
 """
 
 import os
@@ -10,6 +11,7 @@ import pathlib
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from nested_jax.evaluation.rows import append_row, make_row
 from scripts.benchmarks.timing import Settings
 
 MINUTES = 9.0
+PREPARING_S = 130.0  # after which what is still compiling is left to its turn
+SIDE_BY_SIDE = 8  # processes that compile
 GRACE_S = 30.0  # for a process to start and import
 BEGIN = 'begin: '  # what a worker says before each cell
 
@@ -26,18 +30,41 @@ def run(settings: Settings, output: pathlib.Path) -> None:
     """Runs all cells, in workers."""
     from scripts.benchmarks.gpu_cells import CELLS
 
+    deadline = time.monotonic() + 60 * MINUTES
     budgets = {cell.name: cell.budget_s for cell in CELLS}
     command = [sys.executable, sys.argv[0], '--suite', 'gpu', '--repeats', str(settings.repeats), '--output', str(output)]
     command += ['--smoke'] * settings.smoke
 
-    def start(names: list[str]) -> subprocess.Popen:
-        # Memory as it is needed, up to nearly all: PyTorch's kernels share the card.
-        memory = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92'}
-        environment = os.environ | memory | {'PYTHONUNBUFFERED': '1'}
-        return subprocess.Popen([*command, '--cells', *names], stdout=subprocess.PIPE, text=True, env=environment)
+    def start(names: list[str], share: float, **options) -> subprocess.Popen:
+        # Memory as it is needed, up to a share: PyTorch's kernels are on the card too.
+        memory = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{share:.2f}'}
+        environment = os.environ | memory | {'PYTHONUNBUFFERED': '1', 'JAX_COMPILATION_CACHE_DIR': cache}
+        return subprocess.Popen([*command, '--cells', *names], text=True, env=environment, **options)
+
+    def compile_alone(name: str) -> subprocess.Popen:
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # what fails does so again when it is its turn
+        return start([name, '--prepare'], 0.92 / SIDE_BY_SIDE, **quiet)
 
     failed = lambda name, reason: append_row(output, failed_row(name, reason, settings, 'unknown'))
-    supervise(budgets, start, failed, time.monotonic() + 60 * MINUTES)
+    with tempfile.TemporaryDirectory() as cache:
+        if not settings.smoke:
+            side_by_side([cell.name for cell in CELLS if cell.slow_to_compile], compile_alone, time.monotonic() + PREPARING_S)
+        supervise(budgets, lambda names: start(names, 0.92, stdout=subprocess.PIPE), failed, deadline)
+
+
+def side_by_side(names: list[str], start: Callable[[str], subprocess.Popen], deadline: float) -> None:
+    """Lets `SIDE_BY_SIDE` processes at a time come to their end, and ends those that have not at the deadline of `time.monotonic`."""
+    waiting, running = list(names), []
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            running = [process for process in running if process.poll() is None]
+            while waiting and len(running) < SIDE_BY_SIDE:
+                running.append(start(waiting.pop(0)))
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def supervise(budgets: dict[str, float], start: Callable, failed: Callable[[str, str], None], deadline: float) -> None:
@@ -96,7 +123,7 @@ def follow(process: subprocess.Popen, budgets: dict[str, float], deadline: float
 
 
 def work(names: list[str], settings: Settings, output: pathlib.Path, cells: tuple | None = None) -> None:
-    """Runs cells in this process, writing their rows; one that raises has a row that says so."""
+    """Runs cells in this process, writing their rows; one that raises has a row that says so. Prepared ones have no rows."""
     import jax
 
     from nested_jax.evaluation.rows import hardware_name
@@ -109,6 +136,8 @@ def work(names: list[str], settings: Settings, output: pathlib.Path, cells: tupl
         try:
             found = by_name[name].run(settings)
         except Exception as error:  # whatever a compiler or a kernel raises: the other cells go on
+            if settings.prepare:
+                raise
             append_row(output, failed_row(name, f'{type(error).__name__}: {str(error)[:500]}', settings, hardware))
             print(f'  failed: {error}'[:500], flush=True)
             continue
@@ -116,7 +145,7 @@ def work(names: list[str], settings: Settings, output: pathlib.Path, cells: tupl
             config = dict(cell=name, model=metrics['model'], what=metrics['what'], repeats=settings.repeats)
             config |= {
                 key: metrics[key]
-                for key in ('batch', 'time', 'heads', 'dim', 'length', 'accumulation', 'remat', 'chunk_size')
+                for key in ('batch', 'time', 'heads', 'dim', 'length', 'accumulation', 'remat', 'chunk_size', 'scan_layers')
                 if key in metrics
             }
             wall = time.monotonic() - begun

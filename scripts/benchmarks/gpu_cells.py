@@ -35,7 +35,7 @@ from nested_jax.training.step import make_train_step
 from scripts.benchmarks.timing import Settings, compile_timed, measure, num_parameters
 
 PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12}  # dense bfloat16, SXM
-TRAINING_S = 20.0  # of a model's steps: no further one begins after these
+TRAINING_S = 15.0  # of a model's steps: no further one begins after these
 _TINY = dict(num_layers=1, width=16, num_heads=1, head_dim=16, levels=(LevelConfig(16, 512),), vocab_size=32)
 
 
@@ -45,6 +45,7 @@ class Cell(NamedTuple):
     name: str
     budget_s: float  # after which it is given up
     run: Callable[[Settings], list[dict]]
+    slow_to_compile: bool = False  # has programs of its own to prepare
 
 
 # Kernels. Shapes are (batch, time, heads, dim)
@@ -171,14 +172,15 @@ def kernel_times(forward: Callable, backward: Callable | None, settings: Setting
 def fla_delta_rule(gated: bool, backward: bool) -> Callable[[Settings], list[dict]]:
     """flash-linear-attention's Triton kernels, checked against our reference. `backward`: forward and backward, else forward alone.
 
-    Its gated backward pass raises with Triton 3.4 to 3.7.0 on Hopper, where it would be wrong.
+    Its gated backward pass raises with Triton 3.4 to 3.7.0 on Hopper, where it would be wrong, unless TileLang is there to do it.
     """
 
     def run(settings: Settings) -> list[dict]:
         if any(importlib.util.find_spec(name) is None for name in ('torch', 'fla')):
             print('flash-linear-attention cannot be imported here: that comparison is left out', flush=True)
             return []
-        return [time_fla(shape, settings, gated, backward) for shape in shapes(settings)]
+        rows = [time_fla(shape, settings, gated, backward) for shape in shapes(settings)]
+        return [] if settings.prepare else rows
 
     return run
 
@@ -213,7 +215,7 @@ def time_fla(shape: Shape, settings: Settings, gated: bool, backward: bool) -> d
     error = largest_error([x.detach().float().cpu().numpy() for x in got], expected[: len(got)])
     given = tensors(delta_rule_inputs(shape, jnp.bfloat16)[: len(inputs)])
     both = synchronised(lambda: gradients_of(given, rule(*given))) if backward else None
-    times = kernel_times(synchronised(lambda: rule(*given)), both, settings)
+    times = kernel_times(synchronised(lambda: rule(*given)), both, settings._replace(repeats=1) if settings.prepare else settings)
     return kernel_row(rule_name(gated), 'flash-linear-attention', shape, error) | times
 
 
@@ -253,11 +255,12 @@ class Training(NamedTuple):
     accumulation: int = 1
     remat: str = 'block'
     chunk_size: int | None = None  # of the memories; the preset's where None
+    scan_layers: bool = True  # False: all layers one after another in the program, which takes longer to compile
 
     def __call__(self, settings: Settings) -> list[dict]:
         """The row of tokens a second."""
         job = self if not settings.smoke else self._replace(batch=2 * self.accumulation, length=32)
-        options = dict(dtype='bfloat16', max_length=job.length, remat=self.remat, scan_layers=True)
+        options = dict(dtype='bfloat16', max_length=job.length, remat=self.remat, scan_layers=self.scan_layers)
         config = preset(self.name, **options, **(_TINY if settings.smoke else {}))
         if self.chunk_size is not None:
             memory = dataclasses.replace(config.memory, chunk_size=self.chunk_size, projection_chunk_size=self.chunk_size)
@@ -265,6 +268,8 @@ class Training(NamedTuple):
         with use_kernels('gpu' if jax.default_backend() == 'gpu' else 'plain'):
             error = check_loss(config, min(job.length, 512))
             step, sizes = job.compile(config)
+        if settings.prepare:
+            return []
         seconds = measure(step, settings.repeats, TRAINING_S)
         tokens = job.batch * job.length
         flops = flops_of(config, job.length)
@@ -339,39 +344,41 @@ def shares(flops: dict[str, float], tokens_per_second: float) -> dict[str, float
     return dict(mfu=used('model'), algorithmic_utilisation=used('algorithmic'))
 
 
-def _training(
-    name: str, length: int, budget_s: float, batch: int = 8, accumulation: int = 1, remat: str = 'block', chunk_size: int | None = None
-) -> Cell:
-    job = Training(name, batch, length, accumulation, remat, chunk_size)
-    return Cell(f'{name} at {length}' + (f', chunk {chunk_size}' if chunk_size else ''), budget_s, job)
+def _training(name: str, length: int, budget_s: float, batch: int = 8, **options) -> Cell:
+    job = Training(name, batch, length, **options)
+    ways = [f'chunk {job.chunk_size}'] * bool(job.chunk_size) + ['layers one by one'] * (not job.scan_layers)
+    return Cell(', '.join([f'{name} at {length}', *ways]), budget_s, job, slow_to_compile=True)
 
 
 def _plain(chunk_size: int, dtype: str, precision: str) -> Cell:
     return Cell(f'delta rule, chunk {chunk_size}, {dtype}, {precision}', 40, plain_delta_rule(chunk_size, dtype, precision))
 
 
+_FAST = dict(remat='none', scan_layers=False)
+
 CELLS = (
     Cell('delta rule, kernel', 40, kernel_delta_rule(gated=True)),
-    _plain(64, 'bfloat16', 'highest'),
-    Cell('delta rule without gate, kernel', 40, kernel_delta_rule(gated=False)),
-    Cell('delta rule without gate, flash-linear-attention', 150, fla_delta_rule(gated=False, backward=True)),
-    Cell('delta rule forward, flash-linear-attention', 90, fla_delta_rule(gated=True, backward=False)),
-    _training('transformer-124m', 4096, 60, remat='none'),
-    _training('gated-deltanet-124m', 4096, 75),
-    _training('hope-linear-124m', 4096, 75, batch=32, chunk_size=64),
+    Cell('delta rule, flash-linear-attention', 150, fla_delta_rule(gated=True, backward=True), slow_to_compile=True),
+    _training('transformer-124m', 4096, 75, **_FAST),
+    _training('gated-deltanet-124m', 4096, 75, scan_layers=False),
+    _training('hope-linear-124m', 4096, 120, batch=32, chunk_size=64),
     _training('hope-124m', 4096, 180, batch=16, chunk_size=64),
+    _training('transformer-124m', 1024, 90, batch=512, accumulation=16, **_FAST),
+    Cell('delta rule without gate, kernel', 40, kernel_delta_rule(gated=False)),
+    Cell('delta rule without gate, flash-linear-attention', 150, fla_delta_rule(gated=False, backward=True), slow_to_compile=True),
+    _training('transformer-124m', 32_768, 60, batch=1, **_FAST),
+    _training('hope-linear-124m', 32_768, 120, batch=4, chunk_size=64),
+    _training('hope-340m', 4096, 180, batch=8, chunk_size=64),
+    _training('transformer-340m', 4096, 75, **_FAST),
+    _plain(64, 'bfloat16', 'highest'),
     Cell('attention, cudnn', 30, attention('cudnn')),
-    _training('transformer-124m', 1024, 75, batch=512, accumulation=16, remat='none'),
+    _training('transformer-124m', 4096, 60, remat='none'),
+    _training('titans-124m', 4096, 75),
     _training('hope-linear-124m', 4096, 75),
     _training('hope-124m', 4096, 180),
-    Cell('delta rule, flash-linear-attention', 60, fla_delta_rule(gated=True, backward=True)),
-    _plain(64, 'bfloat16', 'default'),
-    _training('hope-linear-124m', 32_768, 75, batch=1),
-    _training('transformer-124m', 32_768, 60, batch=1, remat='none'),
-    _training('hope-340m', 4096, 180, batch=4),
-    _training('transformer-340m', 4096, 75, batch=4, remat='none'),
-    _training('titans-124m', 4096, 75),
     _training('hope-124m', 32_768, 180, batch=1),
+    Cell('delta rule forward, flash-linear-attention', 90, fla_delta_rule(gated=True, backward=False)),
+    _plain(64, 'bfloat16', 'default'),
     _plain(32, 'bfloat16', 'highest'),
     _plain(128, 'bfloat16', 'highest'),
     _plain(128, 'bfloat16', 'default'),

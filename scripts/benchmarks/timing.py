@@ -23,6 +23,7 @@ class Settings(NamedTuple):
 
     repeats: int  # runs each figure is the median of
     smoke: bool = False  # the smallest sizes, to see that everything works
+    prepare: bool = False  # compile alone, for the cache of programs: no figures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Cross-entropy in chunks of the vocabulary against optax on full logits."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +120,29 @@ def test_arguments_that_do_not_fit_are_named():
         next_token_loss(hidden, head, targets, weights[:, None])
     with pytest.raises(ValueError, match='head'):
         next_token_loss(hidden, head.T, targets)
+
+
+@pytest.mark.parametrize(('vocab', 'width'), [(24, 8), (23, 10)])
+def test_chunks_are_of_equal_size_where_they_can_be(x64, vocab, width):
+    """A vocabulary that chunks divide is not padded; both ways are exact."""
+    hidden, head, targets, weights = _data()
+    head = jnp.concatenate([head, head[:, :1]], 1)[:, :vocab]
+    loss = lambda hidden, head: next_token_loss(hidden, head, targets, weights, vocab_chunk=10)
+    shapes = {tuple(variable.aval.shape) for equation in jax.make_jaxpr(loss)(hidden, head).eqns for variable in equation.outvars}
+    assert (3, WIDTH, width) in shapes
+    got = jax.jit(jax.grad(loss, (0, 1)))(hidden, head)
+    expected = jax.jit(jax.grad(lambda hidden, head: _full(hidden, head, targets, weights), (0, 1)))(hidden, head)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_half_precision_multiplies_in_its_dtype_backwards_too():
+    hidden, head, targets, weights = _data('float32')
+    loss = lambda hidden, head: next_token_loss(hidden, head, targets, weights, vocab_chunk=8)
+    narrow = hidden.astype(jnp.bfloat16), head
+    got, expected = jax.jit(jax.grad(loss, (0, 1)))(*narrow), jax.jit(jax.grad(loss, (0, 1)))(narrow[0].astype(jnp.float32), head)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+    assert [x.dtype for x in got] == [jnp.bfloat16, jnp.float32]
+    dtypes = re.findall(r'(\w+)\[[^]]*\] = dot_general', str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*narrow)))
+    assert dtypes == ['f32', 'f32', 'bf16', 'bf16']  # the logits, again, and their derivatives

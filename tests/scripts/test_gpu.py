@@ -51,6 +51,32 @@ def test_no_cell_is_begun_that_could_not_end(capsys):
     assert supervise(['a'], seconds=1.0) == ([], []) and 'no time left for a' in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_cells_are_compiled_side_by_side_until_time_is_up(monkeypatch):
+    monkeypatch.setattr(gpu, 'SIDE_BY_SIDE', 2)
+    started, most = [], 0
+
+    def start(name):
+        nonlocal most
+        started.append(subprocess.Popen([sys.executable, '-c', f'import time; time.sleep({30 if name == "hangs" else 0.1})']))
+        most = max(most, sum(process.poll() is None for process in started))
+        return started[-1]
+
+    gpu.side_by_side(['a', 'hangs', 'b', 'c'], start, time.monotonic() + 3)
+    assert len(started) == 4 and most == 2
+    assert [process.poll() for process in started] == [0, -9, 0, 0]
+
+
+def test_prepared_cells_have_no_rows(tmp_path):
+    cell = next(cell for cell in gpu_cells.CELLS if cell.name == 'gated-deltanet-124m at 4096, layers one by one')
+    cell = cell._replace(run=cell.run._replace(name='gated-deltanet-tiny'))
+    gpu.work([cell.name], SETTINGS._replace(prepare=True), tmp_path / 'rows', (cell,))
+    fails = cell._replace(run=lambda settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpu.work([cell.name], SETTINGS._replace(prepare=True), tmp_path / 'rows', (fails,))
+    assert not (tmp_path / 'rows').exists()
+
+
 def test_rows_are_written_at_once_and_failures_told(tmp_path):
     def fails(settings):
         assert len(output.read_text().splitlines()) == 1  # the first cell's row
@@ -98,7 +124,7 @@ OFTEN = (
     'delta rule, chunk 32, bfloat16, highest',
     'delta rule, flash-linear-attention',
     'delta rule, kernel',
-    'transformer-124m at 1024',
+    'transformer-124m at 1024, layers one by one',
     'attention, cudnn',
 )
 CELLS = [
@@ -121,5 +147,5 @@ def test_small_form_of_every_cell(cell, monkeypatch):
 def test_cells():
     names = [cell.name for cell in gpu_cells.CELLS]
     assert len(set(names)) == len(names) and all(cell.budget_s <= 180 for cell in gpu_cells.CELLS)
-    first = next(cell.run for cell in gpu_cells.CELLS if cell.name == 'transformer-124m at 1024')
+    first = next(cell.run for cell in gpu_cells.CELLS if cell.name == 'transformer-124m at 1024, layers one by one')
     assert first.batch * first.length == 524_288
