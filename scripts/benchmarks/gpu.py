@@ -20,7 +20,7 @@ from nested_jax.evaluation.rows import append_row, make_row
 from scripts.benchmarks.timing import Settings
 
 MINUTES = 9.0
-PREPARING_S = 130.0  # after which what is still compiling is left to its turn
+PREPARING_S = 180.0  # after which what is still compiling is left to its turn; flash-linear-attention's searches take 110 to 130
 SIDE_BY_SIDE = 8  # processes that compile
 GRACE_S = 30.0  # for a process to start and import
 BEGIN = 'begin: '  # what a worker says before each cell
@@ -38,7 +38,8 @@ def run(settings: Settings, output: pathlib.Path) -> None:
     def start(names: list[str], share: float, **options) -> subprocess.Popen:
         # Memory as it is needed, up to a share: PyTorch's kernels are on the card too.
         memory = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{share:.2f}'}
-        environment = os.environ | memory | {'PYTHONUNBUFFERED': '1', 'JAX_COMPILATION_CACHE_DIR': cache}
+        pages = {'GLIBC_TUNABLES': ''}  # large ones are for programs on CPU
+        environment = os.environ | memory | pages | {'PYTHONUNBUFFERED': '1', 'JAX_COMPILATION_CACHE_DIR': cache}
         return subprocess.Popen([*command, '--cells', *names], text=True, env=environment, **options)
 
     def compile_alone(name: str) -> subprocess.Popen:
@@ -134,14 +135,14 @@ def work(names: list[str], settings: Settings, output: pathlib.Path, cells: tupl
         print(f'{BEGIN}{name}', flush=True)
         begun = time.monotonic()
         try:
-            found = by_name[name].run(settings)
+            found = by_name[name].run(settings._replace(repeats=1) if settings.prepare else settings)
         except Exception as error:  # whatever a compiler or a kernel raises: the other cells go on
             if settings.prepare:
                 raise
             append_row(output, failed_row(name, f'{type(error).__name__}: {str(error)[:500]}', settings, hardware))
             print(f'  failed: {error}'[:500], flush=True)
             continue
-        for metrics in found:
+        for metrics in [] if settings.prepare else found:
             config = dict(cell=name, model=metrics['model'], what=metrics['what'], repeats=settings.repeats)
             config |= {
                 key: metrics[key]

@@ -179,8 +179,7 @@ def fla_delta_rule(gated: bool, backward: bool) -> Callable[[Settings], list[dic
         if any(importlib.util.find_spec(name) is None for name in ('torch', 'fla')):
             print('flash-linear-attention cannot be imported here: that comparison is left out', flush=True)
             return []
-        rows = [time_fla(shape, settings, gated, backward) for shape in shapes(settings)]
-        return [] if settings.prepare else rows
+        return [time_fla(shape, settings, gated, backward) for shape in shapes(settings)]
 
     return run
 
@@ -215,7 +214,7 @@ def time_fla(shape: Shape, settings: Settings, gated: bool, backward: bool) -> d
     error = largest_error([x.detach().float().cpu().numpy() for x in got], expected[: len(got)])
     given = tensors(delta_rule_inputs(shape, jnp.bfloat16)[: len(inputs)])
     both = synchronised(lambda: gradients_of(given, rule(*given))) if backward else None
-    times = kernel_times(synchronised(lambda: rule(*given)), both, settings._replace(repeats=1) if settings.prepare else settings)
+    times = kernel_times(synchronised(lambda: rule(*given)), both, settings)
     return kernel_row(rule_name(gated), 'flash-linear-attention', shape, error) | times
 
 
@@ -357,14 +356,14 @@ def _plain(chunk_size: int, dtype: str, precision: str) -> Cell:
 _FAST = dict(remat='none', scan_layers=False)
 
 CELLS = (
-    Cell('delta rule, kernel', 40, kernel_delta_rule(gated=True)),
+    Cell('delta rule, kernel', 90, kernel_delta_rule(gated=True), slow_to_compile=True),
     Cell('delta rule, flash-linear-attention', 150, fla_delta_rule(gated=True, backward=True), slow_to_compile=True),
     _training('transformer-124m', 4096, 75, **_FAST),
     _training('gated-deltanet-124m', 4096, 75, scan_layers=False),
     _training('hope-linear-124m', 4096, 120, batch=32, chunk_size=64),
     _training('hope-124m', 4096, 180, batch=16, chunk_size=64),
     _training('transformer-124m', 1024, 90, batch=512, accumulation=16, **_FAST),
-    Cell('delta rule without gate, kernel', 40, kernel_delta_rule(gated=False)),
+    Cell('delta rule without gate, kernel', 90, kernel_delta_rule(gated=False), slow_to_compile=True),
     Cell('delta rule without gate, flash-linear-attention', 150, fla_delta_rule(gated=False, backward=True), slow_to_compile=True),
     _training('transformer-124m', 32_768, 60, batch=1, **_FAST),
     _training('hope-linear-124m', 32_768, 120, batch=4, chunk_size=64),
