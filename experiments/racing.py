@@ -21,6 +21,8 @@ PyTree = Any
 WARMUP_SHARE = 0.1  # of the steps
 GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and around the best
 MAX_EXTENSIONS = 8  # of the learning rates' grid, and of the other grids
+FINE, AROUND = (-2, -1, 1, 2), (-4, -1, 1, 4)  # fine steps from the best learning rate, at first and in each round; four are a step
+MAX_ROUNDS = 5
 PLATEAU = 1e-3  # of the grid's range of losses; an edge that gains less is none: delta gradient descent has no largest useful rate
 WEIGHT_DECAYS, DECAY_STEP = (0.0, 0.01, 0.1), 10
 HORIZON_STEP = 2  # between the steps, 1 / (1 - decay), that a momentum remembers
@@ -157,22 +159,23 @@ def rate_schedule(task: Task, rate: jax.Array) -> optax.Schedule:
 def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Optimizer, *, extra: bool = False) -> Trials:
     """The best setting, within a budget that is the same for every optimizer.
 
-    Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off; four around
-    the best; then two weight decays and two values of the optimizer's own hyper-parameter, each alone. These grids are extended by two
-    as well, except below zero: no weight decay and a moment that forgets at once are ends of what there is.
+    Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off, and four around
+    the best. Then rounds, until one moves the best no more, or by nothing that counts: two weight decays and two values of the
+    optimizer's own hyper-parameter, each alone, and four learning rates, near and a step away, around the best of these. The grids of the
+    former two are extended by two as well, except below zero: no weight decay and a moment that forgets at once are ends of what there is.
 
     Args:
         evaluate: settings -> losses.
         optimizer: whose settings are tried.
-        extra: their four combinations too, for the baseline.
+        extra: their four combinations too in the first round, for the baseline.
     """
     losses: dict[Setting, float] = {}
     best = lambda: min(losses, key=losses.get)
     first = Setting(optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0])
 
     def measure(settings: list[Setting]) -> None:
-        new = [setting for setting in settings if setting not in losses]
-        losses.update(zip(new, map(float, evaluate(new)), strict=True))
+        new = [setting for setting in dict.fromkeys(settings) if setting not in losses]
+        losses.update(zip(new, map(float, evaluate(new) if new else []), strict=True))
 
     grid = [-2, -1, 0, 1, 2]
     measure(_rates(first, GRID_STEP, grid))
@@ -180,18 +183,27 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
         beyond = [min(grid) - 2, min(grid) - 1] if edge < 0 else [max(grid) + 1, max(grid) + 2]
         grid += beyond
         measure(_rates(first, GRID_STEP, beyond))
-    measure(_rates(best(), FINE_STEP, [-2, -1, 1, 2]))
-    found = best()
-    others = [found._replace(weight_decay=value) for value in WEIGHT_DECAYS[1:]]
-    measure(others + [found._replace(knob=value) for value in optimizer.knobs[1:]])
-    if extra:
-        measure([other._replace(knob=value) for other in others for value in optimizer.knobs[1:]])
+    measure(_rates(best(), FINE_STEP, FINE))
+    for turn in range(MAX_ROUNDS):
+        before = best()
+        others = [before._replace(weight_decay=value) for value in WEIGHT_DECAYS]
+        measure(others + [before._replace(knob=value) for value in optimizer.knobs])
+        if extra and turn == 0:
+            measure([other._replace(knob=value) for other in others for value in optimizer.knobs])
+        beyond = _extend(losses, measure)
+        measure(_rates(best(), FINE_STEP, AROUND))
+        moving = losses[before] - losses[best()] > PLATEAU * (max(losses.values()) - losses[best()])
+        if not moving:
+            break
+    return Trials(best(), losses, (*(['rate'] if edge or moving else []), *beyond))
+
+
+def _extend(losses: dict[Setting, float], measure: Callable[[list[Setting]], None]) -> dict[str, list[Setting]]:
+    """Measures beyond the grids of weight decay and knob while the best is at their edge; what lies beyond those where it still is."""
     past_edges = lambda: {field: beyond for field in ('weight_decay', 'knob') if (beyond := _past_edge(losses, field))}
-    extensions = 0
-    while (beyond := past_edges()) and extensions < MAX_EXTENSIONS:
-        measure([setting for settings in beyond.values() for setting in settings])
-        extensions += 1
-    return Trials(best(), losses, (*(['rate'] if edge else []), *beyond))
+    for _ in range(MAX_EXTENSIONS):
+        measure([setting for settings in past_edges().values() for setting in settings])
+    return past_edges()
 
 
 def _past_edge(losses: dict[Setting, float], field: str) -> list[Setting]:
