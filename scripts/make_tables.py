@@ -36,7 +36,7 @@ PLACE = re.compile(r'(?<=<!-- table: )([a-z_]+)( -->\n).*?(?=<!-- end -->)', re.
 
 
 def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
-    """Lines of every table by its name, which but for 'probes' is that of its file of rows; none where nothing was run."""
+    """Lines of every table by its name, which but for 'probes' and 'race_costs' is that of its file of rows; none where nothing was run."""
     rows = lambda name: read_rows(results / f'{name}.jsonl')
     return {
         'hope_pretrain': pretraining_table(best_runs(rows('hope_pretrain'))),
@@ -53,6 +53,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'needle': needle_table(rows('needle')),
         'babilong': babilong_table(rows('babilong')),
         'optimizer_race': race_table(rows('optimizer_race')),
+        'race_costs': race_costs_table(rows('optimizer_race')),
         'seal_knowledge': seal_table(rows('seal_knowledge')),
         'seal_arc': arc_table(rows('seal_arc')),
         'seal_continual': continual_table(rows('seal_continual')),
@@ -114,6 +115,19 @@ def race_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def race_costs_table(rows: list[dict]) -> list[str]:
+    """Lines of what it costs to come to adamw's last loss: steps, CPU seconds and FLOPs, over those of adamw's whole run."""
+    tasks = list(dict.fromkeys(row['config']['task'] for row in rows))
+    lines = [f'| steps, CPU seconds, FLOPs to adamw\'s loss | {" | ".join(tasks)} |', '| --- ' * (len(tasks) + 1) + '|']
+    for name in optimizer_race.OPTIMIZERS:
+        cells = []
+        for entries in (optimizer_race.latest(rows, task) for task in tasks):
+            shares = optimizer_race.shares_to_reach(entries[name], entries['adamw']) if name in entries else {}
+            cells.append('not reached' if shares is None else ' · '.join(f'{share:.2f}' for share in shares.values()))
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    return lines
+
+
 def gpu_table(rows: list[dict]) -> list[str]:
     """Lines of what ran on a GPU, the latest of each cell and shape; none without rows."""
     latest = {json.dumps(row['config']): row for row in rows}
@@ -124,7 +138,8 @@ def gpu_table(rows: list[dict]) -> list[str]:
 
 
 def _gpu_cells(found: dict) -> list[str]:
-    name = f'{found["model"]}, chunks of {found["chunk_size"]}' if found.get('chunk_size') else found['model']
+    ways = [f'chunks of {found["chunk_size"]}'] if found.get('chunk_size') else []
+    name = ', '.join([found['model'], *ways, *([] if found.get('scan_layers', True) else ['layers one by one'])])
     shape = f'{found["batch"]} x {found.get("length", found.get("time"))}'
     if 'heads' in found:
         name, shape = f'{found["what"]}: {name}', f'{shape}, {found["heads"]} heads of {found["dim"]}'

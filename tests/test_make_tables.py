@@ -50,13 +50,25 @@ def test_race_has_a_line_for_each_optimizer_and_marks_against_both_baselines(mak
     ]
 
 
+def test_race_costs_are_shares_of_adamws_whole_run(make_tables):
+    entry = lambda name, curve, seconds: dict(
+        model=name, config=dict(task='a'), metrics=dict(losses=[curve[-1]] * 2, curve=curve, step_seconds=seconds, flops=2.0)
+    )
+    rows = [entry('adamw', [4.0, 3.0], 1.0), entry('muon', [3.0, 1.0], 3.0), entry('sgd', [9.0, 8.0], 1.0)]
+    lines = make_tables.race_costs_table(rows)
+    assert lines[2:4] == ['| adamw | 1.00 · 1.00 · 1.00 |', '| muon | 0.50 · 1.50 · 0.50 |']
+    assert '| sgd | not reached |' in lines and '| m3 |  |' in lines
+
+
 def test_gpu_has_rules_and_models(make_tables):
     rule = dict(what='delta rule', model='kernel', batch=2, time=64, heads=3, dim=64, forward_ms=1.234, both_ms=2.0, temporary_mib=512)
     model = dict(what='training', model='hope', batch=4, length=32, chunk_size=64, tokens_per_second=1234.5, mfu=0.25, device_peak_gib=3.0)
-    rows = [dict(config=dict(cell=cell), metrics=metrics, commit='0123456789') for cell, metrics in (('a', rule), ('b', model))]
+    unrolled = model | dict(chunk_size=None, scan_layers=False)
+    rows = [dict(config=dict(cell=cell), metrics=metrics, commit='0123456789') for cell, metrics in (('a', rule), ('b', model), ('c', unrolled))]
     assert make_tables.gpu_table([rows[0], *rows])[2:] == [
         '| delta rule: kernel | 2 x 64, 3 heads of 64 | 1.23 | 2.00 |  |  | 0.5 | 0123456 |',
         '| hope, chunks of 64 | 4 x 32 |  |  | 1,234 | 25.0% | 3.0 | 0123456 |',
+        '| hope, layers one by one | 4 x 32 |  |  | 1,234 | 25.0% | 3.0 | 0123456 |',
     ]
     assert make_tables.gpu_table([]) == []
 
