@@ -80,20 +80,39 @@ def test_cheap_form_against_its_equation(x64, reduction):
     np.testing.assert_array_equal(with_delta(jnp.matmul, 0.3)(x, w), x @ w)
 
 
-def test_ten_steps_against_numpy(x64):
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_ten_steps_against_numpy(x64, reduction):
     w, x, target = draw(5, 3), draw(10, 6, 5, seed=1), draw(10, 6, 3, seed=2)
     schedule = lambda count: 0.5 / (1 + count)
-    optimizer = delta_gradient_descent(schedule, weight_decay=0.1)
+    optimizer, share = delta_gradient_descent(schedule, reduction, weight_decay=0.1), 1 / 6 if reduction == 'mean' else 1.0
     state, exact, expected = optimizer.init(w), w, np.asarray(w)
     update = jax.jit(optimizer.update)
     for number in range(10):
         eta, rows = schedule(number), np.asarray(x[number])
-        gradient = rows.T @ (rows @ exact - np.asarray(target[number])) / 6
+        gradient = share * rows.T @ (rows @ exact - np.asarray(target[number]))
         updates, state = update(gradient, state, exact, inputs=x[number])
         exact = optax.apply_updates(exact, updates)
-        gradient = rows.T @ (rows @ expected - np.asarray(target[number])) / 6
-        expected = np.linalg.inv(np.eye(5) + eta * rows.T @ rows / 6) @ (expected - eta * gradient) - eta * 0.1 * expected
+        gradient = share * rows.T @ (rows @ expected - np.asarray(target[number]))
+        expected = np.linalg.inv(np.eye(5) + eta * share * rows.T @ rows) @ (expected - eta * gradient) - eta * 0.1 * expected
         np.testing.assert_allclose(exact, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_ten_steps_of_the_cheap_form_against_numpy(x64, reduction):
+    w, x, target = draw(5, 3), draw(10, 6, 5, seed=1), draw(10, 6, 3, seed=2)
+    schedule, share = lambda count: 0.5 / (1 + count), 1 / 6 if reduction == 'mean' else 1.0
+    optimizer = delta_gradient_descent(schedule, reduction, weight_decay=0.1, exact=False)
+    state, cheap, expected = optimizer.init(w), w, np.asarray(w)
+    for number in range(10):
+        eta, rows, wanted = schedule(number), np.asarray(x[number]), np.asarray(target[number])
+        dense = with_delta(jnp.matmul, eta, reduction)
+        loss = lambda w, dense=dense, number=number: 0.5 * share * jnp.sum((dense(x[number], w) - target[number]) ** 2)
+        updates, state = optimizer.update(jax.grad(loss)(cheap), state, cheap)
+        cheap = optax.apply_updates(cheap, updates)
+        gradient = share * rows.T @ (rows @ expected - wanted)
+        direction = (gradient + share * rows.T @ rows @ expected) / (1 + eta * share * (rows**2).sum())
+        expected = expected - eta * (direction + 0.1 * expected)
+        np.testing.assert_allclose(cheap, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize('reduction', ['mean', 'sum'])

@@ -164,6 +164,26 @@ def test_stretched_schedule_follows_the_global_step():
     assert stretch(0.1, 3) == 0.1
 
 
+def test_a_level_runs_when_it_is_due_and_one_program_does_all_steps():
+    ran = {period: [] for period in PERIODS.values()}
+
+    def inner(period):
+        def update(updates, state, params=None):
+            jax.debug.callback(ran[period].append, state)
+            return updates, state + 1
+
+        return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+    params = make_params()
+    optimizer = by_level(inner, PERIODS)
+    step, state = jax.jit(optimizer.update), optimizer.init(params)
+    for _ in range(7):
+        _, state = step(params, state, params)
+    jax.effects_barrier()
+    assert {period: [int(count) for count in counts] for period, counts in ran.items()} == {1: [*range(7)], 2: [0, 1, 2], 3: [0, 1]}
+    assert step._cache_size() == 1
+
+
 def test_state_saved_between_updates_continues_to_the_bit():
     params = make_params()
     gradients = make_gradients(7, params)

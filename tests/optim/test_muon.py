@@ -40,10 +40,20 @@ def assert_close(actual, expected, rtol=1e-12, atol=1e-12):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=rtol, atol=atol), actual, expected)
 
 
-def newton_schulz(x, steps=5):
+# Amsel et al., arXiv:2505.16932, as published: divided by 1.01 for safety.
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+]
+ITERATIONS = {'quintic': [QUINTIC] * 5, 'polar_express': [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR_EXPRESS]}
+
+
+def newton_schulz(x, method='quintic'):
     x = x / np.sqrt((x**2).sum())
-    a, b, c = QUINTIC
-    for _ in range(steps):
+    for a, b, c in ITERATIONS[method]:
         x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
     return x
 
@@ -56,7 +66,7 @@ FACTORS = {
 }
 
 
-def reference(gradients, beta, nesterov, bias_correction, scaling):
+def reference(gradients, beta, nesterov, bias_correction, scaling, method='quintic'):
     """Ten updates of `scale_by_muon` in numpy."""
     momentum, updates = np.zeros_like(gradients[0]), []
     for t, g in enumerate(gradients, 1):
@@ -64,7 +74,7 @@ def reference(gradients, beta, nesterov, bias_correction, scaling):
         m, ahead = momentum, momentum
         if bias_correction:
             m, ahead, g = m / (1 - beta**t), m / (1 - beta ** (t + 1)), g / (1 - beta**t)
-        updates.append(FACTORS[scaling](newton_schulz(beta * ahead + (1 - beta) * g if nesterov else m)))
+        updates.append(FACTORS[scaling](newton_schulz(beta * ahead + (1 - beta) * g if nesterov else m, method)))
     return np.stack(updates)
 
 
@@ -77,6 +87,20 @@ def test_ten_steps_in_numpy(x64, shape, nesterov, bias_correction, scaling):
     state = optimizer.init(jnp.zeros(shape))
     _, updates = jax.jit(lambda g: jax.lax.scan(lambda state, g: optimizer.update(g, state)[::-1], state, g))(gradients)
     np.testing.assert_allclose(updates, reference(gradients, 0.9, nesterov, bias_correction, scaling), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize('shape', [(3, 5), (5, 3)])
+def test_ten_steps_of_polar_express_in_numpy(x64, shape):
+    gradients, optimizer = draw(10, *shape), scale_by_muon(0.9, method='polar_express')
+    _, updates = jax.jit(lambda g: jax.lax.scan(lambda state, g: optimizer.update(g, state)[::-1], optimizer.init(g[0]), g))(gradients)
+    np.testing.assert_allclose(updates, reference(gradients, 0.9, True, True, 'jordan', 'polar_express'), rtol=1e-9, atol=1e-11)
+
+
+def test_ten_steps_of_fused_projections_in_numpy(x64):
+    gradients, optimizer = draw(10, 4, 10), scale_by_muon(0.9, labels=BlockSpec(-1, (6, 2, 2)))
+    _, updates = jax.jit(lambda g: jax.lax.scan(lambda state, g: optimizer.update(g, state)[::-1], optimizer.init(g[0]), g))(gradients)
+    expected = [reference(part, 0.9, True, True, 'jordan') for part in np.split(gradients, (6, 8), -1)]
+    np.testing.assert_allclose(updates, np.concatenate(expected, -1), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(

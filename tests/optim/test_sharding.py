@@ -12,6 +12,7 @@ import pytest
 from nested_jax.optim import (
     BlockSpec,
     MatrixSpec,
+    adagrad_as_memory,
     adam_as_memory,
     by_level,
     deep_momentum,
@@ -33,7 +34,11 @@ SPECS = {
     'embedding': ('model', 'data'),
     'bias': ('model',),
 }
-ORTHOGONAL = {'muon': muon, 'm3': functools.partial(m3, periods=(2,))}
+ORTHOGONAL = {
+    'muon': muon,
+    'm3': functools.partial(m3, periods=(2,)),
+    'by_level': lambda rate, **told: by_level(muon(rate, **told), lambda path: 1 if path == 'bias' else 3),
+}
 WIDTHS = {name: shape[-1] for name, shape in SHAPES.items()}
 DELTA = {
     'delta_momentum': functools.partial(delta_momentum, erase_rate=optax.linear_schedule(0.1, 0.0, 10)),
@@ -43,7 +48,7 @@ DELTA = {
     'preconditioned_momentum_given': lambda rate, **told: preconditioned_momentum(rate, 0.9, given(WIDTHS), **told),
     'feature_momentum': lambda rate, **told: feature_momentum(rate, 0.5, 0.9, given(WIDTHS), **told),
 }
-ELEMENTWISE = {'deep_momentum': deep_momentum, 'adam_as_memory': adam_as_memory}
+ELEMENTWISE = {'deep_momentum': deep_momentum, 'adam_as_memory': adam_as_memory, 'adagrad_as_memory': adagrad_as_memory}
 
 
 def some(names, *fast):
@@ -91,7 +96,7 @@ def three_steps(optimizer, params):
 
 @pytest.mark.parametrize('kind', AXIS_TYPES)
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-4), (jnp.float64, 1e-9)])
-@pytest.mark.parametrize('name', some(ORTHOGONAL | DELTA | ELEMENTWISE, *ORTHOGONAL))
+@pytest.mark.parametrize('name', some(ORTHOGONAL | DELTA | ELEMENTWISE, 'muon', 'm3'))
 def test_updates_are_those_of_one_device(name, dtype, tolerance, kind):
     with jax.enable_x64(dtype == jnp.float64):
         mesh = make_mesh(kind)
@@ -116,7 +121,7 @@ def collectives(optimizer, params):
 
 
 @pytest.mark.parametrize('kind', AXIS_TYPES)
-@pytest.mark.parametrize('name', ORTHOGONAL)
+@pytest.mark.parametrize('name', some(ORTHOGONAL, 'muon', 'm3'))
 def test_nothing_is_gathered(name, kind):
     """Fused axes that are sharded move their blocks by permutes, stacks by all-to-alls."""
     mesh = make_mesh(kind)
@@ -143,7 +148,7 @@ ODD = {
 @pytest.mark.parametrize('shape', some(ODD, 'stack', 'wide', 'matrix', 'vector'))
 @pytest.mark.parametrize(
     'name',
-    some([*DELTA, *ORTHOGONAL, 'muon_svd'], 'delta_momentum', 'delta_momentum_proximal', 'preconditioned_momentum', 'muon', 'muon_svd'),
+    some([*DELTA, 'muon', 'm3', 'muon_svd'], 'delta_momentum', 'delta_momentum_proximal', 'preconditioned_momentum', 'muon', 'muon_svd'),
 )
 def test_nothing_is_gathered_of_odd_shapes_either(name, shape, kind):
     """What does not divide is padded, what is summed up over devices are products of a matrix' short sides or of preconditioners."""
@@ -208,7 +213,7 @@ def test_blocks_that_cut_across_devices_are_not_gathered(shape, kind):
     assert np.abs(updates['w'] - expected['w']).max() <= 1e-4 * np.abs(expected['w']).max()
 
 
-@pytest.mark.parametrize('name', [*ORTHOGONAL, 'delta_momentum', 'preconditioned_momentum', 'preconditioned_momentum_given'])
+@pytest.mark.parametrize('name', ['muon', 'm3', 'delta_momentum', 'preconditioned_momentum', 'preconditioned_momentum_given'])
 def test_shardings_that_are_not_told_are_asked_for(name):
     """In a program for an Auto mesh; elsewhere they are known, or there is nothing to know."""
     mesh = make_mesh('auto')
