@@ -118,7 +118,7 @@ def race_table(rows: list[dict]) -> list[str]:
 def race_costs_table(rows: list[dict]) -> list[str]:
     """Lines of what it costs to come to adamw's last loss: steps, CPU seconds and FLOPs, over those of adamw's whole run."""
     tasks = list(dict.fromkeys(row['config']['task'] for row in rows))
-    lines = [f'| steps, CPU seconds, FLOPs to adamw\'s loss | {" | ".join(tasks)} |', '| --- ' * (len(tasks) + 1) + '|']
+    lines = [f"| steps, CPU seconds, FLOPs to adamw's loss | {' | '.join(tasks)} |", '| --- ' * (len(tasks) + 1) + '|']
     for name in optimizer_race.OPTIMIZERS:
         cells = []
         for entries in (optimizer_race.latest(rows, task) for task in tasks):

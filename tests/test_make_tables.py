@@ -64,7 +64,9 @@ def test_gpu_has_rules_and_models(make_tables):
     rule = dict(what='delta rule', model='kernel', batch=2, time=64, heads=3, dim=64, forward_ms=1.234, both_ms=2.0, temporary_mib=512)
     model = dict(what='training', model='hope', batch=4, length=32, chunk_size=64, tokens_per_second=1234.5, mfu=0.25, device_peak_gib=3.0)
     unrolled = model | dict(chunk_size=None, scan_layers=False)
-    rows = [dict(config=dict(cell=cell), metrics=metrics, commit='0123456789') for cell, metrics in (('a', rule), ('b', model), ('c', unrolled))]
+    rows = [
+        dict(config=dict(cell=cell), metrics=metrics, commit='0123456789') for cell, metrics in (('a', rule), ('b', model), ('c', unrolled))
+    ]
     assert make_tables.gpu_table([rows[0], *rows])[2:] == [
         '| delta rule: kernel | 2 x 64, 3 heads of 64 | 1.23 | 2.00 |  |  | 0.5 | 0123456 |',
         '| hope, chunks of 64 | 4 x 32 |  |  | 1,234 | 25.0% | 3.0 | 0123456 |',

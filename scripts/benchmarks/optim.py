@@ -37,16 +37,23 @@ def median_ratio(seconds: list[float], others: list[float]) -> float:
     return statistics.median(each / other for each, other in zip(seconds, others, strict=True))
 
 
-def compile_update(make: Callable, shapes: list) -> tuple[float, int]:
-    """Seconds to compile an update, which needs no parameters, and bytes of its temporaries."""
+def memory_of(program: jax.stages.Compiled) -> dict[str, float]:
+    """MiB of a program's temporaries, and of all it holds at a time: arguments, results and these."""
+    sizes = program.memory_analysis()
+    total = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    return dict(temporary_mib=sizes.temp_size_in_bytes / 2**20, peak_mib=total / 2**20)
+
+
+def compile_update(make: Callable, shapes: list) -> dict[str, float]:
+    """Seconds to compile an update, which needs no parameters, and its memory."""
     params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, 'float32'), shapes, is_leaf=lambda shape: isinstance(shape, tuple))
     optimizer = make()
     update, seconds = compile_timed(optimizer.update, params, jax.eval_shape(optimizer.init, params), params)
-    return seconds, update.memory_analysis().temp_size_in_bytes
+    return dict(compile_s=seconds) | memory_of(update)
 
 
-def optimizer_step(make: Callable, shapes: list, advance: int) -> tuple[Callable[[], object], float, int]:
-    """A compiled update as a synchronised call, `advance` steps into training; compile seconds and temporary bytes."""
+def optimizer_step(make: Callable, shapes: list, advance: int) -> tuple[Callable[[], object], dict[str, float]]:
+    """A compiled update as a synchronised call, `advance` steps into training; compile seconds and memory."""
     params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda shape: isinstance(shape, tuple))
     keys = jax.tree.unflatten(jax.tree.structure(params), list(jax.random.split(jax.random.key(0), len(jax.tree.leaves(params)))))
     gradients = jax.tree.map(lambda leaf, key: jax.random.normal(key, leaf.shape), params, keys)
@@ -55,7 +62,7 @@ def optimizer_step(make: Callable, shapes: list, advance: int) -> tuple[Callable
     update, seconds = compile_timed(optimizer.update, gradients, state, params)
     for _ in range(advance):
         state = update(gradients, state, params)[1]
-    return lambda: jax.block_until_ready(update(gradients, state, params)), seconds, update.memory_analysis().temp_size_in_bytes
+    return lambda: jax.block_until_ready(update(gradients, state, params)), dict(compile_s=seconds) | memory_of(update)
 
 
 def optimizer_steps(settings: Settings):
@@ -71,16 +78,15 @@ def optimizer_steps(settings: Settings):
     for tree, shapes in trees.items():
         made = {name: optimizer_step(make, shapes, advance=1) for name, make in makers.items()}
         renewing = optimizer_step(makers['m3'], shapes, advance=period)[0]
-        spent = by_turns({name: run for name, (run, *_) in made.items()} | dict(renewing=renewing), settings.repeats, time.perf_counter)
+        spent = by_turns({name: run for name, (run, _) in made.items()} | dict(renewing=renewing), settings.repeats, time.perf_counter)
         spent['m3'] = [((period - 1) * each + new) / period for each, new in zip(spent['m3'], spent.pop('renewing'), strict=True)]
-        for name, (_, compile_seconds, temporary) in made.items():
-            costs = dict(step_s=statistics.median(spent[name]), compile_s=compile_seconds, temporary_mib=temporary / 2**20)
+        for name, (_, compiled) in made.items():
+            costs = dict(step_s=statistics.median(spent[name])) | compiled
             ratios = {f'to_{other}': median_ratio(spent[name], spent[other]) for other in ('optax.contrib.muon', 'muon')}
             yield dict(what='optimizer', model=name, tree=tree) | costs | ratios
     # All layers are only compiled: a step of theirs takes minutes, and optax.contrib.muon 7 GiB of temporaries beside 5 of arrays.
     for name, make in makers.items():
-        seconds, temporary = compile_update(make, whole)
-        yield dict(what='optimizer', model=name, tree='the 340m preset', compile_s=seconds, temporary_mib=temporary / 2**20)
+        yield dict(what='optimizer', model=name, tree='the 340m preset') | compile_update(make, whole)
 
 
 def delta_forms(model: VisionTransformer, images: jax.Array) -> dict[str, Callable[[], object]]:
