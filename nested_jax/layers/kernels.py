@@ -8,7 +8,7 @@ the calls that it can do, and plain JAX for the others:
 
     'gpu'  softmax attention of one document from its start, in bfloat16 or float16: cuDNN's; and the (gated) delta rule, more than a
            token at a time in bfloat16, with heads of 64 or 128, on GPUs of the Hopper generation: `memory/kernels/delta_rule_gpu.py`,
-           which has run on an H100 by itself; a whole model with it, or several GPUs, have not
+           which has run on an H100, by itself and in a model; several GPUs have not
     'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`,
            which has never run on a TPU yet. It does not split over devices.
 """
