@@ -105,7 +105,7 @@ class _Tokens(NamedTuple):
 class _Generated(NamedTuple):
     query: jax.Array  # (B, H, c, D)
     key: jax.Array  # (B, H, c, D)
-    wide_target: jax.Array  # (B, H, m, c, D)
+    wide_target: jax.Array  # (B, H, m, c, D), of matrix memories (B, H, c, m, D)
     gate_target: jax.Array  # (B, H, c, 2)
     eta: jax.Array  # (B, H, c)
     log_alpha: jax.Array  # (B, H, c)
@@ -256,7 +256,7 @@ _side_by_side.defvjp(lambda rule, rows: (_side_by_side(rule, rows), None), lambd
 
 
 def _outputs(rule: Rule, memories: Memories, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """f(x) of all memories, (..., c, D) -> (..., m, c, D) and (..., c, 2)."""
+    """f(x) of all memories, (..., c, D) -> (..., m, c, D), of matrix memories (..., c, m, D), and (..., c, 2)."""
     if rule.kind == 'matrix':
         return _split(rule, product(x, memories.first))
     wide, gate = jnp.split(jax.nn.silu(_by_memory(rule, product(x, memories.first))), [rule.wide], -3)
@@ -264,16 +264,16 @@ def _outputs(rule: Rule, memories: Memories, x: jax.Array) -> tuple[jax.Array, j
 
 
 def _split(rule: Rule, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Concatenated outputs of matrix memories, (..., c, m D + 2) -> (..., m, c, D) and (..., c, 2)."""
-    wide = rows[..., :-_GATES].reshape(*rows.shape[:-1], rule.wide, -1)
-    return jnp.moveaxis(wide, -2, -3), rows[..., -_GATES:]
+    """Concatenated outputs of matrix memories, (..., c, m D + 2) -> (..., c, m, D) and (..., c, 2)."""
+    return rows[..., :-_GATES].reshape(*rows.shape[:-1], rule.wide, -1), rows[..., -_GATES:]
 
 
 def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: _Tokens) -> _Generated:
     """Keys, values, rates and targets of a chunk, all read from `source` (Eq. 86-87)."""
     part = lambda name, x: x if name in rule.self_modified else jnp.zeros_like(x)
+    memory_axis = -2 if rule.kind == 'matrix' else -3
     wide, gates = _outputs(rule, source, tokens.key)
-    _, to_key, to_value, *to_query = jnp.unstack(wide, axis=-3)
+    _, to_key, to_value, *to_query = jnp.unstack(wide, axis=memory_axis)
     key = normalize(tokens.key + part('key', to_key))
     value = normalize(tokens.value + part('value', to_value))
     query = normalize(tokens.query + to_query[0]) if rule.adaptive_query else tokens.query
@@ -288,7 +288,7 @@ def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: _Tokens) -
         log_alpha = jnp.zeros_like(log_alpha)
     eta = jax.nn.sigmoid(tokens.eta + part('eta', gates[..., 0])) * _largest_rate(rule, jnp.exp(log_alpha))
     rate = eta if tokens.push is None else eta * tokens.push
-    wide_target = normalize(value[..., None, :, :] + wide_hat)
+    wide_target = normalize(jnp.expand_dims(value, memory_axis) + wide_hat)
     return _Generated(query, key, wide_target, jnp.tanh(gate_hat), eta, log_alpha, rate, tokens.momentum, at_key)
 
 
@@ -306,7 +306,8 @@ def _largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
 
 def _write_matrix(rule: Rule, generated: _Generated, anchor: Memories, running: Memories, momentum: Memories | None, rest: Memories | None):
     """Outputs and (running, momentum) after a chunk of writes to matrix memories."""
-    targets = jnp.concatenate([*jnp.moveaxis(generated.wide_target, -3, 0), generated.gate_target], -1)
+    wide_target = generated.wide_target
+    targets = jnp.concatenate([wide_target.reshape(*wide_target.shape[:-2], -1), generated.gate_target], -1)
     error, erase = -targets, generated.eta * (1.0 if rule.dgd == 'none' else 2.0)
     outputs = generated.outputs if anchor is running else None
     if rule.gradient == 'chunk':

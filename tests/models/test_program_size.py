@@ -44,3 +44,11 @@ def test_sixteen_layers_are_as_many_instructions_once_compiled():
         return jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text().count(' = ')
 
     assert instructions(4) == instructions(16)
+
+
+def test_initial_values_come_from_a_loop_also_where_layers_do_not():
+    def lines(layers: int) -> int:
+        model = LanguageModel(preset('transformer-tiny', num_layers=layers, width=16, num_heads=1, head_dim=16, scan_layers=False))
+        return jax.jit(model.init).lower(jax.random.key(0), jax.ShapeDtypeStruct((1, 16), 'int32')).as_text().count('\n')
+
+    assert lines(4) == lines(16)
