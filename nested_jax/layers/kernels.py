@@ -9,8 +9,9 @@ the calls that it can do, and plain JAX for the others:
     'gpu'  softmax attention of one document from its start, in bfloat16 or float16: cuDNN's; and the (gated) delta rule, more than a
            token at a time in bfloat16, with heads of 64 or 128, on GPUs of the Hopper generation: `memory/kernels/delta_rule_gpu.py`,
            which has run on an H100, by itself and in a model; several GPUs have not
-    'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`,
-           which has never run on a TPU yet. It does not split over devices.
+    'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`; and Hope's
+           matrix memories, likewise, of 8: `memory/kernels/self_modifying.py`. They have never run on a TPU yet and do not split over
+           devices.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.config import check
+from nested_jax.memory.self_modifying import Inputs, Memories, Rule
 
 KernelSet = Literal['plain', 'gpu', 'tpu']
 # Part of the key under which jax.jit keeps what it has traced.
@@ -59,6 +61,15 @@ def delta_rule_form(chunk_size: int, k: jax.Array, v: jax.Array) -> dict[str, st
         if fits(WRITES, k.shape[3], v.shape[3]):
             return dict(implementation='pallas_gpu', chunk_size=WRITES)
     return dict(implementation='jax', chunk_size=chunk_size)
+
+
+def self_modifying_form(rule: Rule, inputs: Inputs, initial: Memories) -> str:
+    """The `implementation` that a call of `nested_jax.memory.self_modifying.self_modifying` shall take."""
+    if _chosen.value != 'tpu' or inputs.key.shape[1] == 1 or initial.first.dtype not in (jnp.float32, jnp.bfloat16):
+        return 'jax'
+    from nested_jax.memory.kernels.self_modifying import fits
+
+    return 'pallas_tpu' if fits(rule, inputs.momentum is not None) else 'jax'
 
 
 def _on_hopper() -> bool:

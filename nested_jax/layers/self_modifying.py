@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Context
+from nested_jax.layers.kernels import self_modifying_form
 from nested_jax.layers.memory_block import MemoryBlock
 from nested_jax.memory import self_modifying as memory
 
@@ -44,9 +45,10 @@ class SelfModifyingTitans(nn.Module):
         rule = memory.Rule(**{name: value for name, value in dataclasses.asdict(options).items() if name in fields})
         if not context.update:
             rows = _unwritten(rows)
+        initial = self._initial(rule)
         y, memories = memory.self_modifying(
-            rows, inputs.retention_scale, self._initial(rule), rule=rule,
-            state=None if state is None else state.memories, position=context.position, segment_ids=context.segment_ids,
+            rows, inputs.retention_scale, initial, rule=rule, state=None if state is None else state.memories,
+            position=context.position, segment_ids=context.segment_ids, implementation=self_modifying_form(rule, rows, initial),
         )  # fmt: skip
         new_state = SelfModifyingTitansState(memories, inputs.convolution)
         return block.output(y, inputs.output_gate), new_state if context.update else state

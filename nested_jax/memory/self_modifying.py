@@ -123,6 +123,7 @@ def self_modifying(
     state: SelfModifyingState | None = None,
     position: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    implementation: Literal['jax', 'pallas_tpu'] = 'jax',
 ) -> tuple[jax.Array, SelfModifyingState]:
     """Read and write the memories chunk by chunk (Eq. 86-91, arXiv:2512.24695v1); no loop over tokens.
 
@@ -135,12 +136,14 @@ def self_modifying(
         position: (B,) int32 tokens before this call; needed with `state`. Where it is zero the state is not looked at.
         segment_ids: (B, T) int32; a change at a chunk's first token starts the memories anew. Documents start on the
             coarser grid.
+        implementation: plain JAX, or the kernels of `memory/kernels/self_modifying.py`, for a rule that `fits` and memories in float32.
 
     Returns:
         (B, T, H, D) outputs of M_memory in the memories' dtype, float32 or that of a wider `initial`, and the state.
 
     Raises:
-        ValueError: if `state` comes without `position`, or momentum with token-wise gradients, whose erasure is part of the gradient.
+        ValueError: if `state` comes without `position`, momentum with token-wise gradients, whose erasure is part of the gradient, or a rule
+            that the kernels cannot do.
     """
     if rule.gradient == 'token' and inputs.momentum is not None:
         raise ValueError("inputs.momentum is given, allowed is None with rule.gradient='token'")
@@ -155,6 +158,15 @@ def self_modifying(
     # One for each row: devices that split the batch would else sum its gradient over them in every chunk.
     scale = jnp.broadcast_to(retention_scale[None], (batch, *retention_scale.shape))
     flags = _flags(rule, laid, ids, None if state is None else position)
+    tokens = _static(chunks, start.first.dtype)
+    if implementation == 'pallas_tpu':
+        from nested_jax.memory.kernels import self_modifying as kernels  # most programs need no Pallas
+
+        if not kernels.fits(rule, inputs.momentum is not None):
+            raise ValueError(f"rule is {rule}, allowed with implementation='pallas_tpu' are matrix memories on one grid without momentum")
+        y, last = kernels.scan_chunks(rule, scale, start.first, carry[0].first, tokens, flags)
+        after = SelfModifyingState(Memories(last, None, None), None, None, grid.open_chunk(laid, length)[0])
+        return grid.gather_outputs(laid, jnp.moveaxis(y, 2, 3), length), after
 
     @jax.checkpoint
     def step(carry, xs):
@@ -162,7 +174,7 @@ def self_modifying(
         y, after, before = _chunk(rule, scale, start, carry, tokens, flag)
         return after if flag['complete'] is None else grid.where_rows(flag['complete'], after, before), jnp.moveaxis(y, 1, 2)
 
-    carry, y = jax.lax.scan(step, carry, (_static(chunks, start.first.dtype), flags))
+    carry, y = jax.lax.scan(step, carry, (tokens, flags))
     return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
 
 
@@ -286,13 +298,13 @@ def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: _Tokens) -
     log_alpha = -scale[..., None] * jax.nn.softplus(tokens.alpha + part('alpha', gates[..., 1]))
     if not rule.retention:
         log_alpha = jnp.zeros_like(log_alpha)
-    eta = jax.nn.sigmoid(tokens.eta + part('eta', gates[..., 0])) * _largest_rate(rule, jnp.exp(log_alpha))
+    eta = jax.nn.sigmoid(tokens.eta + part('eta', gates[..., 0])) * largest_rate(rule, jnp.exp(log_alpha))
     rate = eta if tokens.push is None else eta * tokens.push
     wide_target = normalize(jnp.expand_dims(value, memory_axis) + wide_hat)
     return _Generated(query, key, wide_target, jnp.tanh(gate_hat), eta, log_alpha, rate, tokens.momentum, at_key)
 
 
-def _largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
+def largest_rate(rule: Rule, alpha: jax.Array) -> jax.Array:
     """Bound of eta under which no step grows the memory along a unit key.
 
     The eigenvalue along k is alpha - 2 eta for token-wise L2 with DGD and alpha - eta without. Anchored gradients without

@@ -39,10 +39,19 @@ def lowered_for_tpu(model, params, tokens) -> str:
     return jax.jit(run).trace(params).lower(lowering_platforms=('tpu',)).as_text()
 
 
-@pytest.mark.parametrize('name', ['gated-deltanet-tiny', pytest.param('deltanet-tiny', marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'gated-deltanet-tiny',
+        pytest.param('hope-linear-tiny', marks=pytest.mark.slow),
+        pytest.param('deltanet-tiny', marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize('documents', [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_tpu_kernels_give_the_plain_loss_and_gradients(name, documents):
-    model, params, tokens, segment_ids = inputs(name, memory=CHUNKED)
+    model, params, tokens, segment_ids = inputs(name, **({} if name == 'hope-linear-tiny' else dict(memory=CHUNKED)))
+    if name == 'hope-linear-tiny':  # whose documents start on its grid
+        segment_ids = jnp.asarray([[0] * 16 + [1] * 24, [0] * 40])
     loss = lambda params: model_loss(model, params, tokens, tokens, segment_ids if documents else None)[0] / tokens.size
     value = jax.jit(jax.value_and_grad(loss))
     expected = value(params)
@@ -54,10 +63,11 @@ def test_tpu_kernels_give_the_plain_loss_and_gradients(name, documents):
 
 
 @pytest.mark.parametrize(
-    ('name', 'count'), [('gated-deltanet-tiny', 1), ('comba-tiny', 1), pytest.param('hope-linear-tiny', 0, marks=pytest.mark.exhaustive)]
+    ('name', 'count'),
+    [('gated-deltanet-tiny', 1), ('comba-tiny', 1), ('hope-linear-tiny', 1), pytest.param('hope-tiny', 0, marks=pytest.mark.exhaustive)],
 )
 def test_tpu_kernels_are_in_the_program_of_layers_that_have_one(name, count):
-    options = {} if name == 'hope-linear-tiny' else dict(memory=CHUNKED)
+    options = {} if 'hope' in name else dict(memory=CHUNKED)
     model, params, tokens, _ = inputs(name, **options)
     assert '@tpu_custom_call' not in lowered_for_tpu(model, params, tokens)
     with use_kernels('tpu'):

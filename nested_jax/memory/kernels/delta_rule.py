@@ -20,10 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nested_jax.memory import matrix
-from nested_jax.memory.kernels import chunk_scan, delta_rule_gpu
+from nested_jax.memory.kernels import chunk_scan, delta_rule_gpu, tiles
+from nested_jax.memory.kernels.tiles import dot
 
-# exp(-1e4) is exactly zero, and sums of it stay finite.
-_LOG_ZERO = -1e4
 _SUBLANES = 16  # rows of a bfloat16 tile
 
 
@@ -245,62 +244,13 @@ def _load(q, k, v, gates):
 
 def _chunk(memory, q, k, v, rate, erase, log_decay):
     """The memory (D_k, D_v) after a chunk, and its reads (C, D_v); gates are (1, C)."""
-    row, column = _indices(q.shape[0])
-    log_decay = jnp.maximum(log_decay, _LOG_ZERO)
-    total = lambda mask: jnp.sum(jnp.where(mask, log_decay, 0.0), 1, keepdims=True)
-    kept, before, after = (jnp.exp(total(mask)) for mask in (column <= row, column < row, column > row))
-    spans, spans_before = _spans(log_decay, column <= row), _spans(log_decay, column < row)
-    rate, erase = (jnp.sum(jnp.where(row == column, gate, 0.0), 1, keepdims=True) for gate in (rate, erase))
-    rows = rate * v - erase * before * _dot(k, memory, 1, 0)
-    writes = _solve(erase * spans_before * _dot(k, k, 1, 1), rows)
-    y = kept * _dot(q, memory, 1, 0) + _dot(spans * _dot(q, k, 1, 1), writes, 1, 0)
+    row, column = tiles.indices(q.shape[0])
+    log_decay = jnp.maximum(log_decay, tiles.LOG_ZERO)
+    kept, before, after = (jnp.exp(tiles.sums(log_decay, mask)) for mask in (column <= row, column < row, column > row))
+    spans, spans_before = tiles.spans(log_decay, column <= row), tiles.spans(log_decay, column < row)
+    rate, erase = tiles.as_column(rate), tiles.as_column(erase)
+    rows = rate * v - erase * before * dot(k, memory, 1, 0)
+    writes = dot(tiles.invert(erase * spans_before * dot(k, k, 1, 1)), rows, 1, 0)
+    y = kept * dot(q, memory, 1, 0) + dot(spans * dot(q, k, 1, 1), writes, 1, 0)
     kept_last = jnp.exp(jnp.sum(log_decay, 1, keepdims=True))
-    return kept_last * memory + _dot(after * k, writes, 0, 0), y
-
-
-def _indices(size: int) -> tuple[jax.Array, jax.Array]:
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-
-
-def _spans(log_decay, mask):
-    """(C, C) products over the tokens after j that `mask` gives t; sums are no differences, which would lose all digits."""
-    row, column = _indices(mask.shape[0])
-    exponents = _dot(jnp.where(mask, log_decay, 0.0), (row > column).astype(jnp.float32), 1, 0)
-    return jnp.where(mask, jnp.exp(jnp.where(mask, exponents, 0.0)), 0.0)
-
-
-def _dot(a, b, a_axis: int, b_axis: int):
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def _solve(strict, rows):
-    """(I + `strict`)^-1 `rows`."""
-    return _dot(_invert(strict), rows, 1, 0)
-
-
-def _invert(strict):
-    """Diagonal blocks of 1, 2, 4, ... rows: with both halves inverted, X <- X - X L X for the block L below the diagonal."""
-    row, column = _indices(strict.shape[0])
-    inverse = (row == column).astype(jnp.float32)
-    for level in range((strict.shape[0] - 1).bit_length()):
-        below = (row >> level == (column >> level) + 1) & (row >> level + 1 == column >> level + 1)
-        inverse -= _dot(inverse, _dot(jnp.where(below, strict, 0.0), inverse, 1, 0), 1, 0)
-    return inverse
-
-
-def _solve_forward(strict, rows):
-    inverse = _invert(strict)
-    solved = _dot(inverse, rows, 1, 0)
-    return solved, (inverse, solved)
-
-
-def _solve_backward(saved, cotangent):
-    inverse, solved = saved
-    rows = _dot(inverse, cotangent, 0, 0)
-    row, column = _indices(inverse.shape[0])
-    return jnp.where(column < row, -_dot(rows, solved, 1, 1), 0.0), rows
-
-
-_solve.defvjp(_solve_forward, _solve_backward)
+    return kept_last * memory + dot(after * k, writes, 0, 0), y

@@ -1,0 +1,93 @@
+"""TPU kernels of self-modifying matrix memories against their plain-JAX twin, in interpret mode."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from nested_jax.memory.kernels import self_modifying as kernels
+from nested_jax.memory.self_modifying import Inputs, Memories, Rule, self_modifying
+
+BATCH, LENGTH, HEADS, WIDTH, CHUNK = 2, 36, 2, 8, 16
+IDS = np.array([[1] * 16 + [2] * 20, [3] * 36])
+BASE = dict(kind='matrix', gradient='token', decay_to='init', chunk_size=CHUNK, projection_chunk_size=CHUNK)
+RULES = {
+    'hope-linear': {},
+    'chunk': dict(gradient='chunk', decay_to='zero'),
+    'anchor': dict(gradient='chunk', read='anchor', dgd='none'),
+    'no-dgd': dict(dgd='none', decay_to='zero'),
+    'ablated': dict(retention=False, self_modified=('value', 'eta'), positive_eigenvalues=True),
+}
+
+
+def arguments(length: int = LENGTH):
+    """Inputs, scales and learned memories."""
+    rng = np.random.default_rng(0)
+    rows, gates = (BATCH, length, HEADS, WIDTH), (BATCH, length, HEADS)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    inputs = Inputs(unit(normal(*rows)), unit(normal(*rows)), normal(*rows), normal(*gates), normal(*gates) - 2, None)
+    return inputs, jnp.asarray([1.0, 3.0]), Memories(0.5 * normal(HEADS, WIDTH, 3 * WIDTH + 2), None, None)
+
+
+def run(implementation: str, rule: Rule, given, **options):
+    """Outputs, the state, and the gradients of a function of both."""
+
+    def loss(given):
+        inputs, scale, initial, state = given
+        y, state = self_modifying(inputs, scale, initial, rule=rule, state=state, implementation=implementation, **options)
+        weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return jnp.sum(weight * y) + jnp.sum(jnp.sin(state.running.first)), (y, state)
+
+    with pltpu.force_tpu_interpret_mode():
+        gradients, results = jax.jit(jax.grad(loss, has_aux=True))(given)
+    return results, gradients
+
+
+def close(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(float(jnp.abs(b).max()), 1e-6))
+
+
+@pytest.mark.parametrize('documents', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize('name', ['hope-linear', *(pytest.param(name, marks=pytest.mark.slow) for name in RULES if name != 'hope-linear')])
+def test_equals_twin_with_gradients(name, documents):
+    rule, given = Rule(**(BASE | RULES[name])), (*arguments(), None)
+    options = dict(segment_ids=jnp.asarray(IDS)) if documents else {}
+    close(run('pallas_tpu', rule, given, **options), run('jax', rule, given, **options))
+
+
+def test_goes_on_from_a_state():
+    """Rows that stand at different tokens of their open chunks."""
+    rule, (inputs, scale, initial) = Rule(**BASE), arguments()
+    head, tail = (jax.tree.map(lambda x, part=part: x[:, part], inputs) for part in (slice(0, 20), slice(20, None)))
+    before = self_modifying(head, scale, initial, rule=rule)[1]
+    given, options = (tail, scale, initial, before), dict(position=jnp.full(BATCH, 20))
+    found, gradients = run('pallas_tpu', rule, given, **options)
+    close((found, gradients), run('jax', rule, given, **options))
+    whole = self_modifying(inputs, scale, initial, rule=rule)[0]
+    close(found[0], whole[:, 20:])
+
+
+def test_tokens_that_write_nothing():
+    """As in a call that reads only; the derivatives that are of use are finite."""
+    inputs, scale, initial = arguments()
+    never = jnp.full_like(inputs.eta, -jnp.inf)
+    given = inputs._replace(eta=never, alpha=never), scale, initial, None
+    found, gradients = run('pallas_tpu', Rule(**BASE), given)
+    expected, twin_gradients = run('jax', Rule(**BASE), given)
+    close((found[0], found[1].running), (expected[0], expected[1].running))
+    close((gradients[0].query, gradients[2]), (twin_gradients[0].query, twin_gradients[2]))
+
+
+@pytest.mark.parametrize(
+    'changes', [dict(projection_chunk_size=8), dict(adaptive_query=True), dict(kind='mlp', gradient='chunk'), dict(chunk_size=4)], ids=str
+)
+def test_what_they_do_not_take(changes):
+    rule, (inputs, scale, initial) = Rule(**(BASE | changes)), arguments()
+    assert not kernels.fits(rule, momentum=False) and not kernels.fits(Rule(**BASE), momentum=True)
+    if rule.kind == 'matrix':
+        with pytest.raises(ValueError, match="rule is .* allowed with implementation='pallas_tpu' are matrix memories"):
+            self_modifying(inputs, scale, initial, rule=rule, implementation='pallas_tpu')
