@@ -142,8 +142,8 @@ def self_modifying(
         (B, T, H, D) outputs of M_memory in the memories' dtype, float32 or that of a wider `initial`, and the state.
 
     Raises:
-        ValueError: if `state` comes without `position`, momentum with token-wise gradients, whose erasure is part of the gradient, or a rule
-            that the kernels cannot do.
+        ValueError: if `state` comes without `position`, or momentum with token-wise gradients, whose erasure is part of the gradient; for
+            a rule that the kernels cannot do.
     """
     if rule.gradient == 'token' and inputs.momentum is not None:
         raise ValueError("inputs.momentum is given, allowed is None with rule.gradient='token'")
