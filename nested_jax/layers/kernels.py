@@ -10,7 +10,7 @@ the calls that it can do, and plain JAX for the others:
            token at a time in bfloat16, with heads of 64 or 128, on GPUs of the Hopper generation: `memory/kernels/delta_rule_gpu.py`,
            which has run on an H100, by itself and in a model; several GPUs have not
     'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`; and Hope's
-           matrix memories, likewise, of 8: `memory/kernels/self_modifying.py`. They have never run on a TPU yet and do not split over
+           memories, likewise, of 8: `memory/kernels/self_modifying.py`. They have never run on a TPU yet and do not split over
            devices.
 """
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from nested_jax.config import check
-from nested_jax.memory.self_modifying import Inputs, Memories, Rule
+from nested_jax.memory.self_modifying import Memories, Rule
 
 KernelSet = Literal['plain', 'gpu', 'tpu']
 # Part of the key under which jax.jit keeps what it has traced.
@@ -63,13 +63,13 @@ def delta_rule_form(chunk_size: int, k: jax.Array, v: jax.Array) -> dict[str, st
     return dict(implementation='jax', chunk_size=chunk_size)
 
 
-def self_modifying_form(rule: Rule, inputs: Inputs, initial: Memories) -> str:
-    """The `implementation` that a call of `nested_jax.memory.self_modifying.self_modifying` shall take."""
-    if _chosen.value != 'tpu' or inputs.key.shape[1] == 1 or initial.first.dtype not in (jnp.float32, jnp.bfloat16):
+def self_modifying_form(rule: Rule, length: int, initial: Memories) -> str:
+    """The `implementation` that a call of `nested_jax.memory.self_modifying.self_modifying` with so many tokens shall take."""
+    if _chosen.value != 'tpu' or length == 1 or initial.first.dtype not in (jnp.float32, jnp.bfloat16):
         return 'jax'
     from nested_jax.memory.kernels.self_modifying import fits
 
-    return 'pallas_tpu' if fits(rule, inputs.momentum is not None) else 'jax'
+    return 'pallas_tpu' if fits(rule) else 'jax'
 
 
 def _on_hopper() -> bool:

@@ -48,7 +48,7 @@ class SelfModifyingTitans(nn.Module):
         initial = self._initial(rule)
         y, memories = memory.self_modifying(
             rows, inputs.retention_scale, initial, rule=rule, state=None if state is None else state.memories,
-            position=context.position, segment_ids=context.segment_ids, implementation=self_modifying_form(rule, rows, initial),
+            position=context.position, segment_ids=context.segment_ids, implementation=self_modifying_form(rule, x.shape[1], initial),
         )  # fmt: skip
         new_state = SelfModifyingTitansState(memories, inputs.convolution)
         return block.output(y, inputs.output_gate), new_state if context.update else state

@@ -162,11 +162,13 @@ def self_modifying(
     if implementation == 'pallas_tpu':
         from nested_jax.memory.kernels import self_modifying as kernels  # most programs need no Pallas
 
-        if not kernels.fits(rule, inputs.momentum is not None):
-            raise ValueError(f"rule is {rule}, allowed with implementation='pallas_tpu' are matrix memories on one grid without momentum")
-        y, last = kernels.scan_chunks(rule, scale, start.first, carry[0].first, tokens, flags)
-        after = SelfModifyingState(Memories(last, None, None), None, None, grid.open_chunk(laid, length)[0])
-        return grid.gather_outputs(laid, jnp.moveaxis(y, 2, 3), length), after
+        if not kernels.fits(rule):
+            allowed = f'one chunk size, a multiple of {kernels.SUBLANES}, and no adaptive query'
+            raise ValueError(f"rule is {rule}, allowed with implementation='pallas_tpu' is {allowed}")
+        momentum = None if chunks.momentum is None else jnp.moveaxis(chunks.momentum, 2, 3)
+        (running, pushed), y = kernels.scan_chunks(rule, scale, start, carry[:2], tokens, momentum, flags)
+        state = SelfModifyingState(running, pushed, None, grid.open_chunk(laid, length)[0])
+        return grid.gather_outputs(laid, jnp.moveaxis(y, 2, 3), length), state
 
     @jax.checkpoint
     def step(carry, xs):
@@ -357,7 +359,7 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     wide_error = wide_output - generated.wide_target
     gate_error = gate_output - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
     back = jnp.concatenate([inner(wide_error, anchor.wide), inner(gate_error, anchor.gate)], -3) * slope
-    back = scale_rows(back, _damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none'))
+    back = scale_rows(back, damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none'))
     # Rows that the erasures would compute again, if the weights are those of the anchor.
     known = (to_hidden, wide_output, gate_output) if anchor is running else (None,) * 3
     decays = chunk.chunk_decays(generated.log_alpha, momentum=generated.momentum)
@@ -371,7 +373,7 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     writes = []
     parts = ((wide_rows, wide_error, known[1]), (gate_rows, gate_error, known[2]))
     for (rows, error, outputs), weights in zip(parts, second, strict=True):
-        shrink = _damping(rule, eta[..., None, :], square_norms(rows), erased=rule.dgd == 'per_layer')
+        shrink = damping(rule, eta[..., None, :], square_norms(rows), erased=rule.dgd == 'per_layer')
         erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
         writes.append(
             chunk.layer_writes(each, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, outputs=outputs, rest=weights[2])
@@ -387,7 +389,7 @@ def _steepness(anchor: Memories, slope: jax.Array) -> jax.Array:
     return jnp.einsum('...f,...cf->...c', rows, slope**2, precision=jax.lax.Precision.HIGHEST)
 
 
-def _damping(rule: Rule, eta: jax.Array, curvature: jax.Array, *, erased: bool) -> jax.Array:
+def damping(rule: Rule, eta: jax.Array, curvature: jax.Array, *, erased: bool) -> jax.Array:
     """Factor 1 / (1 + eta curvature) of a layer's rate, under which its step does not overshoot (Eq. 57 for any norm).
 
     Steps of a layer that is not erased add up over the chunk.
@@ -480,9 +482,9 @@ def _layer_inputs(rule: Rule, at: Memories, key: jax.Array, eta: jax.Array) -> t
     if rule.kind == 'matrix':
         return Memories(key, None, None), Memories(eta, None, None), Memories(eta, None, None)
     hidden, slope = _activate(_by_memory(rule, key[None] @ at.first))
-    first = eta * _damping(rule, eta, _steepness(at, slope)[:, 0], erased=rule.dgd != 'none')
+    first = eta * damping(rule, eta, _steepness(at, slope)[:, 0], erased=rule.dgd != 'none')
     hidden = hidden[:, 0]
-    rates = (eta * _damping(rule, eta, jnp.sum(hidden**2, -1), erased=rule.dgd == 'per_layer'))[:, None, None]
+    rates = (eta * damping(rule, eta, jnp.sum(hidden**2, -1), erased=rule.dgd == 'per_layer'))[:, None, None]
     second = rates[: rule.wide], rates[rule.wide :]
     inputs = Memories(key, hidden[: rule.wide], hidden[rule.wide :])
     return inputs, Memories(jnp.repeat(first, hidden.shape[-1])[None], *second), Memories(eta, *second)

@@ -64,7 +64,7 @@ def test_tpu_kernels_give_the_plain_loss_and_gradients(name, documents):
 
 @pytest.mark.parametrize(
     ('name', 'count'),
-    [('gated-deltanet-tiny', 1), ('comba-tiny', 1), ('hope-linear-tiny', 1), pytest.param('hope-tiny', 0, marks=pytest.mark.exhaustive)],
+    [('gated-deltanet-tiny', 1), ('comba-tiny', 1), ('hope-linear-tiny', 1), pytest.param('hope-tiny', 1, marks=pytest.mark.slow)],
 )
 def test_tpu_kernels_are_in_the_program_of_layers_that_have_one(name, count):
     options = {} if 'hope' in name else dict(memory=CHUNKED)

@@ -1,4 +1,4 @@
-"""TPU kernels of self-modifying matrix memories against their plain-JAX twin, in interpret mode."""
+"""TPU kernels of self-modifying memories against their plain-JAX twin, in interpret mode."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from nested_jax.memory.kernels import self_modifying as kernels
 from nested_jax.memory.self_modifying import Inputs, Memories, Rule, self_modifying
 
-BATCH, LENGTH, HEADS, WIDTH, CHUNK = 2, 36, 2, 8, 16
+BATCH, LENGTH, HEADS, WIDTH, HIDDEN, CHUNK = 2, 36, 2, 8, 5, 16
 IDS = np.array([[1] * 16 + [2] * 20, [3] * 36])
 BASE = dict(kind='matrix', gradient='token', decay_to='init', chunk_size=CHUNK, projection_chunk_size=CHUNK)
 RULES = {
@@ -18,17 +18,29 @@ RULES = {
     'anchor': dict(gradient='chunk', read='anchor', dgd='none'),
     'no-dgd': dict(dgd='none', decay_to='zero'),
     'ablated': dict(retention=False, self_modified=('value', 'eta'), positive_eigenvalues=True),
+    'matrix-momentum': dict(gradient='chunk'),
+    'hope': dict(kind='mlp', gradient='chunk'),
+    'mlp-anchor': dict(kind='mlp', gradient='chunk', read='anchor', decay_to='zero'),
+    'mlp-input-only': dict(kind='mlp', gradient='chunk', dgd='input_only'),
+    'mlp-no-dgd': dict(kind='mlp', gradient='chunk', dgd='none', decay_to='zero'),
 }
+MOMENTUM = 'matrix-momentum', 'hope', 'mlp-no-dgd'
+MARKS = {'hope-linear': (), 'hope': pytest.mark.slow}
 
 
-def arguments(length: int = LENGTH):
+def arguments(kind: str = 'matrix', momentum: bool = False, length: int = LENGTH):
     """Inputs, scales and learned memories."""
     rng = np.random.default_rng(0)
     rows, gates = (BATCH, length, HEADS, WIDTH), (BATCH, length, HEADS)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    inputs = Inputs(unit(normal(*rows)), unit(normal(*rows)), normal(*rows), normal(*gates), normal(*gates) - 2, None)
-    return inputs, jnp.asarray([1.0, 3.0]), Memories(0.5 * normal(HEADS, WIDTH, 3 * WIDTH + 2), None, None)
+    inputs = Inputs(
+        unit(normal(*rows)), unit(normal(*rows)), normal(*rows), normal(*gates), normal(*gates) - 2, normal(*gates) if momentum else None
+    )
+    if kind == 'matrix':
+        return inputs, jnp.asarray([1.0, 3.0]), Memories(0.5 * normal(HEADS, WIDTH, 3 * WIDTH + 2), None, None)
+    layers = normal(HEADS, WIDTH, 5 * HIDDEN), normal(HEADS, 3, HIDDEN, WIDTH), normal(HEADS, 2, HIDDEN, 1)
+    return inputs, jnp.asarray([1.0, 3.0]), Memories(*layers)
 
 
 def run(implementation: str, rule: Rule, given, **options):
@@ -38,7 +50,7 @@ def run(implementation: str, rule: Rule, given, **options):
         inputs, scale, initial, state = given
         y, state = self_modifying(inputs, scale, initial, rule=rule, state=state, implementation=implementation, **options)
         weight = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
-        return jnp.sum(weight * y) + jnp.sum(jnp.sin(state.running.first)), (y, state)
+        return jnp.sum(weight * y) + sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(state[:2])), (y, state)
 
     with pltpu.force_tpu_interpret_mode():
         gradients, results = jax.jit(jax.grad(loss, has_aux=True))(given)
@@ -51,17 +63,20 @@ def close(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(float(jnp.abs(b).max()), 1e-6))
 
 
-@pytest.mark.parametrize('documents', [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize('name', ['hope-linear', *(pytest.param(name, marks=pytest.mark.slow) for name in RULES if name != 'hope-linear')])
+@pytest.mark.parametrize('documents', [pytest.param(False, marks=pytest.mark.exhaustive), True])
+@pytest.mark.parametrize('name', [pytest.param(name, marks=MARKS.get(name, pytest.mark.exhaustive)) for name in RULES])
 def test_equals_twin_with_gradients(name, documents):
-    rule, given = Rule(**(BASE | RULES[name])), (*arguments(), None)
+    rule = Rule(**(BASE | RULES[name]))
+    given = *arguments(rule.kind, name in MOMENTUM), None
     options = dict(segment_ids=jnp.asarray(IDS)) if documents else {}
     close(run('pallas_tpu', rule, given, **options), run('jax', rule, given, **options))
 
 
-def test_goes_on_from_a_state():
-    """Rows that stand at different tokens of their open chunks."""
-    rule, (inputs, scale, initial) = Rule(**BASE), arguments()
+@pytest.mark.parametrize('name', [pytest.param('hope-linear', marks=pytest.mark.exhaustive), pytest.param('hope', marks=pytest.mark.slow)])
+def test_goes_on_from_a_state(name):
+    """Four tokens into a chunk."""
+    rule = Rule(**(BASE | RULES[name]))
+    inputs, scale, initial = arguments(rule.kind, name in MOMENTUM)
     head, tail = (jax.tree.map(lambda x, part=part: x[:, part], inputs) for part in (slice(0, 20), slice(20, None)))
     before = self_modifying(head, scale, initial, rule=rule)[1]
     given, options = (tail, scale, initial, before), dict(position=jnp.full(BATCH, 20))
@@ -82,12 +97,9 @@ def test_tokens_that_write_nothing():
     close((gradients[0].query, gradients[2]), (twin_gradients[0].query, twin_gradients[2]))
 
 
-@pytest.mark.parametrize(
-    'changes', [dict(projection_chunk_size=8), dict(adaptive_query=True), dict(kind='mlp', gradient='chunk'), dict(chunk_size=4)], ids=str
-)
+@pytest.mark.parametrize('changes', [dict(projection_chunk_size=8), dict(adaptive_query=True), dict(chunk_size=4)], ids=str)
 def test_what_they_do_not_take(changes):
     rule, (inputs, scale, initial) = Rule(**(BASE | changes)), arguments()
-    assert not kernels.fits(rule, momentum=False) and not kernels.fits(Rule(**BASE), momentum=True)
-    if rule.kind == 'matrix':
-        with pytest.raises(ValueError, match="rule is .* allowed with implementation='pallas_tpu' are matrix memories"):
-            self_modifying(inputs, scale, initial, rule=rule, implementation='pallas_tpu')
+    assert kernels.fits(Rule(**BASE)) and not kernels.fits(rule)
+    with pytest.raises(ValueError, match="rule is .* allowed with implementation='pallas_tpu' is one chunk size, a multiple of 8, and no"):
+        self_modifying(inputs, scale, initial, rule=rule, implementation='pallas_tpu')
