@@ -197,30 +197,12 @@ def _newton_schulz_few_by_few(x: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _newton_schulz_step(x: jax.Array, row: jax.Array) -> jax.Array:
-    gram = _symmetric_product(x, x, row.dtype)
+    product = lambda letters, a, b: jnp.einsum(letters, a.astype(x.dtype), b.astype(x.dtype), preferred_element_type=row.dtype)
+    gram = product('...mn,...kn->...mk', x, x)
     polynomial = row[1] * gram
     if len(row) == 3:
-        gram = gram.astype(x.dtype)
-        polynomial += row[2] * _symmetric_product(gram, gram, row.dtype)
-    return (row[0] * x + jnp.matmul(polynomial.astype(x.dtype), x, preferred_element_type=row.dtype)).astype(x.dtype)
-
-
-def _symmetric_product(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """a b^T in `dtype` where that is symmetric, as products of matrices that commute are; (..., m, n) -> (..., m, m).
-
-    On one CPU device a block below the diagonal of large ones is copied from above it: three quarters of the work.
-    """
-    product = lambda a, b: jnp.einsum('...mn,...kn->...mk', a, b, preferred_element_type=dtype)
-    if not _is_large(a) or jax.device_count() > 1:
-        return product(a, b)
-
-    def by_halves(a, b):
-        half = a.shape[-2] // 2
-        upper = product(a[..., :half, :], b)
-        lower = jnp.concatenate([upper[..., half:].mT, product(a[..., half:, :], b[..., half:, :])], -1)
-        return jnp.concatenate([upper, lower], -2)
-
-    return jax.lax.platform_dependent(a, b, cpu=by_halves, default=product)
+        polynomial += row[2] * product('...mk,...kn->...mn', gram, gram)
+    return (row[0] * x + product('...mk,...kn->...mn', polynomial, x)).astype(x.dtype)
 
 
 def _newton_schulz_on_gram(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -229,14 +211,13 @@ def _newton_schulz_on_gram(x: jax.Array, rows: jax.Array) -> jax.Array:
     What the steps multiply `x` by are polynomials of its Gram matrix, which commute: the next Gram matrix is that of before between two of
     them. Rounding in a Gram matrix grows with each, hence few steps: the error stays that of single steps also for missing rank.
     """
-    product = functools.partial(_symmetric_product, dtype=x.dtype)
-    gram, total = product(x, x), None
+    gram, total = jnp.einsum('...mn,...kn->...mk', x, x), None
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=x.dtype), gram.shape)
     for index, row in enumerate(rows):
-        polynomial = row[0] * identity + row[1] * gram + row[2] * product(gram, gram)
-        total = polynomial if index == 0 else product(polynomial, total)
+        polynomial = row[0] * identity + row[1] * gram + row[2] * gram @ gram
+        total = polynomial if index == 0 else polynomial @ total
         if index < len(rows) - 1:
-            gram = product(product(polynomial, gram), polynomial)
+            gram = polynomial @ gram @ polynomial
     return total @ x
 
 

@@ -1,6 +1,5 @@
 """Newton-Schulz against numpy, its invariances (identity 6), derivatives, and where the data lies on a mesh."""
 
-import importlib
 import re
 
 import jax
@@ -180,22 +179,6 @@ def test_large_matrices_of_a_stack_are_looped_over_on_one_cpu(monkeypatch):
         assert len(products_of_stacks(jax.jit(run))) == expected
         results.append(jax.jit(lambda x, run=run: jax.vjp(run, x)[1](x)[0] + run(x))(x))
     np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize('shape', [(5, 7), (6, 12), (1, 4), (2, 3, 4)])
-@pytest.mark.parametrize('method', ['quintic', 'cubic', 'polar_express'])
-def test_symmetric_products_by_halves_on_one_cpu(x64, monkeypatch, method, shape):
-    monkeypatch.setattr(jax, 'device_count', lambda: 1)
-    x, weights = jnp.asarray(draw(*shape)), draw(*shape, seed=1)
-    with_gradient = lambda: jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * orthogonalize(x, method=method))))
-    whole = with_gradient().lower(x)
-    monkeypatch.setattr(importlib.import_module(orthogonalize.__module__), '_LARGE', 1)
-    jax.clear_caches()  # of traced branches
-    halves = with_gradient().lower(x)
-    assert halves.as_text().count('dot_general') > whole.as_text().count('dot_general')
-    for a, b in zip(halves.compile()(x), whole.compile()(x), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
-    jax.clear_caches()
 
 
 def test_large_leaves_are_not_stacked_on_a_cpu():
