@@ -158,17 +158,13 @@ def self_modifying(
     # One for each row: devices that split the batch would else sum its gradient over them in every chunk.
     scale = jnp.broadcast_to(retention_scale[None], (batch, *retention_scale.shape))
     flags = _flags(rule, laid, ids, None if state is None else position)
-    tokens = _static(chunks, start.first.dtype)
-    if implementation == 'pallas_tpu':
-        from nested_jax.memory.kernels import self_modifying as kernels  # most programs need no Pallas
+    scan = _scan_chunks if implementation == 'jax' else _scan_by_kernels
+    carry, y = scan(rule, scale, start, carry, chunks, flags)
+    return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
 
-        if not kernels.fits(rule):
-            allowed = f'one chunk size, a multiple of {kernels.SUBLANES}, and no adaptive query'
-            raise ValueError(f"rule is {rule}, allowed with implementation='pallas_tpu' is {allowed}")
-        momentum = None if chunks.momentum is None else jnp.moveaxis(chunks.momentum, 2, 3)
-        (running, pushed), y = kernels.scan_chunks(rule, scale, start, carry[:2], tokens, momentum, flags)
-        state = SelfModifyingState(running, pushed, None, grid.open_chunk(laid, length)[0])
-        return grid.gather_outputs(laid, jnp.moveaxis(y, 2, 3), length), state
+
+def _scan_chunks(rule: Rule, scale: jax.Array, start: Memories, carry, chunks: Inputs, flags):
+    """All chunks, one after the other: the carry after the last complete one, and (n, B, c, H, D) outputs."""
 
     @jax.checkpoint
     def step(carry, xs):
@@ -176,8 +172,19 @@ def self_modifying(
         y, after, before = _chunk(rule, scale, start, carry, tokens, flag)
         return after if flag['complete'] is None else grid.where_rows(flag['complete'], after, before), jnp.moveaxis(y, 1, 2)
 
-    carry, y = jax.lax.scan(step, carry, (tokens, flags))
-    return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
+    return jax.lax.scan(step, carry, (_static(chunks, start.first.dtype), flags))
+
+
+def _scan_by_kernels(rule: Rule, scale: jax.Array, start: Memories, carry, chunks: Inputs, flags):
+    """The same on TPU."""
+    from nested_jax.memory.kernels import self_modifying as kernels  # most programs need no Pallas
+
+    if not kernels.fits(rule):
+        allowed = f'one chunk size, a multiple of {kernels.SUBLANES}, and no adaptive query'
+        raise ValueError(f"rule is {rule}, allowed with implementation='pallas_tpu' is {allowed}")
+    momentum = None if chunks.momentum is None else jnp.moveaxis(chunks.momentum, 2, 3)
+    (running, pushed), y = kernels.scan_chunks(rule, scale, start, carry[:2], _static(chunks, start.first.dtype), momentum, flags)
+    return (running, pushed, None), jnp.moveaxis(y, 2, 3)
 
 
 def _widened(initial: Memories) -> Memories:
