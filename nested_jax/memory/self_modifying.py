@@ -143,8 +143,10 @@ def self_modifying(
 
     Raises:
         ValueError: if `state` comes without `position`, or momentum with token-wise gradients, whose erasure is part of the gradient; for
-            a rule that the kernels cannot do.
+            an unknown implementation, and a rule or a dtype that the kernels cannot do.
     """
+    if implementation not in _SCANS:
+        raise ValueError(f'implementation is {implementation!r}, allowed is one of {", ".join(map(repr, _SCANS))}')
     if rule.gradient == 'token' and inputs.momentum is not None:
         raise ValueError("inputs.momentum is given, allowed is None with rule.gradient='token'")
     if state is not None and position is None:
@@ -158,8 +160,7 @@ def self_modifying(
     # One for each row: devices that split the batch would else sum its gradient over them in every chunk.
     scale = jnp.broadcast_to(retention_scale[None], (batch, *retention_scale.shape))
     flags = _flags(rule, laid, ids, None if state is None else position)
-    scan = _scan_chunks if implementation == 'jax' else _scan_by_kernels
-    carry, y = scan(rule, scale, start, carry, chunks, flags)
+    carry, y = _SCANS[implementation](rule, scale, start, carry, chunks, flags)
     return grid.gather_outputs(laid, y, length), SelfModifyingState(*carry, grid.open_chunk(laid, length)[0])
 
 
@@ -182,9 +183,14 @@ def _scan_by_kernels(rule: Rule, scale: jax.Array, start: Memories, carry, chunk
     if not kernels.fits(rule):
         allowed = f'one chunk size, a multiple of {kernels.SUBLANES}, and no adaptive query'
         raise ValueError(f"rule is {rule}, allowed with implementation='pallas_tpu' is {allowed}")
+    if start.first.dtype != jnp.float32:
+        raise ValueError(f"initial has dtype {start.first.dtype}, allowed with implementation='pallas_tpu' is at most float32")
     momentum = None if chunks.momentum is None else jnp.moveaxis(chunks.momentum, 2, 3)
     (running, pushed), y = kernels.scan_chunks(rule, scale, start, carry[:2], _static(chunks, start.first.dtype), momentum, flags)
     return (running, pushed, None), jnp.moveaxis(y, 2, 3)
+
+
+_SCANS = {'jax': _scan_chunks, 'pallas_tpu': _scan_by_kernels}
 
 
 def _widened(initial: Memories) -> Memories:

@@ -1,8 +1,9 @@
 """Self-modifying memories by Pallas kernels for TPU, forward and backward.
 
-The grid is (batch, heads, chunks). A head's memories stay in VMEM from chunk to chunk: keys, values, rates and targets are read from them,
-and all of them written, between one load of the chunk's static tokens and one store of its reads. The backward kernel goes over the chunks
-in reverse, from the memories they started with, and differentiates the same chunk. All products are in float32.
+The grid is (batch, heads, chunks). A head's memories stay in VMEM from chunk to chunk, as a result that each of its programs writes anew:
+keys, values, rates and targets are read from them, and all of them written, between one load of the chunk's static tokens and one store of
+its reads. The backward kernel goes over the chunks in reverse, from the memories they started with, and differentiates the same chunk. All
+products are in float32.
 
 Memories are arrays of two axes, those of eta and alpha with zeros beside their one column: matrix memories one each, MLPs first layers and
 then second layers; with momentum, that of each behind them.
@@ -104,15 +105,9 @@ def scan_chunks(rule: twin.Rule, scale, start: twin.Memories, carry, tokens, mom
         The carry after the last complete chunk, and (N, B, H, C, D) reads.
     """
     shape = tokens.eta.shape
-    over = lambda flag, value: jnp.full(shape, value) if flag is None else jnp.broadcast_to(flag[..., None, None], shape)
-    rows = _Scalars(
-        tokens.eta,
-        tokens.alpha,
-        jnp.zeros(shape) if momentum is None else momentum,
-        scale[None, ..., None],
-        over(flags['fresh'], 0.0),
-        over(flags['complete'], 1.0),
-    )
+    over = lambda flag, value: jnp.float32(value) if flag is None else flag[..., None, None]
+    given = tokens.eta, tokens.alpha, jnp.float32(0.0) if momentum is None else momentum, scale[None, ..., None]
+    rows = _Scalars(*given, over(flags['fresh'], 0.0), over(flags['complete'], 1.0))
     scalars = jnp.stack([jnp.broadcast_to(row.astype(jnp.float32), shape) for row in rows], -2)
     running = tuple(array for part in carry if part is not None for array in _apart(rule, part))
     y, last = _scan(rule, tokens.query, tokens.key, tokens.value, scalars, _apart(rule, start), running)
@@ -163,7 +158,6 @@ def _scan_backward(rule, saved, cotangents):
         in_specs=[*map(tokens, given), *map(heads, start), *map(tokens, (*starts, y_bar)), *map(heads, last_bar)],
         out_specs=[*map(tokens, given), *map(heads, memories)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (*given, *memories)],
-        scratch_shapes=[pltpu.VMEM(x.shape[2:], jnp.float32) for x in memories],
         compiler_params=_IN_ORDER,
     )
     q_bar, k_bar, v_bar, scalars_bar, *memories_bar = call(*given, *start, *starts, y_bar, *last_bar)
@@ -185,7 +179,6 @@ def _forward(rule, q, k, v, scalars, start, running, *, keep_starts: bool):
         in_specs=[*map(tokens, given), *map(heads, (*start, *running))],
         out_specs=[tokens(q), *map(heads, running), *map(tokens, starts)],
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, *running)), *starts],
-        scratch_shapes=[pltpu.VMEM(x.shape[2:], jnp.float32) for x in running],
         compiler_params=_IN_ORDER,
     )
     y, *memories = call(*given, *start, *running)
@@ -200,57 +193,51 @@ def _specs(order):
 
 
 def _cut(refs, *counts: int) -> list:
-    """Consecutive groups of refs, and what is left where anything is."""
+    """Consecutive groups of refs, and what is left."""
     groups = []
     for count in counts:
         groups.append(refs[:count])
         refs = refs[count:]
-    return [*groups, refs] if refs else groups
+    return [*groups, refs]
 
 
 def _forward_kernel(rule, count, memories, q, k, v, scalars, *refs):
-    start, running, (y,), last, *rest = _cut(refs, count, memories, 1, memories)
-    *starts, memory = _cut(rest[0], *[memories] * (len(rest[0]) // memories))
+    start, running, (y,), memory, starts = _cut(refs, count, memories, 1, memories)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         for ref, first in zip(memory, running, strict=True):
-            ref[...] = first[0, 0]
+            ref[...] = first[...]
 
-    for kept in starts:
-        for ref, now in zip(kept, memory, strict=True):
-            ref[0, 0, 0] = now[...]
-    after, y[0, 0, 0] = _chunk(rule, *_load(memory, start, q, k, v, scalars))
-    for ref, out, value in zip(memory, last, after, strict=True):
-        ref[...] = value
-        out[0, 0] = value
+    for ref, now in zip(starts, memory, strict=bool(starts)):
+        ref[0] = now[...]
+    after, y[0, 0, 0] = _chunk(rule, *_load([ref.at[0, 0] for ref in memory], start, q, k, v, scalars))
+    for ref, value in zip(memory, after, strict=True):
+        ref[0, 0] = value
 
 
 def _backward_kernel(rule, count, memories, q, k, v, scalars, *refs):
-    start, starts, (y_bar,), last_bar, tokens_bar, start_bar, running_bar, sums, memory_bar = _cut(
-        refs, count, memories, 1, memories, 4, count, memories, count, memories
+    start, starts, (y_bar,), last_bar, tokens_bar, scalars_bar, start_bar, memory_bar = _cut(
+        refs, count, memories, 1, memories, 3, 1, count
     )
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         for ref, value in zip(memory_bar, last_bar, strict=True):
-            ref[...] = value[0, 0]
-        for total in sums:
+            ref[...] = value[...]
+        for total in start_bar:
             total[...] = jnp.zeros(total.shape, jnp.float32)
 
-    memory = [ref.at[0, 0, 0] for ref in starts]
-    _, pull = jax.vjp(functools.partial(_chunk, rule), *_load(memory, start, q, k, v, scalars))
-    before_bar, from_bar, *wide_bar, rows_bar = pull((tuple(ref[...] for ref in memory_bar), y_bar[0, 0, 0]))
-    for ref, value in zip(tokens_bar, wide_bar, strict=False):
+    _, pull = jax.vjp(functools.partial(_chunk, rule), *_load([ref.at[0, 0, 0] for ref in starts], start, q, k, v, scalars))
+    before_bar, from_bar, *wide_bar, rows_bar = pull((tuple(ref[0, 0] for ref in memory_bar), y_bar[0, 0, 0]))
+    for ref, value in zip(tokens_bar, wide_bar, strict=True):
         ref[0, 0, 0] = value
     for row, value in enumerate(rows_bar):
-        tokens_bar[3][0, 0, 0, row : row + 1] = value
-    for ref, out, value in zip(memory_bar, running_bar, before_bar, strict=True):
-        ref[...] = value
-        out[0, 0] = value
-    for ref, out, value in zip(sums, start_bar, from_bar, strict=True):
-        ref[...] += value
-        out[0, 0] = ref[...]
+        scalars_bar[0][0, 0, 0, row : row + 1] = value
+    for ref, value in zip(memory_bar, before_bar, strict=True):
+        ref[0, 0] = value
+    for total, value in zip(start_bar, from_bar, strict=True):
+        total[0, 0] += value
 
 
 def _load(memory, start, q, k, v, scalars):

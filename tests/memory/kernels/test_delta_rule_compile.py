@@ -1,14 +1,11 @@
 """The TPU kernels of the delta rule lower for TPU, and compile for one that is not there."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from nested_jax.memory.kernels import delta_rule as kernels
+from tests.memory.kernels.v5e import NEEDS_LIBTPU, one_chip
 
 BATCH, TIME, HEADS = 2, 1000, 4
 
@@ -41,15 +38,12 @@ def test_lowers_for_tpu(function, count):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, in an environment of its own: pip install jax[tpu]')
+@NEEDS_LIBTPU
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize('chunk_size', [64, 128])
 @pytest.mark.parametrize('dim', [64, 128])
 @pytest.mark.parametrize(('function', 'count'), [(forward, 1), (backward, 2)])
 def test_compiles_for_v5e(function, count, dim, chunk_size, dtype, monkeypatch):
-    monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
-    devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
-    mesh = jax.sharding.Mesh(np.array(devices)[:1], ('data',))
-    args = shapes(dim, dtype, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    args = shapes(dim, dtype, one_chip(monkeypatch))
     compiled = jax.jit(function, static_argnums=6).lower(*args, chunk_size).compile()
     assert compiled.as_text().count('tpu_custom_call') == count

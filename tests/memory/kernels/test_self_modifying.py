@@ -103,3 +103,12 @@ def test_what_they_do_not_take(changes):
     assert kernels.fits(Rule(**BASE)) and not kernels.fits(rule)
     with pytest.raises(ValueError, match="rule is .* allowed with implementation='pallas_tpu' is one chunk size, a multiple of 8, and no"):
         self_modifying(inputs, scale, initial, rule=rule, implementation='pallas_tpu')
+
+
+def test_bad_implementation_and_dtype(x64):
+    inputs, scale, initial = arguments()
+    with pytest.raises(ValueError, match="implementation is 'triton', allowed is one of 'jax', 'pallas_tpu'"):
+        self_modifying(inputs, scale, initial, rule=Rule(**BASE), implementation='triton')
+    wide = initial._replace(first=initial.first.astype(jnp.float64))
+    with pytest.raises(ValueError, match='initial has dtype float64, allowed with .* is at most float32'):
+        self_modifying(inputs, scale, wide, rule=Rule(**BASE), implementation='pallas_tpu')

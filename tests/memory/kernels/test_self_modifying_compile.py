@@ -1,14 +1,11 @@
 """The TPU kernels of self-modifying memories lower for TPU, and compile for one that is not there."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from nested_jax.memory.self_modifying import Inputs, Memories, Rule, self_modifying
+from tests.memory.kernels.v5e import NEEDS_LIBTPU, one_chip
 
 BATCH, TIME, HEADS = 2, 1000, 4
 
@@ -48,15 +45,12 @@ def test_lowers_for_tpu(function, count, kind):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu, in an environment of its own: pip install jax[tpu]')
+@NEEDS_LIBTPU
 @pytest.mark.parametrize('chunk_size', [16, 64])
 @pytest.mark.parametrize('dim', [64, 128])
 @pytest.mark.parametrize('kind', ['matrix', 'mlp'])
 @pytest.mark.parametrize(('function', 'count'), [(forward, 1), (backward, 2)])
 def test_compiles_for_v5e(function, count, kind, dim, chunk_size, monkeypatch):
-    monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
-    devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
-    mesh = jax.sharding.Mesh(np.array(devices)[:1], ('data',))
-    args = shapes(kind, dim, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    args = shapes(kind, dim, one_chip(monkeypatch))
     compiled = jax.jit(function, static_argnums=3).lower(*args, chunk_size).compile()
     assert compiled.as_text().count('tpu_custom_call') == count
