@@ -38,6 +38,7 @@ _COUNTS = {  # variables with a number of processes -> who sets them
     'JAX_NUM_PROCESSES': 'Kubeflow or a script',
     'MEGASCALE_NUM_SLICES': 'Cloud TPU',
 }
+_TPU_CHIPS = ('0x0027', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076')  # v2 and v3, v4, v5p, v5e, v6e, v7x, as JAX knows them
 _INDICES = {_POD: 'a Kubernetes Job', 'TPU_WORKER_ID': 'Cloud TPU', 'MEGASCALE_SLICE_ID': 'Cloud TPU'}  # from 0
 
 
@@ -104,10 +105,15 @@ def find_cluster(mode: Mode, config: ProcessConfig, environment: Mapping[str, st
     return None if mode == 'off' else _detect(environment, on_tpu)
 
 
-def has_tpu() -> bool:
-    """Whether this machine has TPU chips and their library."""
-    chips = [*pathlib.Path('/dev').glob('accel[0-9]*'), *pathlib.Path('/dev/vfio').glob('[0-9]*')]
-    return bool(chips) and importlib.util.find_spec('libtpu') is not None
+def has_tpu(devices: str | os.PathLike = '/sys/bus/pci/devices') -> bool:
+    """Whether this machine has TPU chips, with their library or without.
+
+    Args:
+        devices: folder with one for each device on the PCI bus.
+    """
+    named = lambda device, file: (device / file).read_text().strip() if (device / file).is_file() else None
+    found = pathlib.Path(devices).glob('*')
+    return any(named(device, 'vendor') == '0x1ae0' and named(device, 'device') in _TPU_CHIPS for device in found)
 
 
 def _detect(environment: Mapping[str, str], on_tpu: bool) -> Cluster | None:
@@ -126,6 +132,11 @@ def _detect(environment: Mapping[str, str], on_tpu: bool) -> Cluster | None:
             _require(name, environment, variables)
             return Cluster(name, _number(environment, size), dict(cluster_detection_method=method))
     if on_tpu and not hosts and 'TPU_SKIP_MDS_QUERY' not in environment:
+        if importlib.util.find_spec('libtpu') is None:
+            raise ClusterError(
+                'this machine has TPU chips, and without the package libtpu neither they nor other hosts can be found: install "jax[tpu]", '
+                'or say that this process is alone, on the CPU, with --distributed=off'
+            )
         return Cluster('Cloud TPU', None, {})  # its metadata server, which jax.distributed asks, knows the other hosts
     if not hosts and {_POD, 'KUBERNETES_SERVICE_HOST'} <= environment.keys() and importlib.util.find_spec('kubernetes') is not None:
         return Cluster('Kubernetes', None, {})  # its API server, which jax.distributed asks, knows the other pods

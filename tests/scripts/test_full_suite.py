@@ -42,10 +42,11 @@ def test_elsewhere():
 """
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, **settings):
     command = [sys.executable, '-m', 'pytest', '-p', 'scripts.full_suite', '-c', str(ROOT / 'pyproject.toml'), '--rootdir', str(folder)]
     own = dict(NESTED_JAX_FULL='tests/a -x', NESTED_JAX_FULL_RESULTS=str(folder / 'rows.jsonl'), PYTHONPATH=str(ROOT))
-    done = subprocess.run([*command, '-m', 'not gpu', *arguments], cwd=folder, env=os.environ | own, capture_output=True, text=True)
+    own = os.environ | own | settings
+    done = subprocess.run([*command, '-m', 'not gpu', *arguments], cwd=folder, env=own, capture_output=True, text=True)
     rows = read_rows(folder / 'rows.jsonl')
     return done, rows[-1] if rows else None
 
@@ -70,6 +71,53 @@ def test_everything_is_in_one_row(tmp_path):
     assert [value for name, value in found['measured'].items()] == [dict(chaos=dict(goodput=0.5))]
     again, row = run(tmp_path, '-n', '0', '-k', 'good', 'tests/a')
     assert again.returncode == 0 and row['metrics']['passed'] == 1 and row['metrics']['failures'] == {}
+
+
+INTERRUPTED = """
+import os
+import pytest
+
+def test_bad():
+    assert False
+
+@pytest.mark.slow
+def test_good(record_property):
+    record_property('number', 1)
+
+def test_that_is_interrupted():
+    if 'STOP' in os.environ:
+        raise KeyboardInterrupt
+
+def test_last():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_off_goes_on(tmp_path):
+    """No test is run twice, one that failed neither; another commit begins anew."""
+    (tmp_path / 'tests').mkdir()
+    (tmp_path / 'tests' / 'test_a.py').write_text(INTERRUPTED)
+    at = lambda commit: (tmp_path / 'conftest.py').write_text(f'from scripts import full_suite\nfull_suite.commit = lambda: {commit!r}')
+    at('first')
+    stopped, row = run(tmp_path, '-n', '0', 'tests', STOP='yes')
+    assert stopped.returncode == 2 and row is None and 'the same command goes on' in stopped.stdout, stopped.stdout
+    (noted,) = (tmp_path / '.pytest_cache' / 'd' / 'full_suite').iterdir()
+    noted.write_text(noted.read_text() + '{"name": "tests/test_a.py::test_th')  # the process was killed
+    done, row = run(tmp_path, '-n', '2', 'tests')
+    assert '2 passed' in done.stdout and 'going on after the 2 tests' in done.stdout, done.stdout
+    assert done.returncode == 1 and not noted.exists()
+    found = row['metrics']
+    assert (found['passed'], found['failed'], found['exit_status'], row['commit']) == (3, 1, 1, 'first')
+    assert list(found['failures']) == ['tests/test_a.py::test_bad'] and found['measured'] == {'tests/test_a.py::test_good': dict(number=1)}
+    assert found['by_marker']['slow']['passed'] == 1
+    at('second')
+    run(tmp_path, '-n', '0', 'tests', STOP='yes')
+    at('third+changes')
+    for settings in (dict(STOP='yes'), {}):
+        done, row = run(tmp_path, '-n', '0', 'tests', **settings)
+        assert 'going on' not in done.stdout and 'goes on' not in done.stdout
+    assert row['metrics']['passed'] == 3 and row['commit'] == 'third+changes'
 
 
 def test_a_group_behind_a_tests_name_is_cut_off():

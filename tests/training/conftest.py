@@ -40,3 +40,11 @@ def texts_of(tmp_path_factory):
 @pytest.fixture(scope='module')
 def data(texts_of):
     return texts_of('document')
+
+
+@pytest.fixture
+def libtpu(monkeypatch, tmp_path):
+    """A package of this name, which nothing imports."""
+    (tmp_path / 'libtpu').mkdir()
+    (tmp_path / 'libtpu' / '__init__.py').touch()
+    monkeypatch.syspath_prepend(tmp_path)

@@ -1,11 +1,12 @@
 """Other processes that `auto` cannot join: what says that they exist is refused, and one process alone is not."""
 
+import importlib.util
 import re
 import warnings
 
 import pytest
 
-from nested_jax.training.cluster import Cluster, ClusterError, ProcessConfig, find_cluster
+from nested_jax.training.cluster import Cluster, ClusterError, ProcessConfig, find_cluster, has_tpu
 
 POD = dict(KUBERNETES_SERVICE_HOST='10.0.0.1', JOB_COMPLETION_INDEX='0')
 SLURM = dict(SLURM_JOB_ID='4711', SLURM_STEP_NODELIST='node[001-004]', SLURM_NTASKS='8', SLURM_PROCID='3', SLURM_LOCALID='1')
@@ -81,10 +82,29 @@ def test_pods_that_jax_can_find_are_joined(tmp_path, monkeypatch):
     assert find(POD | SLURM) == Cluster('SLURM', 8, dict(cluster_detection_method='slurm'))
 
 
-def test_a_tpu_with_its_metadata_server_knows_its_slices():
+def test_a_tpu_with_its_metadata_server_knows_its_slices(libtpu):
     assert find(dict(MEGASCALE_NUM_SLICES='2'), on_tpu=True) == Cluster('Cloud TPU', None, {})
     with pytest.raises(ClusterError, match='MEGASCALE_NUM_SLICES'):
         find(dict(MEGASCALE_NUM_SLICES='2', TPU_SKIP_MDS_QUERY='1'), on_tpu=True)
+
+
+def test_a_tpu_without_its_library_is_not_a_cpu_alone(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ClusterError, match=r'libtpu.*jax\[tpu\].*--distributed=off'):
+        find({}, on_tpu=True)
+    assert find({}, on_tpu=True, mode='off') is None and find(SLURM, on_tpu=True).name == 'SLURM'
+
+
+@pytest.mark.parametrize(
+    ('vendor', 'device', 'found'), [('0x1ae0', '0x0063', True), ('0x1ae0', '0x0042', False), ('0x10de', '0x0063', False)]
+)
+def test_chips_are_known_by_their_numbers(tmp_path, vendor, device, found):
+    """A network card of Google's and another maker's device are none."""
+    for name, text in {'vendor': vendor, 'device': device}.items():
+        (tmp_path / '0000:00:05.0').mkdir(exist_ok=True)
+        (tmp_path / '0000:00:05.0' / name).write_text(text + '\n')
+    (tmp_path / 'without').mkdir()
+    assert has_tpu(tmp_path) == found and not has_tpu(tmp_path / 'nowhere')
 
 
 def test_one_tpu_host_of_several_tasks_is_not_alone():

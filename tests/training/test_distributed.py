@@ -52,7 +52,7 @@ def test_one_process():
     assert find(LAUNCHED | {LOCAL[1]: '1', LOCAL[2]: '0'}) is None
 
 
-def test_a_tpu_without_variables_asks_its_metadata_server():
+def test_a_tpu_without_variables_asks_its_metadata_server(libtpu):
     assert find({}, on_tpu=True) == Cluster('Cloud TPU', None, {})
     assert find(dict(TPU_SKIP_MDS_QUERY='1'), on_tpu=True) is None
 

@@ -53,9 +53,8 @@ def batches(name, steps=STEPS):
 @functools.cache
 def program(name, mesh, steps=STEPS):
     """What makes the state where it belongs, the compiled step, the placement and the state's shardings."""
-    blocks = 2 if preset(name).mixer == 'mamba-attention' else 1
     dtype = 'float64' if name in WIDE else 'float32'
-    model = LanguageModel(preset(name, num_layers=2 * blocks, scan_layers=True, remat='block', dtype=dtype))
+    model = LanguageModel(preset(name, scan_layers=True, remat='block', dtype=dtype))
     optimizer, sizes = make_optimizer(dataclasses.replace(TRAIN, steps=steps)), MESHES[mesh]
     placement = Placement.on(make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]))
     init = lambda key: model.init(key, jnp.zeros((1, 64), jnp.int32))['params']
@@ -86,7 +85,15 @@ EXHAUSTIVE = [case for case in PRODUCT + OTHERS if case not in DEFAULT + SLOW]
 marked = lambda cases, mark: [pytest.param(*case, marks=mark) for case in cases]
 
 
-@pytest.mark.parametrize(('name', 'mesh'), [*DEFAULT, *marked(SLOW, pytest.mark.slow), *marked(EXHAUSTIVE, pytest.mark.exhaustive)])
+def of_families(cases, mark):
+    """Families are tested side by side, on a worker each; the Transformer's programs serve other tests of this file too."""
+    grouped = lambda name: [] if name == 'transformer-tiny' else [pytest.mark.xdist_group(f'sharding of {name}')]
+    return [pytest.param(name, mesh, marks=[mark, *grouped(name)]) for name, mesh in cases]
+
+
+@pytest.mark.parametrize(
+    ('name', 'mesh'), [*DEFAULT, *of_families(SLOW, pytest.mark.slow), *of_families(EXHAUSTIVE, pytest.mark.exhaustive)]
+)
 def test_losses_are_those_of_one_device(name, mesh, request):
     if name in WIDE:
         request.getfixturevalue('x64')
