@@ -123,7 +123,7 @@ def self_modifying(
     state: SelfModifyingState | None = None,
     position: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    implementation: Literal['jax', 'pallas_tpu'] = 'jax',
+    implementation: Literal['jax', 'pallas_tpu', 'pallas_gpu'] = 'jax',
 ) -> tuple[jax.Array, SelfModifyingState]:
     """Read and write the memories chunk by chunk (Eq. 86-91, arXiv:2512.24695v1); no loop over tokens.
 
@@ -176,21 +176,22 @@ def _scan_chunks(rule: Rule, scale: jax.Array, start: Memories, carry, chunks: I
     return jax.lax.scan(step, carry, (_static(chunks, start.first.dtype), flags))
 
 
-def _scan_by_kernels(rule: Rule, scale: jax.Array, start: Memories, carry, chunks: Inputs, flags):
-    """The same on TPU."""
+def _scan_by_kernels(platform: str, rule: Rule, scale: jax.Array, start: Memories, carry, chunks: Inputs, flags):
+    """The same on TPU or GPU."""
     from nested_jax.memory.kernels import self_modifying as kernels  # most programs need no Pallas
 
-    if not kernels.fits(rule):
-        allowed = f'one chunk size, a multiple of {kernels.SUBLANES}, and no adaptive query'
-        raise ValueError(f"rule is {rule}, allowed with implementation='pallas_tpu' is {allowed}")
+    asked = f"allowed with implementation='pallas_{platform}' is"
+    if not kernels.fits(platform, rule, start):
+        raise ValueError(f'rule is {rule}, with heads of {start.first.shape[-2]}, {asked} {kernels.ALLOWED[platform]}')
     if start.first.dtype != jnp.float32:
-        raise ValueError(f"initial has dtype {start.first.dtype}, allowed with implementation='pallas_tpu' is at most float32")
+        raise ValueError(f'initial has dtype {start.first.dtype}, {asked} at most float32')
     momentum = None if chunks.momentum is None else jnp.moveaxis(chunks.momentum, 2, 3)
-    (running, pushed), y = kernels.scan_chunks(rule, scale, start, carry[:2], _static(chunks, start.first.dtype), momentum, flags)
+    tokens = _static(chunks, start.first.dtype)
+    (running, pushed), y = kernels.scan_chunks(platform, rule, scale, start, carry[:2], tokens, momentum, flags)
     return (running, pushed, None), jnp.moveaxis(y, 2, 3)
 
 
-_SCANS = {'jax': _scan_chunks, 'pallas_tpu': _scan_by_kernels}
+_SCANS = {'jax': _scan_chunks} | {f'pallas_{name}': functools.partial(_scan_by_kernels, name) for name in ('tpu', 'gpu')}
 
 
 def _widened(initial: Memories) -> Memories:

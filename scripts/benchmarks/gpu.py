@@ -146,7 +146,7 @@ def work(names: list[str], settings: Settings, output: pathlib.Path, cells: tupl
             config = dict(cell=name, model=metrics['model'], what=metrics['what'], repeats=settings.repeats)
             config |= {
                 key: metrics[key]
-                for key in ('batch', 'time', 'heads', 'dim', 'length', 'accumulation', 'remat', 'chunk_size', 'scan_layers')
+                for key in ('batch', 'time', 'heads', 'dim', 'length', 'accumulation', 'remat', 'chunk_size', 'scan_layers', 'kernels')
                 if key in metrics
             }
             wall = time.monotonic() - begun

@@ -246,7 +246,7 @@ def attention(implementation: str) -> Callable[[Settings], list[dict]]:
 
 
 class Training(NamedTuple):
-    """A model's training step: AdamW at every step, in bfloat16, with the kernels of a GPU."""
+    """A model's training step: AdamW at every step, in bfloat16, with the kernels of a GPU, or more of them."""
 
     name: str
     batch: int
@@ -255,6 +255,7 @@ class Training(NamedTuple):
     remat: str = 'block'
     chunk_size: int | None = None  # of the memories; the preset's where None
     scan_layers: bool = True  # False: all layers one after another in the program, which takes longer to compile
+    kernels: str = 'gpu'  # of `nested_jax.layers.kernels`
 
     def __call__(self, settings: Settings) -> list[dict]:
         """The row of tokens a second."""
@@ -264,7 +265,7 @@ class Training(NamedTuple):
         if self.chunk_size is not None:
             memory = dataclasses.replace(config.memory, chunk_size=self.chunk_size, projection_chunk_size=self.chunk_size)
             config = dataclasses.replace(config, memory=memory)
-        with use_kernels('gpu' if jax.default_backend() == 'gpu' else 'plain'):
+        with use_kernels(self.kernels if jax.default_backend() == 'gpu' else 'plain'):
             error = check_loss(config, min(job.length, 512))
             step, sizes = job.compile(config)
         if settings.prepare:
@@ -346,6 +347,7 @@ def shares(flops: dict[str, float], tokens_per_second: float) -> dict[str, float
 def _training(name: str, length: int, budget_s: float, batch: int = 8, **options) -> Cell:
     job = Training(name, batch, length, **options)
     ways = [f'chunk {job.chunk_size}'] * bool(job.chunk_size) + ['layers one by one'] * (not job.scan_layers)
+    ways += [f'kernels {job.kernels}'] * (job.kernels != 'gpu')
     return Cell(', '.join([f'{name} at {length}', *ways]), budget_s, job, slow_to_compile=True)
 
 
@@ -360,6 +362,7 @@ CELLS = (
     Cell('delta rule, flash-linear-attention', 150, fla_delta_rule(gated=True, backward=True), slow_to_compile=True),
     _training('transformer-124m', 4096, 75, **_FAST),
     _training('gated-deltanet-124m', 4096, 75, scan_layers=False),
+    _training('hope-linear-124m', 4096, 180, batch=32, chunk_size=64, kernels='gpu_unverified'),
     _training('hope-linear-124m', 4096, 120, batch=32, chunk_size=64),
     _training('hope-124m', 4096, 180, batch=16, chunk_size=64),
     _training('transformer-124m', 1024, 90, batch=512, accumulation=16, **_FAST),

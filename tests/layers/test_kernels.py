@@ -102,7 +102,7 @@ def test_cudnn_is_asked_for_one_document_in_half_precision(monkeypatch):
 
 
 def test_choices():
-    with pytest.raises(ValueError, match="kernels is 'triton', allowed is one of plain, gpu, tpu"), use_kernels('triton'):
+    with pytest.raises(ValueError, match="kernels is 'triton', allowed is one of plain, gpu, gpu_unverified, tpu"), use_kernels('triton'):
         pass
     with use_kernels('gpu'), contextlib.suppress(KeyError), use_kernels('plain'):
         raise KeyError
@@ -111,11 +111,13 @@ def test_choices():
 
 def test_of_a_run():
     assert 'kernels' not in as_dict(TrainConfig()) and as_dict(TrainConfig(kernels='tpu'))['kernels'] == 'tpu'
-    with pytest.raises(ValueError, match="train.kernels is 'cuda', allowed is 'plain', 'gpu' or 'tpu'"):
+    with pytest.raises(ValueError, match="train.kernels is 'cuda', allowed is 'plain', 'gpu', 'gpu_unverified' or 'tpu'"):
         TrainConfig(kernels='cuda')
-    check_kernels(TrainConfig(kernels='tpu'), 1)
-    with pytest.raises(ValueError, match="train.kernels is 'tpu', allowed is 'plain' on 8 devices"):
-        check_kernels(TrainConfig(kernels='tpu'), 8)
+    for name in ('tpu', 'gpu_unverified'):
+        check_kernels(TrainConfig(kernels=name), 1)
+        with pytest.raises(ValueError, match=f"train.kernels is '{name}', allowed on 8 devices is .* plain or gpu$"):
+            check_kernels(TrainConfig(kernels=name), 8)
+    check_kernels(TrainConfig(kernels='gpu'), 8)
 
 
 @pytest.mark.parametrize(

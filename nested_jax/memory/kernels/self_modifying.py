@@ -1,9 +1,9 @@
-"""Self-modifying memories by Pallas kernels for TPU, forward and backward.
+"""Self-modifying memories by Pallas kernels for TPU and, with the calls of `self_modifying_gpu.py`, for GPUs, forward and backward.
 
-The grid is (batch, heads, chunks). A head's memories stay in VMEM from chunk to chunk, as a result that each of its programs writes anew:
-keys, values, rates and targets are read from them, and all of them written, between one load of the chunk's static tokens and one store of
-its reads. The backward kernel goes over the chunks in reverse, from the memories they started with, and differentiates the same chunk. All
-products are in float32.
+On TPU the grid is (batch, heads, chunks). A head's memories stay in VMEM from chunk to chunk, as a result that each of its programs writes
+anew: keys, values, rates and targets are read from them, and all of them written, between one load of the chunk's static tokens and one
+store of its reads. The backward kernel goes over the chunks in reverse, from the memories they started with, and differentiates the same
+chunk. All products are in float32.
 
 Memories are arrays of two axes, those of eta and alpha with zeros beside their one column: matrix memories one each, MLPs first layers and
 then second layers; with momentum, that of each behind them.
@@ -12,7 +12,7 @@ They have never run on a TPU yet: tested in interpret mode, and compiled ahead o
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from nested_jax.memory import self_modifying as twin
+from nested_jax.memory.kernels import self_modifying_gpu as gpu
 from nested_jax.memory.kernels import tiles
 from nested_jax.memory.kernels.tiles import dot
 
+Platform = Literal['tpu', 'gpu']
 _MEMORIES = 5  # memory, key, value, eta, alpha
-_LANES = 128  # columns of a register
+_LANES = {'tpu': 128, 'gpu': gpu.TILE}  # columns of a register or tile, which memories with one output are padded to
 SUBLANES = 8  # rows of a float32 tile
 _VMEM = 2**26  # bytes a program may take, of 128 MiB: MLPs' derivatives in chunks of 64 tokens outgrow the default
 
@@ -84,15 +86,25 @@ class _Writes(NamedTuple):
     erasures: jax.Array | None
 
 
-def fits(rule: twin.Rule) -> bool:
-    """Whether the kernels can do the rule."""
-    return rule.chunk_size == rule.projection_chunk_size and rule.chunk_size % SUBLANES == 0 and not rule.adaptive_query
+ALLOWED = {
+    'tpu': f'one chunk size, a multiple of {SUBLANES}, and no adaptive query',
+    'gpu': f'one chunk size, heads and hidden layers of {gpu.TILE}, and no adaptive query',
+}
 
 
-def scan_chunks(rule: twin.Rule, scale, start: twin.Memories, carry, tokens, momentum, flags):
+def fits(platform: Platform, rule: twin.Rule, initial: twin.Memories) -> bool:
+    """Whether the platform's kernels can do the rule with such memories: `ALLOWED`."""
+    if rule.chunk_size != rule.projection_chunk_size or rule.adaptive_query:
+        return False
+    sizes = {rule.chunk_size, initial.first.shape[-2], gpu.TILE if initial.wide is None else initial.wide.shape[-2]}
+    return sizes == {gpu.TILE} if platform == 'gpu' else rule.chunk_size % SUBLANES == 0
+
+
+def scan_chunks(platform: Platform, rule: twin.Rule, scale, start: twin.Memories, carry, tokens, momentum, flags):
     """`twin.self_modifying`'s scan over chunks, for a rule that `fits`.
 
     Args:
+        platform: whose kernels.
         rule: how to read and write.
         scale: (B, H) of the retention.
         start: (B, H, ...) learned memories that documents start from.
@@ -109,15 +121,16 @@ def scan_chunks(rule: twin.Rule, scale, start: twin.Memories, carry, tokens, mom
     given = tokens.eta, tokens.alpha, jnp.float32(0.0) if momentum is None else momentum, scale[None, ..., None]
     rows = _Scalars(*given, over(flags['fresh'], 0.0), over(flags['complete'], 1.0))
     scalars = jnp.stack([jnp.broadcast_to(row.astype(jnp.float32), shape) for row in rows], -2)
-    running = tuple(array for part in carry if part is not None for array in _apart(rule, part))
-    y, last = _scan(rule, tokens.query, tokens.key, tokens.value, scalars, _apart(rule, start), running)
+    lanes = _LANES[platform]
+    running = tuple(array for part in carry if part is not None for array in _apart(rule, part, lanes))
+    y, last = _scan(platform, rule, tokens.query, tokens.key, tokens.value, scalars, _apart(rule, start, lanes), running)
     count = len(last) // (1 if momentum is None else 2)
     return (_together(rule, last[:count]), None if momentum is None else _together(rule, last[count:])), y
 
 
-def _apart(rule: twin.Rule, memories: twin.Memories) -> tuple[jax.Array, ...]:
+def _apart(rule: twin.Rule, memories: twin.Memories, lanes: int) -> tuple[jax.Array, ...]:
     """An array for each memory and layer."""
-    padded = lambda gate: jnp.pad(gate, [(0, 0)] * (gate.ndim - 1) + [(0, _LANES - 1)])
+    padded = lambda gate: jnp.pad(gate, [(0, 0)] * (gate.ndim - 1) + [(0, lanes - 1)])
     if rule.kind == 'matrix':
         wide, gates = memories.first[..., :-2], memories.first[..., -2:]
         return *jnp.split(wide, 3, -1), padded(gates[..., :1]), padded(gates[..., 1:])
@@ -134,22 +147,24 @@ def _together(rule: twin.Rule, arrays: tuple[jax.Array, ...]) -> twin.Memories:
     return twin.Memories(first, second, jnp.stack([eta[..., :1], alpha[..., :1]], -3))
 
 
-# The kernels' calls. q, k, v (N, B, H, C, D), scalars (N, B, H, 6, C), start and running tuples of (B, H, rows, columns)
+# The calls of TPU kernels. q, k, v (N, B, H, C, D), scalars (N, B, H, 6, C), start and running tuples of (B, H, rows, columns)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(rule, q, k, v, scalars, start, running):
-    return _forward(rule, q, k, v, scalars, start, running, keep_starts=False)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(platform, rule, q, k, v, scalars, start, running):
+    return _forward(platform, rule, q, k, v, scalars, start, running, keep_starts=False)[:2]
 
 
-def _scan_forward(rule, q, k, v, scalars, start, running):
-    y, last, starts = _forward(rule, q, k, v, scalars, start, running, keep_starts=True)
+def _scan_forward(platform, rule, q, k, v, scalars, start, running):
+    y, last, starts = _forward(platform, rule, q, k, v, scalars, start, running, keep_starts=True)
     return (y, last), (q, k, v, scalars, start, starts)
 
 
-def _scan_backward(rule, saved, cotangents):
+def _scan_backward(platform, rule, saved, cotangents):
     q, k, v, scalars, start, starts = saved
     y_bar, last_bar = cotangents
+    if platform == 'gpu':
+        return gpu.backward(functools.partial(_chunk_of_rows, rule), q, k, v, scalars, start, starts, y_bar, last_bar)
     tokens, heads = _specs(lambda n: q.shape[0] - 1 - n)
     given, memories = (q, k, v, scalars), (*start, *last_bar)
     call = pl.pallas_call(
@@ -168,8 +183,10 @@ _scan.defvjp(_scan_forward, _scan_backward)
 _IN_ORDER = pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=_VMEM)
 
 
-def _forward(rule, q, k, v, scalars, start, running, *, keep_starts: bool):
+def _forward(platform, rule, q, k, v, scalars, start, running, *, keep_starts: bool):
     """Reads, the last memories, and with `keep_starts` the memories (N, B, H, ...) that chunks start from."""
+    if platform == 'gpu':
+        return gpu.forward(functools.partial(_chunk_of_rows, rule), q, k, v, scalars, start, running, keep_starts=keep_starts)
     tokens, heads = _specs(lambda n: n)
     given = (q, k, v, scalars)
     starts = [jax.ShapeDtypeStruct((q.shape[0], *x.shape), jnp.float32) for x in running] * keep_starts
@@ -262,6 +279,11 @@ def _chunk(rule: twin.Rule, memory, start, q, k, v, scalars: _Scalars):
     new = [_after(decays, writes, layer) for writes, layer in zip(written, layers, strict=True)]
     after = *(weight for weight, _ in new), *(momentum for _, momentum in new if momentum is not None)
     return tuple(jnp.where(complete, now, old) for now, old in zip(after, (*weights, *momenta), strict=True)), y
+
+
+def _chunk_of_rows(rule: twin.Rule, memory, start, q, k, v, rows: tuple[jax.Array, ...]):
+    """The same with the scalars as a tuple."""
+    return _chunk(rule, memory, start, q, k, v, _Scalars(*rows))
 
 
 def _generate(rule: twin.Rule, weights, q, k, v, scalars: _Scalars, *, momentum: bool) -> _Made:

@@ -100,14 +100,14 @@ def test_tokens_that_write_nothing():
 @pytest.mark.parametrize('changes', [dict(projection_chunk_size=8), dict(adaptive_query=True), dict(chunk_size=4)], ids=str)
 def test_what_they_do_not_take(changes):
     rule, (inputs, scale, initial) = Rule(**(BASE | changes)), arguments()
-    assert kernels.fits(Rule(**BASE)) and not kernels.fits(rule)
+    assert kernels.fits('tpu', Rule(**BASE), initial) and not kernels.fits('tpu', rule, initial)
     with pytest.raises(ValueError, match="rule is .* allowed with implementation='pallas_tpu' is one chunk size, a multiple of 8, and no"):
         self_modifying(inputs, scale, initial, rule=rule, implementation='pallas_tpu')
 
 
 def test_bad_implementation_and_dtype(x64):
     inputs, scale, initial = arguments()
-    with pytest.raises(ValueError, match="implementation is 'triton', allowed is one of 'jax', 'pallas_tpu'"):
+    with pytest.raises(ValueError, match="implementation is 'triton', allowed is one of 'jax', 'pallas_tpu', 'pallas_gpu'"):
         self_modifying(inputs, scale, initial, rule=Rule(**BASE), implementation='triton')
     wide = initial._replace(first=initial.first.astype(jnp.float64))
     with pytest.raises(ValueError, match='initial has dtype float64, allowed with .* is at most float32'):
