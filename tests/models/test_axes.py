@@ -12,8 +12,13 @@ from jax.sharding import AxisType
 from nested_jax.models.axes import gather_width, logical_axes, split_rows
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.models.presets import preset, preset_names
+from tests.models.small_models import CORE
 
-LARGEST = [name for name in preset_names() if name.endswith('-1.3b')]
+LARGEST = [
+    pytest.param(name, marks=pytest.mark.slow if name.removesuffix('-1.3b') in CORE else pytest.mark.exhaustive)
+    for name in preset_names()
+    if name.endswith('-1.3b')
+]
 
 
 def shapes(name: str):
@@ -101,7 +106,6 @@ print(json.dumps(report))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', LARGEST)
 def test_largest_presets_lower_for_256_devices(name):
     environment = {'JAX_NUM_CPU_DEVICES': '256', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'PATH': '/usr/bin:/bin'}

@@ -222,11 +222,10 @@ def test_the_first_state_is_all_zeros_with_a_leading_batch_axis(family):
     model, _ = _model(family, 'float32')
     first = model.init_state(3)
     variables = {'params': shapes(model)}
-    for update in (True, False):
-        for state in (None, first):
-            call = lambda v, t, s, update=update: model.apply(v, t, s, update=update)[1]
-            after = jax.eval_shape(call, variables, jnp.zeros((3, 5), jnp.int32), state)
-            assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), first)
+    for update, state in ((True, None), (False, first)):
+        call = lambda v, t, s, update=update: model.apply(v, t, s, update=update)[1]
+        after = jax.eval_shape(call, variables, jnp.zeros((3, 5), jnp.int32), state)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), first)
     assert all(leaf.shape[0] == 3 and not leaf.any() for leaf in jax.tree.leaves(first))
 
 

@@ -61,7 +61,7 @@ def test_parts_can_be_left_out_of_hope():
         dataclasses.replace(hope, memory=MemoryConfig(self_modified=('keys',)))
 
 
-@pytest.mark.parametrize('size', ['tiny', '1.3b', *(pytest.param(size, marks=pytest.mark.slow) for size in ('124m', '340m', '760m'))])
+@pytest.mark.parametrize('size', ['tiny', '1.3b', *(pytest.param(size, marks=pytest.mark.exhaustive) for size in ('124m', '340m', '760m'))])
 def test_families_of_one_size_have_equally_many_parameters(size):
     expected = _count(f'transformer-{size}')
     for family in FAMILIES:

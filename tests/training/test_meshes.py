@@ -135,8 +135,9 @@ def test_axes_have_the_collectives_they_are_there_for():
 GATES = {'transformer': 0, 'hope': 3, 'hope-linear': 2}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('family', GATES)
+@pytest.mark.parametrize(
+    'family', [pytest.param(name, marks=pytest.mark.exhaustive if name == 'hope' else pytest.mark.slow) for name in GATES]
+)
 def test_each_gradient_is_summed_once_and_little_else_moves(family):
     model = small(family, vocab_size=MODEL.vocab_size)
     num_bytes = lambda leaves: sum(4 * leaf.size for leaf in leaves)

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nested_jax.memory.kernels import hopper_tiles as tiles
 from nested_jax.memory.kernels import self_modifying as kernels
+from nested_jax.memory.kernels import self_modifying_gpu
 from nested_jax.memory.self_modifying import Inputs, Memories, Rule, self_modifying
 
 BATCH, LENGTH, HEADS, SIZE = 2, 150, 2, tiles.TILE  # the last chunk is not complete
@@ -131,6 +132,24 @@ def test_a_chunk_on_tiles(name, backwards, unlaid):
         check_program(lambda *given: jax.vjp(chunk, *given[:-1])[1](given[-1]), memory, start, q, k, v, rows, (memory, q))
     else:
         check_program(chunk, memory, start, q, k, v, rows)
+
+
+@pytest.mark.parametrize('place', [pytest.param('interpreted', marks=INTERPRETED), pytest.param('gpu', marks=ON_GPU)])
+def test_products_within_products(place, monkeypatch):
+    """A factor that is a product of products is made before shared memory is filled with the other."""
+    if place == 'interpreted':
+        monkeypatch.setattr(plgpu, 'kernel', functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
+    a, b = (jax.random.normal(jax.random.key(seed), (1, 1, SIZE, SIZE)) / 8 for seed in range(2))
+    function = lambda a, b: a @ (b @ (b @ (a @ b)))
+    program = tiles.trace(function, a[0, 0], b[0, 0])
+
+    def kernel(a, b, result, scratch):
+        given = [self_modifying_gpu._load(ref, 0, 0) for ref in (a, b)]
+        result[0, 0] = tiles.evaluate(program, given, tiles.Multiplier(scratch))[0].array
+
+    (got,) = self_modifying_gpu._call(kernel, [a])(a, b)
+    with jax.default_matmul_precision('highest'):
+        close(got, function(a, b))
 
 
 @pytest.mark.parametrize('place', [pytest.param('interpreted', marks=INTERPRETED), pytest.param('gpu', marks=ON_GPU)])
