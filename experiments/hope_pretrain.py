@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -28,7 +29,7 @@ import tyro
 from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
 from nested_jax.models.presets import preset, without
 from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu, run_to_exit
-from nested_jax.training.config import TrainConfig, check_devices, check_model, claim_folder, private_cache
+from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, private_cache
 from nested_jax.training.faults import faults_of_environment
 
 if TYPE_CHECKING:  # these import JAX or read the corpus: bad input is met before them
@@ -141,6 +142,10 @@ def main(argv: list[str] | None = None) -> int:
         result = train(args.train, model_config, data, run_config, **how)
     except (ClusterError, DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
+    except ValueError as error:
+        if not _is_told(error):
+            raise
+        return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail(f'stopped; the same command goes on from the last checkpoint in {args.train.output}', 130)
     if result.stopped_by is not None:
@@ -195,14 +200,17 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     check_model(args.train, model_config, data.tokenizer.vocab_size)
 
     from nested_jax.training import distributed
+    from nested_jax.training.sharding import batch_shares, choose_mesh, count_slices, parse_axes
 
+    if args.mesh is not None:
+        parse_axes(args.mesh)
     distributed.join(args.distributed, args.processes)
     import jax
 
+    check_kernels(args.train, len(jax.devices()))
+
     if args.mesh is None:  # then all devices share the batch, whatever the model: said before the seconds that a model takes
         check_devices(args.train, len(jax.devices()))
-    from nested_jax.training.sharding import batch_shares, choose_mesh, count_slices
-
     sizes = choose_mesh(args.mesh, model_config, len(jax.devices()), count_slices(jax.devices()))
     check_devices(args.train, batch_shares(sizes))
     check_model(args.train, model_config, data.tokenizer.vocab_size, sizes.get('sequence', 1))
@@ -321,6 +329,12 @@ def _print(text: str) -> None:
 
 def _command() -> str:
     return shlex.join(['python', '-m', f'experiments.{EXPERIMENT}', *sys.argv[1:]])
+
+
+def _is_told(error: ValueError) -> bool:
+    """Whether the project's own code raised it, to say what is wrong with what it was given: of others' errors the way there matters."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals['__name__'].startswith('nested_jax.')
 
 
 def _one_line(text: str) -> str:

@@ -4,8 +4,9 @@
 # or the families of models within one) run side by side, one on each core, in the order of tests/conftest.py; a later -n 0 runs them one
 # after the other.
 #
-# scripts/test.sh --full [argument ...] runs all but those that need a GPU, whole products of options too: an hour and a half on two cores. It adds a
-# row of what passed, failed and was skipped to experiments/results/reliability.jsonl. Arguments choose a part: --full tests/training.
+# scripts/test.sh --full [argument ...] runs all but those that need a GPU, whole products of options too: an hour and a half on two cores.
+# It adds a row of what passed, failed and was skipped to experiments/results/reliability.jsonl; given again, it goes on with a run that was
+# cut off. Arguments choose a part: --full tests/training.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test

@@ -117,7 +117,7 @@ def hardware_name(devices: list) -> str:
 
 
 def commit() -> str:
-    """The commit of the source tree, `+changes` when files differ from it, 'unknown' outside a repository.
+    """The commit of the source tree, `+changes` when files other than results differ from it, 'unknown' outside a repository.
 
     In what `git archive` packed, as scripts/launch_tpu.sh sends it, the commit it was made of: changes since are not seen there.
     """
@@ -125,7 +125,8 @@ def commit() -> str:
         return 'unknown' if _ARCHIVED.startswith('$') else _ARCHIVED
     try:
         head = _git(_ROOT, 'rev-parse', 'HEAD')
-        return head + ('+changes' if _git(_ROOT, 'status', '--porcelain', '--untracked-files=no') else '')
+        changed = _git(_ROOT, 'status', '--porcelain', '--untracked-files=no', '--', '.', ':(exclude)experiments/results')
+        return head + ('+changes' if changed else '')
     except (OSError, subprocess.SubprocessError):
         return 'unknown'
 

@@ -237,25 +237,24 @@ class _Trainer:
 
     def steps(self, start: int, stop: StopSignals) -> int | None:
         """Runs the steps after `start`; returns the signal that ended them early, if one did."""
-        config = self.config
         with MetricLog(self.folder if is_first() else None, start) as self.log:
             self.write_passed_over(start)
             self.progress.start_at(start)
             self.ledger.step(start)
             iterator = batch_iterator(self.batches, start=start + (self.skips.num_passed_over if self.skips else 0))
-            for step in range(start + 1, config.steps + 1):
+            for step in range(start + 1, self.config.steps + 1):
                 self.watchdog.step(step)
                 self.whereabouts.say(step)
                 with self.ledger.during('data'):
                     batch = next(iterator)
                 self.train_step(step, self.disturb(step, batch))
                 self.ledger.step(step)
-                received, last = stop.reached(), step == config.steps
-                if last or step % config.log_every == 0:
+                received, last = stop.reached(), step == self.config.steps
+                if last or step % self.config.log_every == 0:
                     self.write(step)
-                if not last and step % config.eval_every == 0:
+                if not last and step % self.config.eval_every == 0:
                     self.write_heldout(step, self.evaluate(self.during), 'heldout_part')
-                if last or step % config.checkpoint_every == 0 or received is not None:
+                if last or step % self.config.checkpoint_every == 0 or received is not None:
                     self.save(step)
                 if received is not None:
                     return received
@@ -316,10 +315,11 @@ class _Trainer:
     def look_at(self, step: int, metrics: dict[str, jax.Array], num_bytes: int) -> None:
         """Adds a finished step to the window, or says that it was skipped."""
         if self.skips is None or not metrics['skipped']:
-            self.window.add(step, metrics, num_bytes)
-            if not metrics.get('finite', True):
-                raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
-            return
+            try:
+                return self.window.add(step, metrics, num_bytes)
+            except DivergedError:
+                self.write(step - 1)  # what the log does not know of the steps before
+                raise
         loss, grad_norm = (float(metrics[name]) for name in ('loss', 'grad_norm'))
         self.window.skipped += 1
         self.progress.say(f'step {step} is skipped: its loss is {loss:.6g}, the norm of its gradient {grad_norm:.6g}')
@@ -368,7 +368,8 @@ class _Trainer:
             if self.skips is not None:
                 raise GoBack(step)
             raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
-        cursor = dict(identity=self.identity, window=dataclasses.asdict(self.window) | dict(num_bytes=total(self.window.num_bytes)))
+        window = dataclasses.asdict(self.window) | dict(num_bytes=total(self.window.num_bytes))
+        cursor = dict(identity=self.identity, window=window, mesh=dict(self.placement.mesh.shape))
         if self.skips is not None:
             cursor['guard'] = self.skips.to_json()
         with self.doing('save'):
@@ -378,12 +379,11 @@ class _Trainer:
         """Logs the last evaluation, once however often a finished run is called again, and draws the loss curve."""
         if not is_first():
             return
-        records = read_metrics(self.folder / 'metrics.jsonl')
-        if not any(record['step'] == self.config.steps and 'heldout_bits_per_byte' in record for record in records):
-            with MetricLog(self.folder, self.config.steps) as self.log:
-                self.write_heldout(self.config.steps, heldout, 'heldout')
-            records = read_metrics(self.folder / 'metrics.jsonl')
-        loss_curve(records, self.folder / 'loss.png')
+        path, steps = self.folder / 'metrics.jsonl', self.config.steps
+        if not any(record['step'] == steps and 'heldout_bits_per_byte' in record for record in read_metrics(path)):
+            with MetricLog(self.folder, steps) as self.log:
+                self.write_heldout(steps, heldout, 'heldout')
+        loss_curve(read_metrics(path), self.folder / 'loss.png')
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return self.placement.place(batch, self.config.batch_size)

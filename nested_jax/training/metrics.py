@@ -30,10 +30,12 @@ class LossWindow:
     skipped: int = 0  # steps that changed nothing
 
     def add(self, step: int, metrics: dict[str, jax.Array], num_bytes: int) -> None:
-        """Adds a step; raises DivergedError where its loss or gradient is not finite."""
+        """Adds a step; raises DivergedError where its loss or gradient, or by 'finite' its new state, is not finite."""
         loss, grad_norm, tokens = (float(metrics[name]) for name in ('loss', 'grad_norm', 'tokens'))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(f'at step {step} the loss is {loss} and the norm of the gradient {grad_norm}; the step is not saved')
+        if not metrics.get('finite', True):
+            raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
         self.nats += loss * tokens
         self.tokens += tokens
         self.num_bytes += num_bytes
@@ -60,8 +62,8 @@ class MetricLog:
         self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
 
     def write(self, step: int, **metrics: float) -> None:
-        """Writes the metrics of one step."""
-        if self._file is None:
+        """Writes the metrics of one step, if there are any."""
+        if self._file is None or not metrics:
             return
         self._file.write(json.dumps(dict(step=step, **metrics)) + '\n')
         self._file.flush()

@@ -123,11 +123,11 @@ def recipe(mesh_axes: Names) -> ShardingRules:
     return ShardingRules(embed=fsdp, heads=tensor, mlp=tensor, vocab=tensor, batch=only(*BATCH_AXES), spread=fsdp)
 
 
-def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+def parse_axes(text: str) -> dict[str, int]:
     """'data=2,fsdp=4' -> {'data': 2, 'fsdp': 4}.
 
     Raises:
-        ValueError: for another form, an axis that does not exist or comes twice, or sizes whose product is not `num_devices`.
+        ValueError: for another form, or an axis that does not exist or comes twice.
     """
     sizes = {}
     for part in text.split(','):
@@ -135,6 +135,16 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
         if name not in MESH_AXES or name in sizes or not size.isdecimal() or int(size) < 1:
             raise ValueError(f'mesh is {text!r}, allowed is axis=size,..., each axis once, of {", ".join(MESH_AXES)}')
         sizes[name] = int(size)
+    return sizes
+
+
+def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+    """The same for so many devices.
+
+    Raises:
+        ValueError: see `parse_axes`, and for sizes whose product is not `num_devices`.
+    """
+    sizes = parse_axes(text)
     if math.prod(sizes.values()) != num_devices:
         raise ValueError(f'mesh is {text!r}, {math.prod(sizes.values())} devices, allowed are sizes whose product is {num_devices}')
     return sizes

@@ -63,6 +63,13 @@ def test_an_archive_knows_its_commit(tmp_path):
     assert ask(tmp_path / 'unpacked') == head
     (source / 'nested_jax/config.py').write_text('redacted = dict')
     assert ask(source) == head + '+changes'
+    git(source, 'checkout', 'nested_jax/config.py')
+    (source / 'experiments/results').mkdir(parents=True)
+    (source / 'experiments/results/rows.jsonl').touch()
+    git(source, 'add', '--all')
+    git(source, 'commit', '-q', '-m', 'a row')
+    (source / 'experiments/results/rows.jsonl').write_text('{}')  # as the run before this one left it
+    assert ask(source) == git(source, 'rev-parse', 'HEAD')
 
 
 def test_rows_hold_no_secrets(monkeypatch):

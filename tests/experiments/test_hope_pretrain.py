@@ -13,6 +13,8 @@ import pytest
 
 from experiments import hope_pretrain
 from nested_jax.evaluation.rows import read_rows
+from nested_jax.training import loop
+from nested_jax.training.config import lock_folder
 from nested_jax.training.metrics import read_metrics
 from tests.training.stored import stored_arrays
 
@@ -97,6 +99,8 @@ WRONG = {
         r'train\.sequence_length is 33',
     ),
     'spikes without skipping': (['--train.spike-sigma', '6'], r"train\.spike_sigma is 6\.0, allowed is None unless on_nonfinite='skip'"),
+    'mesh': (['--mesh', 'data=2,fdsp=2', '--data.corpus', '{texts}'], r"mesh is 'data=2,fdsp=2', allowed is axis=size"),
+    'kernels and devices': (['--train.kernels', 'tpu', '--data.corpus', '{texts}'], r"train\.kernels is 'tpu', allowed on 4 devices is"),
     'small vocabulary': (['--model.vocab-size', '100', '--data.corpus', '{texts}'], r'model\.vocab_size is 100'),
     'batch and devices': (
         ['--train.batch-size', '6', '--data.corpus', '{texts}'],
@@ -119,6 +123,25 @@ def test_wrong_input_is_one_line_and_exit_code_2(case, texts, tmp_path, record_p
 def test_empty_folder_is_one_line_and_exit_code_2(tmp_path):
     code, said, complained, seconds = run('--data.corpus', tmp_path, '--train.output', tmp_path / 'run')
     assert code == 2 and str(tmp_path) in complained and complained.count('\n') == 1 and seconds < 2, complained
+
+
+def test_what_the_trainer_refuses_is_one_line_and_exit_code_2(texts, tmp_path):
+    """Too little text for a batch; and a folder in which another run is at work."""
+    arguments = [*TINY, '--train.batch-size', '4096', '--data.corpus', texts, '--train.output', tmp_path / 'run']
+    code, _, complained, _ = run(*arguments)
+    assert code == 2 and re.match(r'error: batch_size=4096: .* allowed: at most \d+\n$', complained), complained
+    with lock_folder(tmp_path / 'run'):
+        code, _, complained, _ = run(*arguments)
+    assert code == 2 and 'in use by another run' in complained and complained.count('\n') == 1, complained
+
+
+def test_errors_of_others_keep_the_way_there(monkeypatch, tmp_path, texts):
+    def train(*args, **options):
+        return int('a fault of the program')
+
+    monkeypatch.setattr(loop, 'train', train)
+    with pytest.raises(ValueError, match='invalid literal'):
+        hope_pretrain.main([*TINY, '--train.batch-size', '8', '--data.corpus', str(texts), '--train.output', str(tmp_path / 'run')])
 
 
 def test_cache_that_others_can_write_to_and_processes_that_cannot_be_joined_are_one_line(tmp_path, monkeypatch, capsys):

@@ -328,6 +328,17 @@ def test_bad_batch_ends_the_run_by_default(data, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['00000003']
 
 
+def test_the_log_has_the_steps_before_a_bad_batch(data, tmp_path, monkeypatch):
+    """N1. They were not due yet."""
+    with pytest.raises(loop.DivergedError, match='at step 4 the loss is nan'):
+        faulty(monkeypatch, tmp_path / 'bad', data, 'nan_batch@4', dataclasses.replace(TRAIN, log_every=50))
+    train(tmp_path / 'good', data)
+    expected, (line,) = records(tmp_path / 'good')[0], records(tmp_path / 'bad')
+    assert line['step'] == expected['step'] == 3
+    for name in ('loss', 'bits_per_byte', 'grad_norm', 'learning_rate'):
+        assert line[name] == expected[name]
+
+
 def test_bad_batch_is_skipped_counted_and_resumed(data, tmp_path, monkeypatch):
     whole, said = faulty(monkeypatch, tmp_path / 'whole', data, 'nan_batch@4,inf_batch@7', SKIP)
     assert whole.step == 8 and 'step 4 is skipped: its loss is nan' in said and 'step 7 is skipped' in said

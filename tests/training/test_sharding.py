@@ -209,11 +209,12 @@ SHARES_OF_OTHERS = [(name, FSDP) for name in preset_names() if name.endswith('-t
 def test_every_device_holds_its_share(name, sizes):
     placement, params = Placement.on(make_mesh(sizes, jax.devices())), shapes_of(name)
     periods = {f'level_{index}': 512 * 2**index for index in range(4)}  # slow levels keep sums of gradients
-    optimizer = make_optimizer(TRAIN, periods)
-    shardings = placement.state(optimizer, params)
-    state = jax.eval_shape(optimizer.init, params)
-    assert share(params, shardings.params) <= 1.1 / 8
-    assert share(state, shardings.opt_state) <= 1.1 / 8
+    for kind in ('adamw', 'muon', 'm3'):
+        optimizer = make_optimizer(dataclasses.replace(TRAIN, optimizer=kind), periods, placement.params(params))
+        shardings = placement.state(optimizer, params)
+        state = jax.eval_shape(optimizer.init, params)
+        assert share(params, shardings.params) <= 1.1 / 8
+        assert share(state, shardings.opt_state) <= 1.1 / 8, kind
 
 
 def test_state_is_made_where_it_belongs_and_the_optimizer_gathers_nothing():
