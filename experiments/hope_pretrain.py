@@ -208,7 +208,6 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     import jax
 
     check_kernels(args.train, len(jax.devices()))
-
     if args.mesh is None:  # then all devices share the batch, whatever the model: said before the seconds that a model takes
         check_devices(args.train, len(jax.devices()))
     sizes = choose_mesh(args.mesh, model_config, len(jax.devices()), count_slices(jax.devices()))

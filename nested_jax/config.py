@@ -7,6 +7,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
+KernelSet = Literal['plain', 'gpu', 'gpu_unverified', 'tpu']  # see nested_jax.layers.kernels
 Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
     'linear-attention', 'retention', 'gated-linear-attention', 'delta-rule', 'mamba2', 'ttt',

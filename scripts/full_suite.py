@@ -5,7 +5,7 @@ and by folder, which tests failed and with what, and what tests measured (`recor
 --full, NESTED_JAX_FULL_RESULTS another file for the row.
 
 What each test came to is kept in pytest's cache until then. A run that was cut off goes on when the same command is given again, as long
-as no file of the commit was changed: no test is run twice, one that failed neither.
+as no file of the commit but results was changed: no test is run twice, one that failed neither.
 """
 
 import collections
@@ -116,7 +116,7 @@ class FullSuite:
         """Stores the row, unless no test was run, or not all were."""
         if not self._tests:
             return
-        if exitstatus not in _RUN_TO_THE_END:
+        if exitstatus not in _RUN_TO_THE_END or session.shouldfail:  # by -x
             print('\nno row: not all tests were run' + ('; the same command goes on with the others' if self._unfinished else ''))
             return
         failures = {name: test['failure'] for name, test in self._tests.items() if test['outcome'] == 'failed'}
@@ -139,13 +139,12 @@ class FullSuite:
             self._unfinished.unlink(missing_ok=True)
 
     def _read(self, unfinished: pathlib.Path) -> float:
-        """Takes over what is noted, but for a line that was cut off; returns the seconds that the run took so far."""
-        wall_s = 0.0
-        for text in unfinished.read_text().splitlines(keepends=True):
-            if text.endswith('\n'):
-                test = json.loads(text)
-                wall_s = test.pop('wall_s')
-                self._tests[test.pop('name')] = test
+        """Takes over what is noted, and takes away a line that was cut off; returns the seconds that the run took so far."""
+        wall_s, lines = 0.0, [line for line in unfinished.read_text().splitlines(keepends=True) if line.endswith('\n')]
+        unfinished.write_text(''.join(lines))
+        for test in map(json.loads, lines):
+            wall_s = test.pop('wall_s')
+            self._tests[test.pop('name')] = test
         return wall_s
 
     def _note(self, name: str) -> None:

@@ -139,7 +139,7 @@ def gpu_table(rows: list[dict]) -> list[str]:
 
 def _gpu_cells(found: dict) -> list[str]:
     ways = [f'chunks of {found["chunk_size"]}'] if found.get('chunk_size') else []
-    ways += ['layers one by one'] * (not found.get('scan_layers', True)) + ['more kernels'] * (found.get('kernels') == 'gpu_unverified')
+    ways += ['layers one by one'] * (not found.get('scan_layers', True)) + ["Hope's kernels"] * (found.get('kernels') == 'gpu_unverified')
     name = ', '.join([found['model'], *ways])
     shape = f'{found["batch"]} x {found.get("length", found.get("time"))}'
     if 'heads' in found:

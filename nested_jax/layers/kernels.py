@@ -19,15 +19,14 @@ the calls that it can do, and plain JAX for the others:
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
-from nested_jax.config import check
+from nested_jax.config import KernelSet, check
 from nested_jax.memory.self_modifying import Memories, Rule
 
-KernelSet = Literal['plain', 'gpu', 'gpu_unverified', 'tpu']
 _GPU = ('gpu', 'gpu_unverified')
 # Part of the key under which jax.jit keeps what it has traced.
 _chosen = jax.make_user_context(default_value='plain')

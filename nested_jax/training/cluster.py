@@ -105,15 +105,19 @@ def find_cluster(mode: Mode, config: ProcessConfig, environment: Mapping[str, st
     return None if mode == 'off' else _detect(environment, on_tpu)
 
 
-def has_tpu(devices: str | os.PathLike = '/sys/bus/pci/devices') -> bool:
-    """Whether this machine has TPU chips, with their library or without.
+def has_tpu(root: str | os.PathLike = '/') -> bool:
+    """Whether this machine has TPU chips: known ones on its PCI bus; or, beside their library, files of devices that others have too.
 
     Args:
-        devices: folder with one for each device on the PCI bus.
+        root: of the file system.
     """
+    root = pathlib.Path(root)
     named = lambda device, file: (device / file).read_text().strip() if (device / file).is_file() else None
-    found = pathlib.Path(devices).glob('*')
-    return any(named(device, 'vendor') == '0x1ae0' and named(device, 'device') in _TPU_CHIPS for device in found)
+    buses = (root / 'sys/bus/pci/devices').glob('*')
+    if any(named(device, 'vendor') == '0x1ae0' and named(device, 'device') in _TPU_CHIPS for device in buses):
+        return True
+    files = [*(root / 'dev').glob('accel[0-9]*'), *(root / 'dev/vfio').glob('[0-9]*')]
+    return bool(files) and importlib.util.find_spec('libtpu') is not None
 
 
 def _detect(environment: Mapping[str, str], on_tpu: bool) -> Cluster | None:

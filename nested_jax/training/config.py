@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
-from nested_jax.config import ModelConfig, added, check, redacted
+from nested_jax.config import KernelSet, ModelConfig, added, check, redacted
 
 # What may change between two halves of a run: none of it touches a number that is learnt or reported. Blocks that are scanned or unrolled
 # have the same parameters, and differ by rounding, as meshes do.
@@ -54,7 +54,7 @@ class TrainConfig:
     optimizer: OptimizerName = added('adamw')  # learning rates are those of AdamW for all three
     slow_period: int = added(100)  # with 'm3': steps between two updates of the slow momentum
     watchdog_s: float | None = added(None)  # a step that takes longer ends the process, with all stacks on standard error; None: no limit
-    kernels: Literal['plain', 'gpu', 'gpu_unverified', 'tpu'] = added('plain')  # what layers compute with: see nested_jax.layers.kernels
+    kernels: KernelSet = added('plain')  # what layers compute with: see nested_jax.layers.kernels
     output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
 
     def __post_init__(self):
@@ -85,7 +85,7 @@ class TrainConfig:
         unused = TrainConfig.slow_period
         self._check('slow_period', self.slow_period == unused or self.optimizer == 'm3', f"{unused} unless optimizer='m3'")
         self._check('on_nonfinite', self.on_nonfinite in ('abort', 'skip'), "'abort' or 'skip'")
-        self._check('kernels', self.kernels in ('plain', 'gpu', 'gpu_unverified', 'tpu'), "'plain', 'gpu', 'gpu_unverified' or 'tpu'")
+        self._check('kernels', self.kernels in get_args(KernelSet), f'one of {get_args(KernelSet)}')
         for name in ('spike_sigma', 'watchdog_s'):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, 'a number above 0 or None')
         self._check('spike_sigma', self.spike_sigma is None or self.on_nonfinite == 'skip', "None unless on_nonfinite='skip'")

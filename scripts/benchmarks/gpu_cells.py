@@ -246,7 +246,7 @@ def attention(implementation: str) -> Callable[[Settings], list[dict]]:
 
 
 class Training(NamedTuple):
-    """A model's training step: AdamW at every step, in bfloat16, with the kernels of a GPU, or more of them."""
+    """A model's training step: AdamW at every step, in bfloat16, on a GPU with its kernels."""
 
     name: str
     batch: int

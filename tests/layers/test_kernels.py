@@ -111,7 +111,7 @@ def test_choices():
 
 def test_of_a_run():
     assert 'kernels' not in as_dict(TrainConfig()) and as_dict(TrainConfig(kernels='tpu'))['kernels'] == 'tpu'
-    with pytest.raises(ValueError, match="train.kernels is 'cuda', allowed is 'plain', 'gpu', 'gpu_unverified' or 'tpu'"):
+    with pytest.raises(ValueError, match="train.kernels is 'cuda', allowed is one of .'plain', 'gpu', 'gpu_unverified', 'tpu'."):
         TrainConfig(kernels='cuda')
     for name in ('tpu', 'gpu_unverified'):
         check_kernels(TrainConfig(kernels=name), 1)

@@ -104,6 +104,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
     assert stopped.returncode == 2 and row is None and 'the same command goes on' in stopped.stdout, stopped.stdout
     (noted,) = (tmp_path / '.pytest_cache' / 'd' / 'full_suite').iterdir()
     noted.write_text(noted.read_text() + '{"name": "tests/test_a.py::test_th')  # the process was killed
+    assert run(tmp_path, '-n', '0', 'tests', STOP='yes')[1] is None  # and what went on, too
     done, row = run(tmp_path, '-n', '2', 'tests')
     assert '2 passed' in done.stdout and 'going on after the 2 tests' in done.stdout, done.stdout
     assert done.returncode == 1 and not noted.exists()
@@ -112,7 +113,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
     assert list(found['failures']) == ['tests/test_a.py::test_bad'] and found['measured'] == {'tests/test_a.py::test_good': dict(number=1)}
     assert found['by_marker']['slow']['passed'] == 1
     at('second')
-    run(tmp_path, '-n', '0', 'tests', STOP='yes')
+    assert run(tmp_path, '-n', '0', '-x', 'tests')[1]['commit'] == 'first'  # the last row: there is none of a part
     at('third+changes')
     for settings in (dict(STOP='yes'), {}):
         done, row = run(tmp_path, '-n', '0', 'tests', **settings)

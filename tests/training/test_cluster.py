@@ -100,11 +100,21 @@ def test_a_tpu_without_its_library_is_not_a_cpu_alone(monkeypatch):
 )
 def test_chips_are_known_by_their_numbers(tmp_path, vendor, device, found):
     """A network card of Google's and another maker's device are none."""
+    bus = tmp_path / 'sys/bus/pci/devices'
+    (bus / '0000:00:05.0').mkdir(parents=True)
+    (bus / 'without').mkdir()
     for name, text in {'vendor': vendor, 'device': device}.items():
-        (tmp_path / '0000:00:05.0').mkdir(exist_ok=True)
-        (tmp_path / '0000:00:05.0' / name).write_text(text + '\n')
-    (tmp_path / 'without').mkdir()
+        (bus / '0000:00:05.0' / name).write_text(text + '\n')
     assert has_tpu(tmp_path) == found and not has_tpu(tmp_path / 'nowhere')
+
+
+def test_chips_of_a_number_that_is_not_known_are_told_by_their_library(tmp_path, libtpu, monkeypatch):
+    (tmp_path / 'dev/vfio').mkdir(parents=True)
+    assert not has_tpu(tmp_path)
+    (tmp_path / 'dev/vfio/3').touch()
+    assert has_tpu(tmp_path)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    assert not has_tpu(tmp_path)
 
 
 def test_one_tpu_host_of_several_tasks_is_not_alone():

@@ -487,6 +487,7 @@ def test_eight_devices_agree_with_one(unbroken, data, tmp_path):
     eight, _ = train(tmp_path / 'eight', data, config, devices=8, mesh='fsdp=8', explicit=True)
     np.testing.assert_allclose(eight.heldout.nats, one.heldout.nats, rtol=1e-5)
     assert any('fsdp' in str(jax.typeof(leaf)) for leaf in jax.tree.leaves(eight.state.params))
+    assert [json.loads((each.checkpoint / 'meta.json').read_text())['data']['mesh'] for each in (one, eight)] == [{'data': 1}, {'fsdp': 8}]
 
 
 def test_batch_that_the_devices_do_not_divide(data, tmp_path):

@@ -32,6 +32,13 @@ INTERPRETED = (
 ON_GPU = pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != 'gpu', reason='no GPU')
 
 
+@pytest.fixture(params=[pytest.param('interpreted', marks=INTERPRETED), pytest.param('gpu', marks=ON_GPU)])
+def somewhere(request, monkeypatch):
+    """Where kernels can run."""
+    if request.param == 'interpreted':
+        monkeypatch.setattr(plgpu, 'kernel', functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
+
+
 def arguments(name: str):
     """The rule, inputs, scales and learned memories."""
     rng, rule = np.random.default_rng(0), Rule(**(BASE | RULES[name]))
@@ -134,11 +141,9 @@ def test_a_chunk_on_tiles(name, backwards, unlaid):
         check_program(chunk, memory, start, q, k, v, rows)
 
 
-@pytest.mark.parametrize('place', [pytest.param('interpreted', marks=INTERPRETED), pytest.param('gpu', marks=ON_GPU)])
-def test_products_within_products(place, monkeypatch):
+@pytest.mark.usefixtures('somewhere')
+def test_products_within_products():
     """A factor that is a product of products is made before shared memory is filled with the other."""
-    if place == 'interpreted':
-        monkeypatch.setattr(plgpu, 'kernel', functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
     a, b = (jax.random.normal(jax.random.key(seed), (1, 1, SIZE, SIZE)) / 8 for seed in range(2))
     function = lambda a, b: a @ (b @ (b @ (a @ b)))
     program = tiles.trace(function, a[0, 0], b[0, 0])
@@ -152,21 +157,17 @@ def test_products_within_products(place, monkeypatch):
         close(got, function(a, b))
 
 
-@pytest.mark.parametrize('place', [pytest.param('interpreted', marks=INTERPRETED), pytest.param('gpu', marks=ON_GPU)])
+@pytest.mark.usefixtures('somewhere')
 @pytest.mark.parametrize('documents', [False, True])
 @SMALL
-def test_equals_the_plain_form_with_gradients(name, documents, place, monkeypatch):
-    if place == 'interpreted':
-        monkeypatch.setattr(plgpu, 'kernel', functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
+def test_equals_the_plain_form_with_gradients(name, documents):
     rule, given = arguments(name)
     segment_ids = jnp.asarray([[0] * SIZE + [1] * (LENGTH - SIZE), [2] * LENGTH]) if documents else None
     close(run(rule, given, 'pallas_gpu', segment_ids), run(rule, given, 'jax', segment_ids))
 
 
-@pytest.mark.parametrize('place', [pytest.param('interpreted', marks=INTERPRETED), pytest.param('gpu', marks=ON_GPU)])
-def test_tokens_that_write_nothing(place, monkeypatch):
-    if place == 'interpreted':
-        monkeypatch.setattr(plgpu, 'kernel', functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams()))
+@pytest.mark.usefixtures('somewhere')
+def test_tokens_that_write_nothing():
     rule, (inputs, scale, initial) = arguments('hope-linear')
     never = jnp.full_like(inputs.eta, -jnp.inf)
     given = inputs._replace(eta=never, alpha=never), scale, initial
