@@ -4,7 +4,7 @@ A ledger switches from one cause to the next, so that every second of a process 
 goodput.jsonl in the run's folder, about once a second of steps and after everything else: a process that is killed leaves it there.
 `summary` reads the file. The steps that a later process did again are wasted; the time between the last line of a process that was
 killed and the first of the next is recovery, which holds the seconds the last line does not know of. Time in which a run lay
-stopped or finished is not counted.
+stopped or finished is not counted. The other processes of a run count slow steps, in files of their own: a run is as slow as its slowest.
 """
 
 import contextlib
@@ -21,24 +21,25 @@ from types import TracebackType
 from typing import Any
 
 CAUSES = ('start', 'restore', 'compile', 'data', 'step', 'save', 'evaluate')
-FILE = 'goodput.jsonl'
+FILE = 'goodput.jsonl'  # of the first process; goodput-1.jsonl and so on for the others
 _EVERY_S = 1.0  # between two lines that say only that steps were done
 _CLEAN = ('finished', 'stopped')
 _FAR = 5  # medians
+_NAMED = 4  # of processes and phases with slow steps, in a line
 # A process that waits for another one cannot know it; that one says, by its own line, which of the first two it was.
 _DATA, _WORK, _WAIT = 'for its batch', 'in its own work', 'waiting for its devices or another process'
 
 
 class StepTimes:
-    """Tells slow steps and waits for input from ordinary ones.
+    """Tells slow steps and waits for input from ordinary ones, and counts them by the phase that made them so.
 
     A step is slow above the median plus three median absolute deviations of those before it; a wait for input is a stall above five
     median steps. Neither is told before ten steps.
     """
 
     def __init__(self):
-        self.slow, self.stalls = 0, 0
-        self._recent: deque[float] = deque(maxlen=128)
+        self.slow = dict.fromkeys((_DATA, _WORK, _WAIT), 0)  # stalls are those of the first
+        self._recent: deque[tuple[float, float]] = deque(maxlen=128)  # seconds of work and of waiting
 
     def add(self, step_s: float, data_s: float, waited_s: float = 0.0) -> str | None:
         """Counts one step.
@@ -51,17 +52,20 @@ class StepTimes:
         Returns:
             Where the time went, of a step that is worth a line: one that took five times the median. None for all others.
         """
-        told = None
+        told, work_s = None, step_s - waited_s
         if len(self._recent) >= 10:
-            median = statistics.median(self._recent)
-            deviation = statistics.median(abs(value - median) for value in self._recent)
-            self.slow += step_s > median + 3 * deviation
-            self.stalls += data_s > _FAR * median
+            steps = [work + wait for work, wait in self._recent]
+            median = statistics.median(steps)
+            deviation = statistics.median(abs(value - median) for value in steps)
+            if step_s > median + 3 * deviation:
+                usual_work, usual_wait = (statistics.median(values) for values in zip(*self._recent, strict=True))
+                self.slow[_WORK if work_s - usual_work >= waited_s - usual_wait else _WAIT] += 1
+            self.slow[_DATA] += data_s > _FAR * median
             if step_s + data_s > _FAR * median:
-                parts = {_DATA: data_s, _WORK: step_s - waited_s, _WAIT: waited_s}
+                parts = {_DATA: data_s, _WORK: work_s, _WAIT: waited_s}
                 phase = max(parts, key=parts.get)
                 told = f'took {step_s + data_s:.2f} s where {median:.2f} s is usual, {parts[phase]:.2f} s of it {phase}'
-        self._recent.append(step_s)
+        self._recent.append((work_s, waited_s))
         return told
 
 
@@ -69,10 +73,11 @@ class Ledger:
     """What one process, or one try of it, spends its time on.
 
     Args:
-        folder: of the run; None, in processes but the first, keeps nothing.
+        folder: of the run; None keeps nothing.
         clock: seconds that never go back.
         wall: seconds that processes share.
-        process: its index, for the lines that each prints about steps that took it far longer than usual.
+        process: its index. The first, 0, keeps the account; the others only how many of their steps were slow, and each prints a line
+            about a step that took it far longer than usual.
         began: by `clock`, when the process did; None: now.
     """
 
@@ -84,8 +89,9 @@ class Ledger:
         process: int = 0,
         began: float | None = None,
     ):
-        self._path, self._clock, self._wall = None if folder is None else pathlib.Path(folder) / FILE, clock, wall
-        self._process = process
+        self._path = None if folder is None else pathlib.Path(folder) / (f'goodput-{process}.jsonl' if process else FILE)
+        self._clock, self._wall, self._process = clock, wall, process
+        self._where = f'process {process} on {socket.gethostname()}'
         self._open(clock() if began is None else began)
 
     def __enter__(self) -> 'Ledger':
@@ -126,7 +132,7 @@ class Ledger:
         self._before = dict(self._seconds)
         waited_s, self._waited = self._waited, 0.0
         if step > self._step and (told := self._times.add(step_s, data_s, waited_s)):
-            print(f'step {step} in process {self._process} on {socket.gethostname()} {told}', flush=True)
+            print(f'step {step} in {self._where} {told}', flush=True)
         self._step = step
         if self._clock() - self._written >= _EVERY_S:
             self._write()
@@ -146,6 +152,7 @@ class Ledger:
         self._seconds = dict.fromkeys(CAUSES, 0.0)
         self._before = dict(self._seconds)
         self._times, self._waited = StepTimes(), 0.0
+        self._told = dict(self._times.slow)
         self._first: int | None = None
         self._step = 0
         self._cause, self._since, self._written = 'start', began, now
@@ -159,9 +166,10 @@ class Ledger:
     def _write(self, ended: str | None = None) -> None:
         self._switch(self._cause)
         self._written = self._since
-        if self._first is None or self._path is None:
+        if self._first is None or self._path is None or (self._process and self._times.slow == self._told):
             return
-        times = dict(began=self._began, now=self._wall(), seconds=self._seconds, slow_steps=self._times.slow, stalls=self._times.stalls)
+        self._told = dict(self._times.slow)
+        times = dict(began=self._began, now=self._wall(), seconds=self._seconds, where=self._where, slow=self._told)
         line = json.dumps(dict(process=self._id, first_step=self._first, step=self._step, ended=ended, **times))
         with open(self._path, 'a') as file:
             file.write(line + '\n')
@@ -176,8 +184,7 @@ class Summary:
     badput_s: dict[str, float]  # cause -> seconds: of `CAUSES` without step, wasted, recovery
     wasted_steps: int  # done again
     restarts: int
-    slow_steps: int
-    stalls: int
+    slow: dict[str, int]  # steps that took some process longer than usual, by process, host and what it was doing
     errors: dict[str, int]  # name -> processes, or tries, that it ended: SaveError, say
 
     @property
@@ -187,7 +194,8 @@ class Summary:
 
     def __str__(self) -> str:
         parts = ', '.join(f'{name} {value / self.total_s:.1%}' for name, value in self.badput_s.items() if value and self.total_s)
-        again = f'{self.restarts} restarts, {self.wasted_steps} steps done again, {self.slow_steps} slow, {self.stalls} waits for input'
+        again = f'{self.restarts} restarts, {self.wasted_steps} steps done again'
+        again += ''.join(f', {count} slow in {name}' for name, count in sorted(self.slow.items(), key=lambda item: -item[1])[:_NAMED])
         again += ''.join(f', {count} x {name}' for name, count in self.errors.items())
         return f'goodput {self.goodput:.1%} of {self.total_s:.1f} s ({parts}); {again}'
 
@@ -220,10 +228,13 @@ def summary(folder: str | os.PathLike) -> Summary:
             gap = later[0][0]['began'] - last['now']
             badput['recovery'] += gap
             total += gap
-    counts = {name: sum(lines[-1][name] for lines in tries) for name in ('slow_steps', 'stalls')}
+    slow = Counter()
+    others = (lines for path in pathlib.Path(folder).glob('goodput-*.jsonl') for lines in _tries(path))
+    for last in (lines[-1] for lines in (*tries, *others)):
+        slow.update({f'{last["where"]}, {phase}': count for phase, count in last['slow'].items() if count})
     ends = (lines[-1]['ended'] for lines in tries)
     errors = Counter(end for end in ends if end not in (None, 'back', *_CLEAN))
-    return Summary(total, productive, badput, wasted_steps, max(len(tries) - 1, 0), **counts, errors=dict(errors))
+    return Summary(total, productive, badput, wasted_steps, max(len(tries) - 1, 0), dict(slow), dict(errors))
 
 
 def _tries(path: pathlib.Path) -> list[list[dict[str, Any]]]:

@@ -104,7 +104,7 @@ def train(
         first_then_others(lambda: stack.enter_context(lock_folder(config.output)) if is_first() else None)
         console = console if is_first() else rich.console.Console(quiet=True)
         progress = stack.enter_context(Progress(config.steps, console=console))
-        ledger = Ledger(pathlib.Path(config.output) if is_first() else None, process=jax.process_index(), began=began)
+        ledger = Ledger(config.output, process=jax.process_index(), began=began)
         return _Trainer(config, model_config, data, run_config, placement, progress, ledger, allow_data_change).run()
 
 
