@@ -118,6 +118,8 @@ class Args:
     """Make the mesh's axes Explicit: types of arrays say how they are split. Else they are Auto."""
     allow_data_change: bool = False
     """Go on in a run's folder with another text, --train.seed or --train.batch-size; each step reads the batch of its number."""
+    start_over: bool = False
+    """Where every checkpoint in a run's folder is damaged, move them aside and begin at step 0; else that is an error."""
     smoke: bool = False
     """Other defaults for --train, for a run of a few seconds, to see that everything works; its numbers mean nothing."""
 
@@ -138,8 +140,8 @@ def main(argv: list[str] | None = None) -> int:
 
     _introduce(args, model_config, data)
     try:
-        how = dict(mesh=args.mesh, explicit=args.explicit, allow_data_change=args.allow_data_change, began=began)
-        result = train(args.train, model_config, data, run_config, **how)
+        how = dict(mesh=args.mesh, explicit=args.explicit, allow_data_change=args.allow_data_change, start_over=args.start_over)
+        result = train(args.train, model_config, data, run_config, **how, began=began)
     except (ClusterError, DivergedError, DamagedCheckpointsError, SaveError) as error:
         return _fail(str(error), 1)
     except ValueError as error:

@@ -90,7 +90,8 @@ def main() -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     with logged() as log:
-        compiled, flops = compile_step(config, train, Placement.on(make_mesh(sizes, list(devices))))
+        traced = trace_step(config, train, Placement.on(make_mesh(sizes, list(devices))))
+        compiled, flops = traced.lower().compile(), matrix_flops(traced.jaxpr)
     seconds = time.monotonic() - began
     metrics = report(compiled) | dict(
         chips=len(devices),
@@ -110,8 +111,8 @@ def main() -> int:
     return 0
 
 
-def compile_step(config: ModelConfig, train: TrainConfig, placement: Placement) -> tuple[jax.stages.Compiled, int]:
-    """The trainer's step for shapes alone, no array is made; and the operations of its matrix products on all chips."""
+def trace_step(config: ModelConfig, train: TrainConfig, placement: Placement) -> jax.stages.Traced:
+    """The trainer's step for shapes alone; no array is made."""
     model = LanguageModel(config)
     tokens = jnp.zeros((1, train.sequence_length), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)['params'])
@@ -123,8 +124,7 @@ def compile_step(config: ModelConfig, train: TrainConfig, placement: Placement) 
     batch = {name: rows(jnp.float32 if name == 'weights' else jnp.int32) for name in ('tokens', 'targets', 'segment_ids', 'weights')}
     step = make_train_step(make_loss(model), optimizer, train.accumulation)
     with jax.set_mesh(placement.mesh):
-        traced = jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.replicated)).trace(state, batch)
-        return traced.lower().compile(), matrix_flops(traced.jaxpr)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, placement.replicated)).trace(state, batch)
 
 
 @contextlib.contextmanager

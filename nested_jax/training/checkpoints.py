@@ -4,7 +4,7 @@ One checkpoint is one folder, named by its step:
 
     state/          the state's arrays, written by orbax (v1)
     meta.json       format, step, configuration without secrets, data cursor, every leaf's shape and dtype, package versions,
-                    and what it was made by: commit, devices, processes, XLA's flags
+                    and what it was made by: commit, devices, processes, mesh, XLA's flags
     manifest.json   sha256 of each file above, written last
 
 The folder is filled under a temporary name and renamed when it is complete, so a folder named by a step is complete unless it
@@ -25,11 +25,12 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -39,7 +40,7 @@ from orbax.checkpoint import v1 as ocp
 from nested_jax.config import redacted
 from nested_jax.evaluation.rows import commit
 from nested_jax.training.config import check_same_config
-from nested_jax.training.distributed import first_says, first_to_fail, is_first, wait
+from nested_jax.training.distributed import first_says, first_then_others, first_to_fail, is_first, wait
 from nested_jax.training.faults import FaultPlan
 
 FORMAT = 1
@@ -69,6 +70,7 @@ class Restored:
     data: dict  # the data cursor
     versions: dict[str, str]  # packages that wrote it
     made_by: dict  # see `made_by`; empty for a checkpoint that came before it
+    changes: tuple[str, ...]  # of these two, what is not as it is now, each with both values
     rejected: tuple[str, ...]  # newer checkpoints passed over, each with its reason
     cast: tuple[str, ...]  # leaves read as another dtype than they were written in, each with both
 
@@ -81,6 +83,7 @@ class Checkpoints:
         keep: newest checkpoints kept. An older one stays while none of those verifies.
         faults: that tests inject.
         saved: told the step of a checkpoint, in the first process, by the thread that has just given it its name.
+        mesh: axis -> devices, of the run that writes; kept for those who go on on another one.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Checkpoints:
         keep: int = 2,
         faults: FaultPlan | None = None,
         saved: Callable[[int], None] = lambda step: None,
+        mesh: Mapping[str, int] | None = None,
     ):
         if keep < 1:
             raise ValueError(f'keep is {keep}, allowed is an integer of at least 1')
@@ -97,7 +101,7 @@ class Checkpoints:
         self.faults = faults
         self._saved = saved
         self._begun: tuple[int, Future[None]] | None = None  # the save not waited for
-        self._made_by = made_by()  # once: the source tree may move on under a long run
+        self._made_by = made_by() | dict(mesh=dict(mesh or {}))  # once: the source tree may move on under a long run
         if is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob('*' + _TEMPORARY):
@@ -250,6 +254,7 @@ class Checkpoints:
         *,
         allow_data_change: bool = False,
         cast: bool = False,
+        start_over: Callable[[str], None] | None = None,
     ) -> Restored | None:
         """Reads the newest checkpoint that verifies, when the save begun last has ended.
 
@@ -260,12 +265,13 @@ class Checkpoints:
             allow_data_change: whether `config.DATA_FIELDS` of the configuration may differ.
             cast: read floating numbers as the floating dtype that `like` has, rounded where it is narrower, and say which. The trainer
                 never asks: its parameters are float32 whatever the model computes in.
+            start_over: where there are checkpoints and none verifies, told which are moved aside and why; None: that is an error.
 
         Returns:
-            What was read, or None when the folder holds no checkpoint at all.
+            What was read, or None when the folder holds no checkpoint at all, or none any more.
 
         Raises:
-            DamagedCheckpointsError: when there are checkpoints and none verifies.
+            DamagedCheckpointsError: when there are checkpoints and none verifies, unless `start_over`.
             ValueError: naming the field of the configuration, or the leaf, that differs.
             SaveError: as `wait` does.
         """
@@ -281,11 +287,20 @@ class Checkpoints:
                 reason = self.verify(step, failed, jax.process_count())
             rejected.append(f'step {step}: {reason or f"process {failed} could not read it"}')
         if rejected:
-            raise DamagedCheckpointsError(
-                f'refusing to start over in {self.folder}: every checkpoint there is damaged ({"; ".join(rejected)}); '
-                'remove the folder to start again from step 0'
-            )
+            found = f'in {self.folder}: every checkpoint there is damaged ({"; ".join(rejected)})'
+            if start_over is None:
+                raise DamagedCheckpointsError(f'refusing to start over {found}; --start-over moves them aside and begins at step 0')
+            aside = first_then_others(lambda: self._set_aside() if is_first() else None)
+            start_over(f'starting over {found}, and now in {aside}')
         return None
+
+    def _set_aside(self) -> pathlib.Path:
+        """Moves all checkpoints to a new folder beside theirs, which is empty then; returns it."""
+        names = (f'{self.folder.name}.damaged-{number}' for number in itertools.count(1))
+        aside = next(path for path in map(self.folder.with_name, names) if not path.exists())
+        self.folder.rename(aside)
+        self.folder.mkdir()
+        return aside
 
     def _load(
         self, step: int, like: PyTree, config: dict | None, rejected: tuple[str, ...], allow_data_change: bool, cast: bool
@@ -298,8 +313,10 @@ class Checkpoints:
             check_same_config(meta['config'], config, folder, allow_data_change)
         changed = _check_leaves(meta['leaves'], _leaves(like), cast)
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), like)
-        made, data = meta.get('made_by', {}), meta['data']
-        return Restored(step, ocp.load(folder / 'state', abstract), data, meta['versions'], made, rejected, changed)
+        versions, made = meta['versions'], meta.get('made_by', {})
+        was, now = versions | made, package_versions() | self._made_by
+        changes = tuple(f'{name} was {was[name]}, is {now[name]}' for name in now if was.get(name, now[name]) != now[name])
+        return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], versions, made, changes, rejected, changed)
 
     def _retain(self, saved: int) -> None:
         steps = self.steps()

@@ -6,7 +6,6 @@ whole, and the half-filled window of the training loss is saved with it.
 
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 import time
@@ -64,6 +63,7 @@ def train(
     mesh: str | None = None,
     explicit: bool = False,
     allow_data_change: bool = False,
+    start_over: bool = False,
     console: rich.console.Console | None = None,
     began: float | None = None,
 ) -> Result:
@@ -84,6 +84,7 @@ def train(
         mesh: how, as 'data=2,fsdp=4'; None is `choose_mesh`'s default. A run may go on with other devices on another mesh.
         explicit: whether the mesh's axes are Explicit, where types of arrays say how they are split; else Auto.
         allow_data_change: go on with another text, seed or batch size; a step reads the batch of its number of what is there now.
+        start_over: where all checkpoints are damaged, set them aside and begin at step 0.
         console: for progress; None is standard output.
         began: by time.monotonic, when the job did, for the account of its time; None: now.
 
@@ -91,7 +92,7 @@ def train(
         ValueError: for settings that don't fit each other, or don't fit the folder.
         ClusterError: when processes differ in what they are to do, or the first failed where the others wait for it.
         DivergedError: at the first step whose loss, gradient or new state is not finite; nothing of it is saved.
-        DamagedCheckpointsError: when the folder has checkpoints and all are damaged.
+        DamagedCheckpointsError: when the folder has checkpoints and all are damaged, unless `start_over`.
     """
     devices = list(devices or jax.devices())
     sizes = choose_mesh(mesh, model_config, len(devices), count_slices(devices))
@@ -105,7 +106,7 @@ def train(
         console = console if is_first() else rich.console.Console(quiet=True)
         progress = stack.enter_context(Progress(config.steps, console=console))
         ledger = Ledger(config.output, process=jax.process_index(), began=began)
-        return _Trainer(config, model_config, data, run_config, placement, progress, ledger, allow_data_change).run()
+        return _Trainer(config, model_config, data, run_config, placement, progress, ledger, allow_data_change, start_over).run()
 
 
 class _Trainer:
@@ -113,9 +114,10 @@ class _Trainer:
 
     def __init__(
         self, config: TrainConfig, model: ModelConfig, data: Dataset, run_config: dict, place: Placement, progress: Progress,
-        ledger: Ledger, allow: bool,
+        ledger: Ledger, allow_data_change: bool, start_over: bool,
     ):  # fmt: skip
-        self.config, self.run_config, self.progress, self.allow_data_change = config, run_config, progress, allow
+        self.config, self.run_config, self.progress = config, run_config, progress
+        self.allow_data_change, self.start_over = allow_data_change, start_over
         self.folder, self.ledger = pathlib.Path(config.output), ledger
         self.model = LanguageModel(model)
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
@@ -124,7 +126,8 @@ class _Trainer:
         self.optimizer = make_optimizer(config, level_periods(model, config.sequence_length), place.params(self.params_shape))
         self.schedule, self.loss_function = warmup_cosine(config), make_loss(self.model)
         self.faults, self.whereabouts = faults_of_environment(jax.process_index()), Whereabouts(os.environ.get(VARIABLE))
-        self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults, lambda step: self.whereabouts.say(saved=step))
+        saved = lambda step: self.whereabouts.say(saved=step)
+        self.checkpoints = Checkpoints(self.folder / 'checkpoints', config.keep, self.faults, saved, place.mesh.shape)
         self.placement, self.tokenizer = place, data.tokenizer
         layout = dict(length=config.sequence_length, batch_size=config.batch_size, grid=model.grid)
         self.identity = data_identity(data, **layout, seed=config.seed)
@@ -181,7 +184,8 @@ class _Trainer:
         shapes = jax.eval_shape(lambda params: init_state(lambda _: params, self.optimizer, self.config.seed), self.params_shape)
         self.state_shardings = self.placement.state(self.optimizer, shapes.params)
         abstract = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, self.state_shardings)
-        restored = self.checkpoints.restore(abstract, self.run_config, prefer, allow_data_change=self.allow_data_change)
+        asked = dict(allow_data_change=self.allow_data_change, start_over=self.progress.say if self.start_over else None)
+        restored = self.checkpoints.restore(abstract, self.run_config, prefer, **asked)
         for reason in restored.rejected if restored else ():
             self.progress.say(f'passed over a damaged checkpoint: {reason}')
         cursor = restored.data if restored else {}
@@ -198,7 +202,7 @@ class _Trainer:
         changes = check_same_data(restored.data['identity'], self.identity, allow_change=self.allow_data_change)
         if changes and is_first():
             renew_claim(self.folder, self.run_config)
-        self.progress.say('\n'.join((f'going on from step {restored.step}', *changes)))
+        self.progress.say('\n'.join((f'going on from step {restored.step}', *changes, *restored.changes)))
         self.state = restored.state
         self.whereabouts.say(saved=restored.step)
         return restored
@@ -341,15 +345,11 @@ class _Trainer:
         window.num_bytes = total(window.num_bytes)
         counted = {} if self.skips is None else dict(skipped_steps=window.skipped)
         if not window.tokens:
-            self.log.write(step, **counted)
-            return
-        loss, bits = window.nats / window.tokens, window.nats / math.log(2) / max(window.num_bytes, 1)
-        speed = window.tokens / window.seconds if window.seconds else 0.0
+            return self.log.write(step, **counted)
         updates = step - (0 if self.skips is None else int(self.skips.state.skipped))
-        rate = float(self.schedule(updates - 1))  # skipped steps do not move the schedule
-        values = dict(loss=loss, bits_per_byte=bits, grad_norm=window.grad_norm, learning_rate=rate, tokens_per_second=speed)
-        self.log.write(step, **values, **counted)
-        self.progress.update(step, loss=loss, bits_per_byte=bits, tokens_per_second=speed)
+        figures = window.figures() | dict(learning_rate=float(self.schedule(updates - 1)))  # skipped steps do not move the schedule
+        self.log.write(step, **figures, **counted)
+        self.progress.update(step, **figures)
 
     def write_heldout(self, step: int, heldout: HeldOut, name: str) -> None:
         self.log.write(step, **{f'{name}_bits_per_byte': heldout.bits_per_byte, f'{name}_perplexity': heldout.perplexity})
@@ -369,7 +369,7 @@ class _Trainer:
                 raise GoBack(step)
             raise DivergedError(f'a parameter or optimizer value is not finite after step {step}, which is not saved')
         window = dataclasses.asdict(self.window) | dict(num_bytes=total(self.window.num_bytes))
-        cursor = dict(identity=self.identity, window=window, mesh=dict(self.placement.mesh.shape))
+        cursor = dict(identity=self.identity, window=window)
         if self.skips is not None:
             cursor['guard'] = self.skips.to_json()
         with self.doing('save'):

@@ -41,6 +41,12 @@ class LossWindow:
         self.num_bytes += num_bytes
         self.grad_norm = grad_norm
 
+    def figures(self) -> dict[str, float]:
+        """Of one line of the log: loss (nats a target), bits_per_byte, grad_norm, tokens_per_second; there is at least one step."""
+        bits = self.nats / math.log(2) / max(self.num_bytes, 1)
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return dict(loss=self.nats / self.tokens, bits_per_byte=bits, grad_norm=self.grad_norm, tokens_per_second=speed)
+
 
 class MetricLog:
     """Appends one JSON object a line to <folder>/metrics.jsonl, flushed, and the same scalars to <folder>/tensorboard.
@@ -117,8 +123,8 @@ class Progress:
         """Starts the clock that the time left is told from, with `step` steps done before."""
         self._first, self._started = step, time.monotonic()
 
-    def update(self, step: int, *, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
-        """Shows the state after `step` steps."""
+    def update(self, step: int, *, loss: float, bits_per_byte: float, tokens_per_second: float, **_: float) -> None:
+        """Shows the state after `step` steps; further figures have no place in the line."""
         seconds = (time.monotonic() - self._started) / max(step - self._first, 1) * (self._steps - step)
         text = (
             f'step {step}/{self._steps}  loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  '

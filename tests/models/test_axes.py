@@ -74,42 +74,34 @@ def test_nothing_is_placed_without_a_mesh_or_on_an_explicit_one():
 
 LOWER = """
 import json, sys, time
-import jax, jax.numpy as jnp, optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from nested_jax.models.axes import logical_axes
-from nested_jax.models.language_model import LanguageModel
-from nested_jax.models.loss import model_loss
+import jax
 from nested_jax.models.presets import preset
+from nested_jax.training.config import TrainConfig
+from nested_jax.training.sharding import Placement, choose_mesh, make_mesh
+from scripts.compile_for_tpu import trace_step
 
 begun = time.process_time()  # other processes' work is none of the program's
-mesh = jax.make_mesh((4, 16, 4), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
-rules = {'embed': 'fsdp', 'heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor'}
-model = LanguageModel(preset(sys.argv[1], dtype='bfloat16', remat='block'))
-shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16), jnp.int32))['params']
-spec = lambda axes: NamedSharding(mesh, P(*(rules.get(axis) for axis in axes)))
-placed = jax.tree.map(spec, logical_axes(shapes), is_leaf=lambda x: isinstance(x, tuple))
-params = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, placed)
-tokens = jax.ShapeDtypeStruct((128, 4096), jnp.int32, sharding=NamedSharding(mesh, P(('data', 'fsdp'))))
-optimizer = optax.adamw(1e-3)
-state = jax.eval_shape(optimizer.init, params)
-
-def step(params, state, tokens, targets):
-    loss = lambda p: model_loss(model, p, tokens, targets)[0]
-    value, gradient = jax.value_and_grad(loss)(params)
-    updates, state = optimizer.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, value
-
-lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens, tokens)
+config = preset(sys.argv[1], dtype='bfloat16', remat='block')
+sizes = choose_mesh(sys.argv[2], config, 256)
+lowered = trace_step(config, TrainConfig(batch_size=128, sequence_length=4096), Placement.on(make_mesh(sizes, jax.devices()))).lower()
 text = lowered.as_text()
 report = {'seconds': time.process_time() - begun, 'lines': text.count(chr(10)), 'partitions': 'num_partitions = 256' in text}
 print(json.dumps(report))
 """
+MESH = 'data=4,fsdp=16,tensor=4'
 
 
-@pytest.mark.parametrize('name', LARGEST)
-def test_largest_presets_lower_for_256_devices(name):
+@pytest.mark.parametrize(
+    ('name', 'mesh'),
+    [
+        *(pytest.param(param.values[0], MESH, marks=param.marks) for param in LARGEST),
+        pytest.param('hope-1.3b', 'data=4,fsdp=16,sequence=4', marks=pytest.mark.slow),
+    ],
+)
+def test_largest_presets_lower_for_256_devices(name, mesh):
+    """The trainer's own step, its rules and its optimizer."""
     environment = {'JAX_NUM_CPU_DEVICES': '256', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'PATH': '/usr/bin:/bin'}
-    done = subprocess.run([sys.executable, '-c', LOWER, name], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run([sys.executable, '-c', LOWER, name, mesh], capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report['partitions'] and report['seconds'] < 60

@@ -66,7 +66,8 @@ def test_round_trip_is_bitwise(saved):
     assert_same(restored.state, make_state(3))
     assert restored.versions == package_versions() and restored.versions['jax'] == jax.__version__
     kind = jax.devices()[0].device_kind
-    assert restored.made_by == dict(commit=commit(), devices={kind: 8}, processes=1, xla_flags=os.environ.get('XLA_FLAGS', ''))
+    made_by = dict(commit=commit(), devices={kind: 8}, processes=1, xla_flags=os.environ.get('XLA_FLAGS', ''), mesh={})
+    assert restored.made_by == made_by and restored.changes == ()
 
 
 def test_secrets_are_in_no_file_of_a_run_and_compare_as_equal(tmp_path):
@@ -219,6 +220,31 @@ def test_refuses_to_start_over_when_all_are_bad(saved):
         flip_somewhere(saved.path(step) / 'meta.json')
     with pytest.raises(DamagedCheckpointsError, match='refusing to start over .* .step 3: meta.json is damaged.*step 1'):
         saved.restore(make_state(0))
+
+
+def test_starts_over_where_asked_to_and_throws_nothing_away(saved):
+    """C3."""
+
+    def damage():
+        for step in saved.steps():
+            flip_somewhere(saved.path(step) / 'meta.json')
+
+    said = []
+    assert saved.restore(make_state(0), start_over=said.append).step == 3 and not said
+    for number in (1, 2):
+        damage()
+        assert saved.restore(make_state(0), start_over=said.append) is None
+        aside = saved.folder.with_name(f'checkpoints.damaged-{number}')
+        assert 'meta.json is damaged' in said[-1] and said[-1].endswith(f', and now in {aside}')
+        assert saved.steps() == [] and len(list(aside.iterdir())) == (3 if number == 1 else 1)
+        save(saved, 4, 4)
+
+
+def test_what_is_not_as_it_was_is_told(saved, monkeypatch):
+    """R3: which packages, devices and mesh numbers come from, where a run goes on with others."""
+    monkeypatch.setattr(checkpoints, 'package_versions', lambda: package_versions() | dict(jax='9.9'))
+    other = Checkpoints(saved.folder, mesh=dict(fsdp=4))
+    assert other.restore(make_state(0)).changes == (f'jax was {jax.__version__}, is 9.9', "mesh was {}, is {'fsdp': 4}")
 
 
 def test_an_emptied_step_folder_is_passed_over(saved):

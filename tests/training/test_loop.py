@@ -179,13 +179,18 @@ def test_damaged_checkpoint_is_passed_over_and_reported(unbroken, data, tmp_path
     assert_same_state(second.state, whole.state)
 
 
-def test_refuses_to_start_over_when_every_checkpoint_is_damaged(data, tmp_path, monkeypatch):
+def test_refuses_to_start_over_when_every_checkpoint_is_damaged(unbroken, data, tmp_path, monkeypatch):
+    """C3."""
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         train(tmp_path, data)
     (tmp_path / 'checkpoints' / '00000001' / 'manifest.json').unlink()
     with pytest.raises(DamagedCheckpointsError, match='refusing to start over'):
         train(tmp_path, data)
+    result, said = train(tmp_path, data, start_over=True)
+    assert result.resumed_from == 0 and 'starting over in ' in said and 'manifest.json is missing' in said
+    assert_same_state(result.state, unbroken[0].state)
+    assert (tmp_path / 'checkpoints.damaged-1' / '00000001' / 'meta.json').exists()
 
 
 def test_folder_of_another_configuration_is_refused(unbroken, data):
@@ -487,7 +492,10 @@ def test_eight_devices_agree_with_one(unbroken, data, tmp_path):
     eight, _ = train(tmp_path / 'eight', data, config, devices=8, mesh='fsdp=8', explicit=True)
     np.testing.assert_allclose(eight.heldout.nats, one.heldout.nats, rtol=1e-5)
     assert any('fsdp' in str(jax.typeof(leaf)) for leaf in jax.tree.leaves(eight.state.params))
-    assert [json.loads((each.checkpoint / 'meta.json').read_text())['data']['mesh'] for each in (one, eight)] == [{'data': 1}, {'fsdp': 8}]
+    assert [json.loads((each.checkpoint / 'meta.json').read_text())['made_by']['mesh'] for each in (one, eight)] == [
+        {'data': 1},
+        {'fsdp': 8},
+    ]
 
 
 def test_batch_that_the_devices_do_not_divide(data, tmp_path):
