@@ -29,8 +29,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.grid import make_cells
 from experiments.text_runs import TextArgs, TextGrid, run_text_grid
 from nested_jax.config import ModelConfig
@@ -78,7 +78,7 @@ class Args(TextArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = dataclasses.replace(args, arms=args.chosen[:1], seeds=args.seeds[:1], runs=args.runs / 'smoke')
     measure = lambda result, data: dict(probe=probe(result, data, args.train(0)))

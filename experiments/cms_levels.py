@@ -13,8 +13,7 @@ import dataclasses
 import pathlib
 import sys
 
-import tyro
-
+from experiments.arguments import parse_arguments
 from experiments.grid import Cell
 from experiments.text_runs import TextArgs, TextGrid, run_text_grid
 from nested_jax.config import LevelConfig, ModelConfig
@@ -48,7 +47,7 @@ class Args(TextArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = dataclasses.replace(args, levels=args.levels[:1], seeds=args.seeds[:1], runs=args.runs / 'smoke')
     grid = TextGrid(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from experiments.arguments import parse_arguments
 from nested_jax.config import ModelConfig
 from nested_jax.data import Dataset, evaluation_batches, open_dataset
 from nested_jax.evaluation.perplexity import HeldOut, evaluate
@@ -57,7 +58,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluates every run at every length, prints and stores what it measures; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     data = open_dataset('embedded')
     for run in args.runs:
         began, run_config = time.monotonic(), json.loads((run / 'config.json').read_text())

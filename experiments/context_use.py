@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.grid import make_cells
 from experiments.text_runs import TextArgs, TextGrid, run_text_grid, show
 from nested_jax.config import AttentionConfig, ModelConfig
@@ -67,7 +67,7 @@ class Args(TextArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         sizes = dict(windows=1, models=args.models[:1], seeds=args.seeds[:1])
         args = dataclasses.replace(args, runs=args.runs / 'smoke', **sizes)

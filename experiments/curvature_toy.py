@@ -52,11 +52,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from experiments.arguments import parse_arguments
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
 from nested_jax.optim import delta_momentum
 
@@ -133,7 +133,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs every method in every landscape, prints, stores and draws what it measures; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = dataclasses.replace(args, k=args.k[:1], a=args.a[:1], omega=args.omega[:1], rates_a_decade=1, steps=50)
     print(f'{"layout":<8}{"method":<17}{"arrived":<9}{"diverged":<10}faster / slower and median ratio of steps at best (equal) rates')

@@ -33,8 +33,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.grid import Grid, Train, make_cells, run_grid
 from experiments.task_runs import Predict, TaskArgs, examples, majority, make_train, model_config, registered
 from nested_jax.config import ModelConfig
@@ -74,7 +74,7 @@ class Args(TaskArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = args.smaller(models=args.models[:1], languages=args.languages[:1])
     cells = make_cells(args.models, args.languages, args.seeds)

@@ -26,8 +26,7 @@ import pathlib
 import sys
 from typing import Literal
 
-import tyro
-
+from experiments.arguments import parse_arguments
 from experiments.grid import Cell, GridArgs
 from experiments.text_runs import TextGrid, run_text_grid, smaller
 from nested_jax.config import ModelConfig
@@ -110,7 +109,7 @@ class Args(GridArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = dataclasses.replace(args, models=args.models[:1], seeds=args.seeds[:1], runs=args.runs / 'smoke')
     data = open_dataset(args.corpus, args.tokenizer)

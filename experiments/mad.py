@@ -35,8 +35,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.grid import Grid, Train, make_cells, run_grid
 from experiments.task_runs import Predict, TaskArgs, examples, majority, make_train, model_config, registered
 from nested_jax.config import ModelConfig
@@ -93,7 +93,7 @@ class Args(TaskArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = args.smaller(models=args.models[:1], tasks=args.tasks[:1])
     cells = make_cells(args.models, args.tasks, args.seeds)

@@ -27,8 +27,7 @@ import dataclasses
 import pathlib
 import sys
 
-import tyro
-
+from experiments.arguments import parse_arguments
 from experiments.haystack_runs import HaystackArgs, run
 from nested_jax.data.tasks.haystack import HaystackTask
 from nested_jax.data.tasks.needles import KINDS, Needles
@@ -59,7 +58,7 @@ class Args(HaystackArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    return run(EXPERIMENT, tyro.cli(Args, args=argv, description=__doc__))
+    return run(EXPERIMENT, parse_arguments(Args, argv, __doc__))
 
 
 if __name__ == '__main__':

@@ -53,10 +53,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.arguments import parse_arguments
 from experiments.race_images import RUNS, ImageData, ImageRuns, Images, image_task
 from experiments.race_tasks import STEPS, TASKS, check_digits, has_digits
 from experiments.racing import POINTS, Optimizer, Runs, Setting, Task, compare, interval, loss_after_a_step, search, share_to_reach
@@ -196,7 +196,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> int:
     """Races on every task, prints, stores and draws what it measures; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = dataclasses.replace(args, seeds=2, steps_share=1e-9)
     rows = []

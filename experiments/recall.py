@@ -39,8 +39,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.fitting import fit_one, make_fit
 from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, as_dict
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row
@@ -112,7 +112,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs every arm with every seed, prints and stores what it measures; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         args = dataclasses.replace(args, seeds=args.seeds[:1], steps=4, warmup_steps=1, batch_size=4, eval_sequences=8)
     print(f'{"arm":<18}{"seed":<6}{"loss":<9}% of values right by length:pairs', flush=True)

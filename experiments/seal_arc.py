@@ -29,8 +29,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.grid import INTERRUPTED
 from experiments.seal_arc_rewards import SPLITS, Table, build_table, random_table, read_table, select
 from experiments.seal_arc_tables import draw_arc
@@ -95,7 +95,7 @@ class Args:
 
 def main(argv: list[str] | None = None) -> int:
     """Builds the table, or runs the seeds that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         sizes = dict(rounds=1, each=2, tasks=16, pretraining_steps=2, seeds=args.seeds[:1], runs=args.runs / 'smoke')
         args = dataclasses.replace(args, **sizes)

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.grid import Cell, Grid, GridArgs, Train, make_cells, run_grid
 from experiments.seal_streams import ARMS, STEPS, Player, Streams, arm_config, lay_out, stream_metrics, stream_texts, update_flops
 from experiments.seal_world import INNER, model_config, pretrain, train_config, write_edits
@@ -91,7 +91,7 @@ class Args(GridArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the cells that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         sizes = dict(length=2, streams=2, pretraining_steps=4, seeds=args.seeds[:1], runs=args.runs / 'smoke')
         args = dataclasses.replace(args, learners=args.learners[:1], methods=args.methods[:1], **sizes)

@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.grid import devices_for_cores
 from experiments.seal_runs import RunArgs, run_seeds
 from experiments.seal_world import (
@@ -86,7 +86,7 @@ class Args(RunArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the seeds that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         sizes = dict(rounds=1, contexts=4, each=2, tests=4, pretraining_steps=4, seeds=args.seeds[:1], runs=args.runs / 'smoke')
         args = dataclasses.replace(args, **sizes)

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from scipy import stats
 
+from experiments.arguments import parse_arguments
 from experiments.grid import Cell, Grid, GridArgs, make_cells, run_grid
 from experiments.seal_world import (
     INNER,
@@ -118,7 +118,7 @@ class Args(GridArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the probes that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         sizes = dict(tests=4, contexts=4, each=2, meta_steps=2, stream_steps=4, pretraining_steps=4)
         args = dataclasses.replace(args, seeds=args.seeds[:1], probes=args.probes[:1], runs=args.runs / 'smoke', **sizes)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.arguments import parse_arguments
 from experiments.seal_runs import RunArgs, run_seeds
 from experiments.seal_world import Budget, Edit, Marks
 from nested_jax.config import as_dict, check
@@ -129,7 +130,7 @@ class Args(RunArgs):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the seeds that have no row; returns the exit code."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         sizes = dict(rounds=1, contexts=2, each=2, repetitions=2, tests=2, epochs=1, edit_tokens=16, answer_tokens=4, together=4)
         args = dataclasses.replace(args, **sizes, seeds=args.seeds[:1], runs=args.runs / 'smoke')

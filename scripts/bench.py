@@ -22,6 +22,7 @@ import jax
 
 from experiments.grid import devices_for_cores
 from nested_jax.evaluation.rows import append_row, hardware_name, make_row, read_rows
+from nested_jax.training.config import private_cache
 from scripts.benchmarks.timing import Settings
 
 SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'checkpoint', 'gpu')
@@ -70,6 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--cells', nargs='+', help='of the suite gpu: run these alone, in this process')
     parser.add_argument('--prepare', action='store_true', help='with --cells: compile alone, into the cache of programs')
     args = parser.parse_args(arguments)
+    try:
+        private_cache()
+    except ValueError as error:
+        parser.error(str(error))
     if args.repeats < 1:
         parser.error(f'--repeats is {args.repeats}, allowed is an integer of at least 1')
     if args.smoke and args.suite not in WITH_SMOKE:

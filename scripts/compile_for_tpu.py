@@ -35,7 +35,7 @@ from nested_jax.config import ModelConfig, as_dict
 from nested_jax.evaluation.rows import append_row, commit, make_row
 from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
-from nested_jax.training.config import OptimizerName, TrainConfig, check_devices, check_model
+from nested_jax.training.config import OptimizerName, TrainConfig, check_devices, check_model, private_cache
 from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, count_slices, make_mesh
 from nested_jax.training.state import init_state
@@ -78,6 +78,7 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     began, head = time.monotonic(), commit()  # of the code that is compiled; the tree may move on meanwhile
     try:
+        private_cache()
         train = TrainConfig(
             batch_size=args.batch_size, sequence_length=args.sequence_length, accumulation=args.accumulation, optimizer=args.optimizer
         )  # fmt: skip

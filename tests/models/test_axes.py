@@ -101,7 +101,9 @@ MESH = 'data=4,fsdp=16,tensor=4'
 def test_largest_presets_lower_for_256_devices(name, mesh):
     """The trainer's own step, its rules and its optimizer."""
     environment = {'JAX_NUM_CPU_DEVICES': '256', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': '.', 'PATH': '/usr/bin:/bin'}
-    done = subprocess.run([sys.executable, '-c', LOWER, name, mesh], capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, '-c', LOWER, name, mesh], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report['partitions'] and report['seconds'] < 60
