@@ -49,11 +49,11 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept
     log_every: int = 50  # steps
     on_nonfinite: Literal['abort', 'skip'] = added('abort')  # what is done where a loss, gradient or new value is not finite
-    spike_sigma: float | None = added(None)  # with 'skip': nor a loss or gradient norm so far above the last 128
+    spike_sigma: float | None = added(6.0)  # with 'skip': deviations above the last 128 that skip a loss or gradient norm; None: none do
     max_skips: int = added(10)  # with 'skip': so many in a row go back to the last checkpoint and pass over the batches since
     optimizer: OptimizerName = added('adamw')  # learning rates are those of AdamW for all three
     slow_period: int = added(100)  # with 'm3': steps between two updates of the slow momentum
-    watchdog_s: float | None = added(None)  # a step that takes longer ends the process, with all stacks on standard error; None: no limit
+    watchdog_s: float | None = added(1800.0)  # a step that takes longer ends the process, all stacks on standard error; None: no limit
     kernels: KernelSet = added('plain')  # what layers compute with: see nested_jax.layers.kernels
     output: str = 'runs/hope_pretrain'  # folder of the run; the same command with the same folder goes on where it stopped
 
@@ -88,8 +88,9 @@ class TrainConfig:
         self._check('kernels', self.kernels in get_args(KernelSet), f'one of {get_args(KernelSet)}')
         for name in ('spike_sigma', 'watchdog_s'):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, 'a number above 0 or None')
-        self._check('spike_sigma', self.spike_sigma is None or self.on_nonfinite == 'skip', "None unless on_nonfinite='skip'")
-        self._check('output', bool(self.output.strip()), 'a folder')
+        unused = TrainConfig.spike_sigma
+        self._check('spike_sigma', self.spike_sigma == unused or self.on_nonfinite == 'skip', f"{unused} unless on_nonfinite='skip'")
+        self._check('output', bool(self.output.strip()) and self.output.isprintable(), 'a folder, in characters that can be printed')
 
     @property
     def tokens_per_step(self) -> int:

@@ -360,7 +360,7 @@ class _Trainer:
         with self.doing('evaluate'):
             if self.faults is not None:
                 self.faults.reach('evaluate', int(self.state.step))
-            return evaluate(self.eval_step, self.state.params, batches, self.count_bytes, self.place, total)
+            return evaluate(self.eval_step, self.state.params, self.watchdog.each(batches), self.count_bytes, self.place, total)
 
     def save(self, step: int) -> None:
         self.settle()

@@ -1,7 +1,7 @@
 """Ends a process that stands still, with all its stacks on standard error.
 
 A collective that waits for a process which will not come, or a read from a dead disk, keeps a run alive and idle for ever: JAX's
-heartbeat goes on beating. What restarts the run needs it to end.
+heartbeat goes on beating. What restarts the run needs it to end. Time in which the process was stopped, by Ctrl-Z say, does not count.
 """
 
 import contextlib
@@ -10,11 +10,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
 EXIT_CODE = 76  # of a process that was ended
-OTHER_S = 3600.0  # what compiling, evaluating, reading and writing checkpoints may take
+OTHER_S = 3600.0  # what compiling, a batch of an evaluation, reading and writing checkpoints may take
+T = TypeVar('T')
 
 
 class Watchdog:
@@ -33,7 +35,7 @@ class Watchdog:
             if not (value is None or value > 0):
                 raise ValueError(f'{name} is {value!r}, allowed is a number above 0')
         self.step_s, self.other_s = step_s, other_s
-        self._closed = threading.Event()
+        self._closed, self._awake = threading.Event(), 0.0  # seconds, as the thread counts them
         self._expect('start', other_s)
 
     def step(self, step: int) -> None:
@@ -48,6 +50,13 @@ class Watchdog:
         yield
         self._expect(before, limit)
 
+    def each(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each with the whole time of what is being done."""
+        place, _, limit = self._now
+        for item in items:
+            self._expect(place, limit)
+            yield item
+
     def __enter__(self) -> 'Watchdog':
         if self.step_s is not None:
             self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
@@ -60,12 +69,15 @@ class Watchdog:
             self._thread.join()
 
     def _expect(self, place: str, limit: float | None) -> None:
-        self._now = place, time.monotonic(), limit  # one assignment, which the thread sees whole
+        self._now = place, self._awake, limit  # one assignment, which the thread sees whole
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(self.step_s / 10, 1.0)):
+        tick, before = min(self.step_s / 10, 1.0), time.monotonic()
+        while not self._closed.wait(tick):
+            now = time.monotonic()
+            self._awake, before = self._awake + min(now - before, 2 * tick), now
             place, began, limit = self._now
-            if time.monotonic() - began > limit:
+            if self._awake - began > limit:
                 _end(f'watchdog: {place} has not ended within {limit:g} s')
 
 

@@ -98,7 +98,7 @@ WRONG = {
         ['--model.preset', 'hope-tiny', '--train.sequence-length', '33', '--data.corpus', '{texts}'],
         r'train\.sequence_length is 33',
     ),
-    'spikes without skipping': (['--train.spike-sigma', '6'], r"train\.spike_sigma is 6\.0, allowed is None unless on_nonfinite='skip'"),
+    'spikes without skipping': (['--train.spike-sigma', '5'], r"train\.spike_sigma is 5\.0, allowed is 6\.0 unless on_nonfinite='skip'"),
     'mesh': (['--mesh', 'data=2,fdsp=2', '--data.corpus', '{texts}'], r"mesh is 'data=2,fdsp=2', allowed is axis=size"),
     'kernels and devices': (['--train.kernels', 'tpu', '--data.corpus', '{texts}'], r"train\.kernels is 'tpu', allowed on 4 devices is"),
     'small vocabulary': (['--model.vocab-size', '100', '--data.corpus', '{texts}'], r'model\.vocab_size is 100'),

@@ -515,8 +515,10 @@ def test_batch_that_the_devices_do_not_divide(data, tmp_path):
         ('keep', 0),
         ('seed', -1),
         ('output', ' '),
+        ('output', 'runs/a\0b'),
+        ('output', 'runs/a\nb'),
         ('on_nonfinite', 'ignore'),
-        ('spike_sigma', 6.0),
+        ('spike_sigma', 5.0),
         ('max_skips', 0),
         ('watchdog_s', 0.0),
         ('optimizer', 'sgd'),
@@ -546,6 +548,6 @@ def test_younger_settings_are_in_a_configuration_only_when_used():
     """Digests of stored results were made without them."""
     younger = {'on_nonfinite', 'spike_sigma', 'max_skips', 'watchdog_s', 'optimizer', 'slow_period'}
     assert not younger & set(as_dict(TRAIN)) and younger <= set(dataclasses.asdict(TRAIN))
-    used = dataclasses.replace(TRAIN, on_nonfinite='skip', spike_sigma=6.0)
+    used = dataclasses.replace(TRAIN, on_nonfinite='skip', spike_sigma=None)
     assert younger & set(as_dict(used)) == {'on_nonfinite', 'spike_sigma'}
     assert TrainConfig(**as_dict(used)) == used

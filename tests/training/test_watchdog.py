@@ -46,6 +46,21 @@ def test_step_after_other_work_has_its_time_anew_and_ends_too():
     assert code == EXIT_CODE and 'watchdog: step 3 has not ended' in complained
 
 
+def test_each_part_of_other_work_has_its_time():
+    body = " with watchdog.other('evaluating'):\n  for _ in watchdog.each(range(4)): time.sleep(0.6)\n"
+    assert run(body) == (0, '')
+    code, complained = run(body + '  for _ in watchdog.each(range(1)): time.sleep(50)\n')
+    assert code == EXIT_CODE and 'watchdog: evaluating has not ended within 1.5 s' in complained
+
+
+def test_time_in_which_the_process_was_stopped_is_not_counted():
+    """Ctrl-Z, and fg later."""
+    stop = (
+        'import os, subprocess; subprocess.Popen(f"sleep 0.2; kill -STOP {os.getpid()}; sleep 1.5; kill -CONT {os.getpid()}", shell=True)'
+    )
+    assert run(f' {stop}\n watchdog.step(1)\n time.sleep(0.4)\n time.sleep(0.01)\n watchdog.step(2)\n') == (0, '')
+
+
 def test_no_limit_is_no_thread_and_a_closed_one_ends():
     named = lambda: [thread for thread in threading.enumerate() if thread.name == 'watchdog']
     with Watchdog(None) as watchdog:
