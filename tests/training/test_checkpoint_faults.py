@@ -104,7 +104,7 @@ def test_write_that_the_system_refuses_is_an_error_in_a_line_and_a_later_save_wo
     assert Checkpoints(tmp_path).restore(like()).step == 3
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_disk_that_is_full(tmp_path):
     """C5: a file system of 6 MB, a state of 20 MB."""
     mount = f'mount -t tmpfs -o size=6m none {tmp_path}'
