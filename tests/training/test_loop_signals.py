@@ -95,6 +95,7 @@ def test_a_signal_in_any_phase(data, unbroken, tmp_path, monkeypatch, place, num
 
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over_in_silence(data, unbroken, tmp_path):
+    """C3: who removes them asks for it."""
     _, said = train(tmp_path, data)
     assert 'starting over' not in said
     shutil.rmtree(tmp_path / 'checkpoints')
