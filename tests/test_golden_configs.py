@@ -69,6 +69,7 @@ def write() -> None:
 
 
 def test_named_configurations_are_what_they_were():
+    """F2: of presets and experiments; what drifted is said by its name."""
     stored, now = json.loads(GOLDEN.read_text()), present()
     moved = [
         f'{name}: {field} was {stored.get(name, {}).get(field, ABSENT)!r} and is {now.get(name, {}).get(field, ABSENT)!r}'

@@ -111,6 +111,7 @@ WRONG = {
 
 @pytest.mark.parametrize('case', WRONG)
 def test_wrong_input_is_one_line_and_exit_code_2(case, texts, tmp_path, record_property):
+    """F1: within two seconds, by key, value and what is allowed."""
     arguments, message = WRONG[case]
     arguments = [argument.format(texts=texts) for argument in arguments]
     code, said, complained, seconds = run(*arguments, '--train.output', tmp_path / 'run', JAX_NUM_CPU_DEVICES='4')
@@ -157,7 +158,7 @@ def test_cache_that_others_can_write_to_and_processes_that_cannot_be_joined_are_
 
 
 def test_errors_that_need_no_device_are_met_before_jax_is_imported(tmp_path):
-    """Two seconds are more or less by the machine; what is imported is not."""
+    """F1. Two seconds are more or less by the machine; what is imported is not."""
     program = (
         'import sys; from experiments.hope_pretrain import main; codes = [main(argument.split()) for argument in sys.argv[1:]]; '
         'assert codes == [2] * len(codes), codes; assert not {"jax", "flax", "orbax", "grain"} & set(sys.modules)'
@@ -187,6 +188,7 @@ def compiled_steps():
 
 
 def test_smoke_run_leaves_everything_behind(tmp_path, texts):
+    """F5: its second process finds the compiled step."""
     folder = tmp_path / 'run'
     arguments = ['--smoke', '--model.preset', 'transformer-tiny', '--data.corpus', texts, '--train.output', folder]
     before = compiled_steps()
@@ -200,7 +202,7 @@ def test_smoke_run_leaves_everything_behind(tmp_path, texts):
     assert row['config']['data']['digest'] and row['command'].startswith('python -m experiments.hope_pretrain --smoke')
     again, said, complained, _ = run(*arguments, JAX_ENABLE_COMPILATION_CACHE='true')
     assert again == 0 and 'going on from step 4' in said
-    assert compiled_steps() - before == stored  # F5: it was found there; what is not is stored anew
+    assert compiled_steps() - before == stored  # it was found there; what is not is stored anew
     assert len(read_rows(folder / 'results.jsonl')) == 1
     other, _, complained, _ = run(*arguments, '--train.seed', '1')
     assert other == 2 and 'train.seed is 1' in complained and complained.count('\n') == 1
@@ -268,7 +270,7 @@ def test_sigterm_before_the_steps_ends_the_process_and_nothing_is_lost(unbroken,
 
 @pytest.mark.slow
 def test_killed_and_hung_processes_resumed_end_with_the_numbers_of_the_unbroken_one(unbroken, forty_steps, tmp_path):
-    """A killed save, a step that hangs until the watchdog ends it, a flipped bit and a full disk: one after the other in one folder."""
+    """C1. A killed save, a step that hangs until the watchdog ends it, a flipped bit and a full disk: one after the other in one folder."""
     arguments = [*forty_steps, '--train.checkpoint-every', '5', '--train.output', tmp_path]
     code, _, complained, _ = run(*arguments, NESTED_JAX_FAULTS='kill@10/arrays')
     assert code == -signal.SIGKILL, complained
@@ -284,7 +286,7 @@ def test_killed_and_hung_processes_resumed_end_with_the_numbers_of_the_unbroken_
     assert code == 0 and 'passed over a damaged checkpoint: step 20' in said and 'going on from step 15' in said, complained
     assert lines_without_speed(tmp_path) == lines_without_speed(unbroken)
     (metrics,) = (row['metrics'] for row in read_rows(tmp_path / 'results.jsonl'))
-    assert metrics['resumed_from'] == 15 and [reason.split(':')[0] for reason in metrics['rejected_checkpoints']] == ['step 20']  # C1
+    assert metrics['resumed_from'] == 15 and [reason.split(':')[0] for reason in metrics['rejected_checkpoints']] == ['step 20']
 
 
 @pytest.mark.slow

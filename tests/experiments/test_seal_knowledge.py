@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import seal_knowledge, seal_runs
+from experiments import seal_knowledge, seal_runs, seal_world
 from experiments.seal_world import PROTOTYPE, Marks
 from nested_jax.seal.outer_loop import StaleRewardsError, digest
 from nested_jax.seal.stages import Stages
@@ -131,6 +131,56 @@ def test_killed_within_every_stage_it_does_each_once(start, whole, tmp_path):
     computed = done.read_text().split()
     assert len(computed) == len(set(computed)) == len(whole)
     assert {f'{name}.stage' for name in computed} == {path.split('/', 2)[-1] for path in whole}
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.slow
+def test_dead_in_the_middle_of_a_stage_it_does_each_once(tmp_path, monkeypatch):
+    """R7 in one process, dead by an exception: when self-edits are written, an inner loop has learned, the first candidates have answered,
+    and before the policy has its name. It ends as the run that nothing happened to; no stage, so no candidate, counts twice.
+    """
+    run = lambda name: seal_knowledge.main(['--smoke', '--algorithms', 'rest-em', '--runs', str(tmp_path / name)])
+    assert run('whole') == 0
+    whole, call, init, computed, ends = stored(tmp_path / 'whole'), Stages.__call__, seal_world.Reader.__init__, [], set()
+
+    def then_die(point, inner):
+        def wrapped(*arguments):
+            found = inner(*arguments)
+            if point in ends:
+                raise Killed
+            return found
+
+        return wrapped
+
+    def reading(self, *arguments, **options):
+        init(self, *arguments, **options)
+        self._learn, self._ask = then_die('learned', self._learn), then_die('asked', self._ask)
+
+    monkeypatch.setattr(seal_world.Reader, '__init__', reading)
+    for stage, point in (('edits', 'made'), ('rewards-0', 'learned'), ('rewards-0', 'asked'), ('writer', 'written'), (None, None)):
+
+        def counted(self, name, make, stage=stage, point=point):
+            ends.update({point} if name.endswith(f'rest-em-1/{stage}') else ())
+            before = self.computed
+            with monkeypatch.context() as patch:
+                patch.setattr(pathlib.Path, 'replace', then_die('written', lambda *_: None) if 'written' in ends else pathlib.Path.replace)
+                found = call(self, name, then_die('made', make))
+            computed.extend([name] * (self.computed - before))
+            return found
+
+        monkeypatch.setattr(Stages, '__call__', counted)
+        ends.clear()
+        if stage is None:
+            assert run('dead') == 0
+            break
+        with pytest.raises(Killed):
+            run('dead')
+        assert point in ends and not list((tmp_path / 'dead').glob(f'**/rest-em-1/{stage}.stage'))
+    assert stored(tmp_path / 'dead') == whole
+    assert len(computed) == len(set(computed)) == len(whole)
 
 
 def test_stored_rewards_of_another_learner_are_refused(tmp_path):

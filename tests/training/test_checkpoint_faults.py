@@ -81,6 +81,7 @@ AFTER = {'save': [1, 2], 'arrays': [1, 2], 'manifest': [1, 2], 'writing': [1, 2]
 @pytest.mark.slow
 @pytest.mark.parametrize('phase', AFTER)
 def test_kill_in_any_phase_leaves_a_verified_checkpoint_and_a_folder_to_go_on_in(tmp_path, phase):
+    """C4: what is left of the killed save is passed over, and removed before the next."""
     code, _, complained = run_child(tmp_path, phase, '' if phase == 'writing' else f'kill@3/{phase}')
     assert code == -signal.SIGKILL, complained
     left = sorted(path.name for path in tmp_path.iterdir() if path.name.endswith('.tmp'))
@@ -104,7 +105,7 @@ def test_write_that_the_system_refuses_is_an_error_in_a_line_and_a_later_save_wo
     assert Checkpoints(tmp_path).restore(like()).step == 3
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_disk_that_is_full(tmp_path):
     """C5: a file system of 6 MB, a state of 20 MB."""
     mount = f'mount -t tmpfs -o size=6m none {tmp_path}'
@@ -152,6 +153,7 @@ def test_slow_disk_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_folder_that_may_not_be_written_is_said_in_a_line(tmp_path, monkeypatch):
+    """C9."""
     checkpoints = Checkpoints(tmp_path / 'run', 2)
     save(checkpoints, 1)
 

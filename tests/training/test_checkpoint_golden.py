@@ -1,4 +1,4 @@
-"""A checkpoint of format 1 that lies in the repository: code that reads checkpoints otherwise than they were written is found out."""
+"""C10. A checkpoint of format 1 that lies in the repository: code that reads checkpoints otherwise than they were written is found out."""
 
 import json
 import pathlib

@@ -61,7 +61,9 @@ def saved(tmp_path):
 
 
 def test_round_trip_is_bitwise(saved):
+    """F3: also of what made it, and of the resolved configuration."""
     restored = saved.restore(make_state(0), CONFIG)
+    assert json.loads((saved.path(3) / 'meta.json').read_text())['config'] == CONFIG
     assert (restored.step, restored.data, restored.rejected) == (3, {'next': 3}, ())
     assert_same(restored.state, make_state(3))
     assert restored.versions == package_versions() and restored.versions['jax'] == jax.__version__
@@ -138,6 +140,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize('kind', DAMAGE)
 def test_any_damaged_file_is_named_and_passed_over(saved, tmp_path, kind):
+    """C1 and C2: by the digest, before any of its values is used; the one before is restored."""
     newest = saved.path(3)
     names = [path.relative_to(newest) for path in files_of(newest)]
     assert {'manifest.json', 'meta.json'} < {str(name) for name in names} and len(names) > 5
@@ -167,7 +170,7 @@ def test_the_first_of_several_processes_says_what_another_one_found(saved, monke
 
 
 def test_a_flipped_bit_anywhere_in_any_file_is_found(saved):
-    """orbax alone reads such arrays without a word."""
+    """C1: twelve places of every file. orbax alone reads such arrays without a word."""
     for path in files_of(saved.path(3)):
         content = path.read_bytes()
         for position in {len(content) * share // 12 for share in range(12)} if content else ():
@@ -216,6 +219,7 @@ def test_an_empty_manifest_of_an_empty_checkpoint_is_damage(saved):
 
 
 def test_refuses_to_start_over_when_all_are_bad(saved):
+    """C3."""
     for step in (1, 2, 3):
         flip_somewhere(saved.path(step) / 'meta.json')
     with pytest.raises(DamagedCheckpointsError, match='refusing to start over .* .step 3: meta.json is damaged.*step 1'):
@@ -248,6 +252,7 @@ def test_what_is_not_as_it_was_is_told(saved, monkeypatch):
 
 
 def test_an_emptied_step_folder_is_passed_over(saved):
+    """C2."""
     shutil.rmtree(saved.path(3))
     saved.path(3).mkdir()
     assert saved.restore(make_state(0)).rejected == ('step 3: manifest.json is missing',)
@@ -261,6 +266,7 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_never_removes_the_only_one_that_verifies(tmp_path, monkeypatch):
+    """C8."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 1, 1)
 
@@ -371,6 +377,8 @@ def test_fields_that_touch_no_number_may_change(saved):
 
 
 def test_wrong_shape_dtype_missing_and_extra_leaves_are_named(saved):
+    """C7: by path, with both shapes."""
+
     def like(change):
         train, memories = make_state(0)
         params = dict(train.params)
@@ -410,9 +418,11 @@ def test_another_dtype_is_read_only_when_asked_for_and_said(saved):
         saved.restore(like(jnp.float32, jnp.bfloat16, jnp.float32), cast=True)
 
 
-def test_another_format_is_refused(saved, monkeypatch):
-    monkeypatch.setattr('nested_jax.training.checkpoints.FORMAT', 2)
-    with pytest.raises(ValueError, match='has checkpoint format 1, allowed is 2'):
+@pytest.mark.parametrize('present', [2, 0])
+def test_another_format_is_refused(saved, monkeypatch, present):
+    """C10: an older one than that of the code, and a newer one."""
+    monkeypatch.setattr('nested_jax.training.checkpoints.FORMAT', present)
+    with pytest.raises(ValueError, match=f'has checkpoint format 1, allowed is {present}'):
         saved.restore(make_state(0))
 
 

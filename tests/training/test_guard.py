@@ -87,7 +87,7 @@ def test_kept_steps_are_the_plain_ones():
 
 @pytest.mark.parametrize('kind', ['nan', 'inf', 'gradient'])
 def test_what_is_not_finite_changes_nothing_but_the_step(kind):
-    """After one step and after two: the slow level has a sum half collected, then none."""
+    """N1. After one step and after two: the slow level has a sum half collected, then none."""
     step = compiled()
     for done in (1, 2):
         batches = [clean_batch(seed) for seed in range(done)]
@@ -137,6 +137,7 @@ def test_poisoned_optimizer_state_is_found_though_loss_and_gradient_are_finite()
 
 @pytest.mark.parametrize('row', [0, 7])
 def test_devices_agree_when_one_of_them_meets_it(row):
+    """N4."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ('data',))
     whole, rows = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P('data')))
     step = jax.jit(guarded(make_train_step(linear_loss, optimizer()), None), donate_argnums=0, out_shardings=whole)
@@ -172,7 +173,7 @@ def run_values(pairs, sigma=6.0):
 
 @pytest.mark.parametrize('where', [0, 1])
 def test_spikes_against_numpy(where):
-    """Losses around 3 and norms around 1000, with a spike just below and one just above the bound, in each of them."""
+    """N2. Losses around 3 and norms around 1000, with a spike just below and one just above the bound, in each of them."""
     rng = np.random.default_rng(1)
     values = np.stack([3 + 0.1 * rng.normal(size=200), 1000 + rng.normal(size=200)], 1).astype(np.float32)
     bound = lambda past: past[-WINDOW:].mean(dtype=np.float64) + 6 * past[-WINDOW:].std(dtype=np.float64)
@@ -189,6 +190,7 @@ def test_spikes_against_numpy(where):
 
 
 def test_nothing_is_a_spike_before_enough_values_or_without_being_asked():
+    """N2."""
     quiet = [(1 + 0.01 * (n % 2), 1.0) for n in range(ENOUGH)]
     assert run_values([*quiet[1:], (100.0, 1.0)])[2][-1] == 0
     assert run_values([*quiet, (100.0, 1.0)])[2][-1] == 1

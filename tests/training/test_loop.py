@@ -358,6 +358,7 @@ def test_bad_batch_is_skipped_counted_and_resumed(data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_bad_batches_in_a_row_send_the_run_back_without_them(data, tmp_path, monkeypatch):
+    """N3, of steps that are not finite; of spikes: test_loop_signals.py."""
     read = []
     real = loop._Trainer.run_step
     monkeypatch.setattr(loop._Trainer, 'run_step', lambda self, batch: (read.append(batch['tokens'].copy()), real(self, batch))[1])
@@ -474,6 +475,7 @@ def test_a_step_that_takes_long_is_named_with_its_process_and_phase(data, tmp_pa
 
 
 def test_step_is_traced_once_whatever_happens_around_it(data, tmp_path, monkeypatch):
+    """F5."""
     traces = []
     real = loop.make_train_step
 
@@ -540,6 +542,7 @@ def test_model_that_cannot_read_the_run():
 
 
 def test_config_survives_json():
+    """F2."""
     config = as_dict(TRAIN)
     assert TrainConfig(**json.loads(json.dumps(config))) == TRAIN
 

@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
@@ -13,6 +14,8 @@ import rich.console
 from nested_jax.config import LevelConfig, ModelConfig, as_dict
 from nested_jax.training import loop
 from nested_jax.training.config import TrainConfig
+from nested_jax.training.metrics import read_metrics
+from nested_jax.training.sharding import choose_mesh
 
 # Two levels, of which one is updated every second step: the sums of its gradients are state that is split as well.
 MODEL = ModelConfig('attention', num_layers=2, width=16, num_heads=2, head_dim=8, levels=(LevelConfig(16, 64), LevelConfig(16, 128)))
@@ -28,15 +31,33 @@ def train(folder, data, devices, mesh=None, model=MODEL):
     return loop.train(config, model, data, settings, devices=jax.devices()[:devices], mesh=mesh, console=console)
 
 
-@pytest.mark.exhaustive
-def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkeypatch):
+def in_host_memory(state):
+    raw = lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    return jax.tree.map(lambda leaf: np.array(raw(leaf)), state)
+
+
+# Devices, their mesh, the step at which the run is stopped on them, and how many parts a matrix of a level is in.
+WAYS = {
+    'short': ((2, 'fsdp=2', 4, 2), (1, None, 6, 1)),
+    'long': ((4, 'fsdp=2,tensor=2', 2, 4), (1, None, 4, 1), (4, 'data=2,fsdp=2', 6, 2)),
+}
+
+
+@pytest.mark.parametrize('way', [pytest.param('short', marks=pytest.mark.slow), pytest.param('long', marks=pytest.mark.exhaustive)])
+def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkeypatch, way):
+    """R3: what is restored is what was saved, to the bit, and the losses of all steps are those of one device."""
     unbroken = train(tmp_path / 'one', data, 1)
-    real, last = loop._Trainer.train_step, 0
+    real, real_restore, last, saved, restored = loop._Trainer.train_step, loop._Trainer.restore, 0, None, []
 
     def train_step(self, now, batch):
         real(self, now, batch)
-        if now in (2, 4):
+        if now in {until for _, _, until, _ in WAYS[way][:-1]}:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def restore(self):
+        found = real_restore(self)
+        restored.append(in_host_memory(self.state))
+        return found
 
     meshes, real_loss = [], loop.make_loss
 
@@ -46,19 +67,23 @@ def test_a_run_goes_on_with_other_devices_on_another_mesh(data, tmp_path, monkey
         return lambda params, batch: (meshes.append(jax.sharding.get_abstract_mesh().axis_names), inner(params, batch))[1]
 
     monkeypatch.setattr(loop._Trainer, 'train_step', train_step)
+    monkeypatch.setattr(loop._Trainer, 'restore', restore)
     monkeypatch.setattr(loop, 'make_loss', make_loss)
-    for devices, mesh, until in ((4, 'fsdp=2,tensor=2', 2), (1, None, 4), (4, 'data=2,fsdp=2', 6)):
+    for devices, mesh, until, shares in WAYS[way]:
         result = train(tmp_path / 'moved', data, devices, mesh)
         assert (result.resumed_from, result.step) == (last, until)
+        if saved is not None:
+            jax.tree.map(np.testing.assert_array_equal, restored[-1], saved)
         kernel = result.state.params['blocks']['channel']['level_1']['up']['kernel']
         moment = next(leaf for path, leaf in jax.tree_util.tree_leaves_with_path(result.state.opt_state)
                       if 'mu' in str(path) and 'level_1' in str(path) and 'up' in str(path))  # fmt: skip
-        shares = {'fsdp=2,tensor=2': 4, None: 1, 'data=2,fsdp=2': 2}[mesh]
         for leaf in (kernel, moment):
             assert leaf.addressable_shards[0].data.size * shares == leaf.size
-        last = until
-    assert set(meshes) == {('fsdp', 'tensor'), ('data',), ('data', 'fsdp')}
+        last, saved = until, in_host_memory(result.state)
+    assert set(meshes) == {tuple(choose_mesh(mesh, MODEL, devices)) for devices, mesh, _, _ in WAYS[way]}
     np.testing.assert_allclose(result.heldout.nats, unbroken.heldout.nats, rtol=1e-6)
+    losses = lambda name: [line['loss'] for line in read_metrics(tmp_path / name / 'metrics.jsonl') if 'loss' in line]
+    np.testing.assert_allclose(losses('moved'), losses('one'), rtol=1e-6)
 
 
 @pytest.mark.slow

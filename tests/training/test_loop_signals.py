@@ -95,6 +95,7 @@ def test_a_signal_in_any_phase(data, unbroken, tmp_path, monkeypatch, place, num
 
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over_in_silence(data, unbroken, tmp_path):
+    """C3: who removes them asks for it."""
     _, said = train(tmp_path, data)
     assert 'starting over' not in said
     shutil.rmtree(tmp_path / 'checkpoints')
@@ -131,3 +132,54 @@ def test_a_spike_is_skipped_and_comes_again_the_same_when_the_steps_are_done_aga
     raw = lambda state: jax.tree.map(np.asarray, (state.params, state.opt_state))
     jax.tree.map(np.testing.assert_array_equal, raw(again.state), raw(whole.state))
     assert history(tmp_path / 'again') == history(tmp_path / 'whole')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('max_skips', [3, 10])
+def test_spikes_in_a_row_send_the_run_back_to_its_last_checkpoint_without_their_batches(data, tmp_path, monkeypatch, max_skips):
+    """N3: every spike is a finite one beyond 6 sigma. The run ends as one that was never given the batches since the checkpoint."""
+    assert max_skips != 10 or TRAIN.max_skips == max_skips  # the default
+    saved, first = 108, 111  # the last regular checkpoint, and the first of the steps that are spikes
+    last = first + max_skips - 1
+    config = dataclasses.replace(
+        TRAIN, steps=last + 6, eval_every=200, checkpoint_every=54, keep=9, on_nonfinite='skip', spike_sigma=6.0, max_skips=max_skips,
+        learning_rate=1e-5,
+    )  # fmt: skip
+    real, run_step = loop._Trainer.look_at, loop._Trainer.run_step
+    seen, read = [], []
+
+    def spikes(self, step, batch):
+        """A spike is recorded, so that the next one must be larger: one batch with a sum of weights, to divide by, that is ever smaller."""
+        turn = step + self.skips.num_passed_over - first
+        if not 0 <= turn < max_skips:
+            return batch
+        batch = self.batches[0]
+        weights = np.array(batch['weights'])
+        weights[-1, -1] = (weights.sum() - weights[-1, -1]) * (1.5 ** -(turn + 1) - 1)
+        return batch | dict(weights=weights)
+
+    def look_at(self, step, metrics, num_bytes):
+        seen.append((step, bool(np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])), int(metrics['skipped'])))
+        return real(self, step, metrics, num_bytes)
+
+    def passed_over(self, step, batch):
+        return self.batches[step - 1 + (last - saved) * (step > saved)]
+
+    monkeypatch.setattr(loop._Trainer, 'look_at', look_at)
+    monkeypatch.setattr(loop._Trainer, 'run_step', lambda self, batch: (read.append(batch['tokens'].copy()), run_step(self, batch))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, 'disturb', spikes)
+        result, said = train(tmp_path / 'spikes', data, config)
+    assert f'{max_skips} steps skipped in a row: back to step {saved}, without batches {saved} to {last - 1}' in said
+    assert [step for step, _, skipped in seen if skipped] == [*range(first, last + 1)] and all(finite for _, finite, _ in seen)
+    assert [step for step, _, _ in seen] == [*range(1, last + 1), *range(saved + 1, config.steps + 1)]
+    marks = [line for line in history(tmp_path / 'spikes') if 'passed_over_from' in line]
+    assert [(line['step'], line['passed_over_from'], line['passed_over_to']) for line in marks] == [(saved, saved, last)]
+    again = read[last:]
+    read.clear()
+    monkeypatch.setattr(loop._Trainer, 'disturb', passed_over)
+    expected, _ = train(tmp_path / 'expected', data, config)
+    for tokens, wanted in zip(again, read[saved:], strict=True):
+        np.testing.assert_array_equal(tokens, wanted)
+    raw = lambda state: jax.tree.map(np.asarray, (state.step, state.params, state.opt_state))
+    jax.tree.map(np.testing.assert_array_equal, raw(result.state), raw(expected.state))

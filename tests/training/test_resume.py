@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import math
 import os
 import pathlib
 import shutil
@@ -124,12 +125,20 @@ def test_new_processes_end_with_the_same_bits(texts, tmp_path, name, kind):
         assert history(folder) == history(tmp_path / 'whole')
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize('name', ['adamw', 'm3'])
-def test_gone_on_with_from_every_step(texts, tmp_path, name):
+@pytest.mark.parametrize(
+    ('name', 'periods'),
+    [
+        pytest.param('adamw', (1, 2), marks=pytest.mark.slow),
+        *(pytest.param(name, PERIODS, marks=pytest.mark.exhaustive) for name in ('adamw', 'm3')),
+    ],
+)
+def test_gone_on_with_from_every_step(texts, tmp_path, monkeypatch, name, periods):
     """R2: sums and counters of slow levels that a checkpoint forgot would show at some step of their periods."""
+    twice = 2 * math.lcm(*periods)
+    monkeypatch.setitem(globals(), 'PERIODS', periods)
+    monkeypatch.setitem(globals(), 'TRAIN', dataclasses.replace(TRAIN, steps=twice + 1, keep=twice + 1))
     whole, _ = run(tmp_path / 'whole', texts, name, 'levels')
-    for cut in range(1, STEPS):
+    for cut in range(1, twice + 1):
         folder = cut_copy(tmp_path / 'whole', tmp_path / f'{cut}', cut)
         assert run(folder, texts, name, 'levels') == (whole, cut)
         assert history(folder) == history(tmp_path / 'whole')
@@ -139,9 +148,11 @@ def test_gone_on_with_from_every_step(texts, tmp_path, name):
 ONE_THREAD = dict(NPROC='1', XLA_FLAGS='--xla_cpu_multi_thread_eigen=false', OMP_NUM_THREADS='1', JAX_NUM_CPU_DEVICES='1')
 
 
-@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no way to keep a process on one core')
-@pytest.mark.parametrize('kind', ['levels', *MEMORIES])
+@pytest.mark.parametrize(
+    'kind',
+    [pytest.param(kind, marks=pytest.mark.slow if kind == 'plain' else pytest.mark.exhaustive) for kind in ('plain', 'levels', *MEMORIES)],
+)
 def test_one_thread_gives_the_same_bits_again(texts, tmp_path, kind):
     """R8. Nothing is shared: each process compiles for itself. With as many threads as there are, losses are the same to roundings."""
     alone = f'import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})'
