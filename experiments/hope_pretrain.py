@@ -70,6 +70,8 @@ class ModelArgs:
     """What retention lets memories decay to: zero, or their learned initial states; None: the preset's."""
     qk_norm: bool = False
     """RMSNorm of each head's queries and keys in softmax attention, against loss spikes."""
+    dropout: float = 0.0
+    """Share of the embeddings and of what each layer adds to them that training drops."""
     without: tuple[Literal['dgd', 'momentum', 'retention', 'cms', 'key', 'value', 'target', 'eta', 'alpha'], ...] = ()
     """Parts of Hope to leave out, for ablations; key to alpha: what static projections give instead of a memory."""
     in_sequence_blocks: tuple[int, ...] = ()
@@ -83,6 +85,8 @@ class ModelArgs:
             changes.append(f' decaying to {self.decay_to}')
         if self.qk_norm:
             changes.append(' with QK-norm')
+        if self.dropout:
+            changes.append(f' with dropout {self.dropout}')
         if self.in_sequence_blocks:
             changes.append(' learning in sequence in blocks ' + ' '.join(map(str, self.in_sequence_blocks)))
         return self.preset + ''.join(changes)
@@ -182,7 +186,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     faults_of_environment()
     private_cache()
     find_cluster(args.distributed, args.processes, os.environ, has_tpu())
-    fields = ('vocab_size', 'dtype', 'remat', 'scan_layers')
+    fields = ('vocab_size', 'dtype', 'remat', 'scan_layers', 'dropout')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
     if args.model.in_sequence_blocks:
         overrides['in_sequence'] = InSequenceConfig(blocks=args.model.in_sequence_blocks)

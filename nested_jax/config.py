@@ -160,6 +160,9 @@ class ModelConfig:
     )
     scan_layers: bool = True
     remat: Literal['none', 'block', 'dots'] = 'none'
+    # Share of the embeddings and of what mixers and levels add to the residual stream that is dropped (section 5.4, arXiv:1706.03762): in
+    # the loss of `training.step.make_loss` when it is trained, nowhere else.
+    dropout: float = added(0.0)
 
     def __post_init__(self):
         _check_choices(self, '')
@@ -168,6 +171,7 @@ class ModelConfig:
         _check_counts(self.memory, 'memory.', 'chunk_size', 'projection_chunk_size', 'hidden_dim', 'window')
         _check_counts(self.attention, 'attention.', 'num_kv_heads', 'window', 'query_block', 'num_persistent', 'segment')
         _check_counts(self.state_space, 'state_space.', 'state_dim', 'head_dim', 'expand')
+        check(0 <= self.dropout < 1, 'dropout', self.dropout, 'a share from 0 on and below 1')
         self._check_levels()
         self._check_memory()
         self._check_mixer()
@@ -183,6 +187,8 @@ class ModelConfig:
         if self.in_sequence is None:
             return
         check(count == 1, 'in_sequence', self.in_sequence, f'None with the mixer {self.mixer!r}')
+        # The inner gradient goes through the blocks too, and no source says whether it is one of a model with or without dropout.
+        check(self.dropout == 0, 'dropout', self.dropout, '0 where levels are updated within a sequence')
         _check_choices(self.in_sequence, 'in_sequence.')
         blocks = self.in_sequence.blocks
         inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)

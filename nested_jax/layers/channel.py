@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from nested_jax.config import ModelConfig
 from nested_jax.layers.common import Projection, RMSNorm
+from nested_jax.layers.dropout import dropout, split_key
 from nested_jax.memory.continuum import aggregate, chain
 
 
@@ -32,9 +33,12 @@ class ContinuumMLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, T, width) -> (B, T, width), residual included."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """(B, T, width) -> (B, T, width), residual included; with a () key, of dropout, what is added to it is dropped in part."""
         levels = [SwiGLU(self.config, level.hidden_dim, name=f'level_{i}') for i, level in enumerate(self.config.levels)]
+        rate = self.config.dropout
         if self.config.aggregation == 'sum':
-            return x + aggregate(levels, x, self.param('aggregation', nn.initializers.ones, (len(levels),)).astype(x.dtype))
-        return chain([lambda rows, level=level: rows + level(rows) for level in levels], x)
+            weights = self.param('aggregation', nn.initializers.ones, (len(levels),)).astype(x.dtype)
+            return x + dropout(aggregate(levels, x, weights), key, rate)
+        pairs = zip(levels, split_key(key, len(levels)), strict=True)
+        return chain([lambda rows, level=level, own=own: rows + dropout(level(rows), own, rate) for level, own in pairs], x)

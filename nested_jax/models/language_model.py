@@ -17,6 +17,7 @@ from nested_jax.layers.channel import ContinuumMLP
 from nested_jax.layers.comba import Comba
 from nested_jax.layers.common import Context, RMSNorm
 from nested_jax.layers.dla import DeepLinearAttention
+from nested_jax.layers.dropout import dropout, split_key
 from nested_jax.layers.gated_delta_rule import GatedDeltaRule
 from nested_jax.layers.gated_linear_attention import GatedLinearAttention
 from nested_jax.layers.linear_attention import LinearAttention
@@ -67,6 +68,7 @@ class Rows(NamedTuple):
 
     x: jax.Array  # (B, T, width)
     first: FirstValues | None  # of mixers with a value residual
+    key: jax.Array | None = None  # () of the dropout from here on; None: nothing is dropped
 
 
 class Block(nn.Module):
@@ -77,16 +79,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, rows: Rows, state, context: Context) -> tuple[Rows, object]:
         """Rows and the mixer's state -> the same."""
-        x, first = split_rows(rows.x), rows.first
-        mixer = TOKEN_MIXERS[self.config.mixer](self.config, name='mixer')
-        normed = RMSNorm(self.config.norm_epsilon, name='mixer_norm')(x)
-        if sequence.is_split() and self.config.mixer != 'attention':
+        x, first, config = split_rows(rows.x), rows.first, self.config
+        key, mixer_key, channel_key = split_key(rows.key, 3)
+        mixer = TOKEN_MIXERS[config.mixer](config, name='mixer')
+        normed = RMSNorm(config.norm_epsilon, name='mixer_norm')(x)
+        if sequence.is_split() and config.mixer != 'attention':
             module, variables = mixer.unbind()
             call = lambda variables, *given: _mix(functools.partial(module.apply, variables), *given)
             mixed = sequence.pass_state(call, variables, Rows(normed, first), context.segment_ids)
         else:
             mixed, state = _mix(mixer, Rows(normed, first), state, context)
-        return Rows(split_rows(ContinuumMLP(self.config, name='channel')(split_rows(x + mixed.x))), mixed.first), state
+        x = split_rows(x + dropout(mixed.x, mixer_key, config.dropout))
+        return Rows(split_rows(ContinuumMLP(config, name='channel')(x, channel_key)), mixed.first, key), state
 
 
 def _mix(mixer: Callable, rows: Rows, state, context: Context) -> tuple[Rows, object]:
@@ -166,13 +170,15 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens: jax.Array, state=None, *, segment_ids: jax.Array | None = None, update: bool = True):
         """As a call, but returns the normed (B, T, width) rows that the head would read, in the compute dtype.
 
-        Of a stretch of the sequence inside of `nested_jax.layers.sequence.split`, where there is no state to go on with.
+        Of a stretch of the sequence inside of `nested_jax.layers.sequence.split`, where there is no state to go on with. This is what is
+        trained: with `rngs={'dropout': key}` in `apply` a share `config.dropout` of what is added to the residual stream is dropped.
         """
         _check_tokens(tokens, segment_ids)
         _check_state(tokens, state)
         state = self.init_state(tokens.shape[0]) if state is None and not update else state
         layers, context = open_state(state, segment_ids, update)
-        rows, layers = self.blocks(open_rows(self.config, self.embedding, tokens), layers, context)
+        key = self.make_rng('dropout') if self.config.dropout and self.has_rng('dropout') else None
+        rows, layers = self.blocks(open_rows(self.config, self.embedding, tokens, key), layers, context)
         return self.norm(rows.x), close_state(state, layers, context, tokens, segment_ids)
 
     def head(self, params) -> jax.Array:
@@ -205,12 +211,14 @@ def _check_state(tokens: jax.Array, state) -> None:
         raise ValueError(f'state is of {state["position"].shape[0]} rows, allowed is that of tokens, {tokens.shape[0]}')
 
 
-def open_rows(config: ModelConfig, embedding: jax.Array, tokens: jax.Array) -> Rows:
-    """What the first block gets."""
-    x = split_rows(jnp.take(gather_width(embedding), tokens, axis=0)).astype(config.dtype)
+def open_rows(config: ModelConfig, embedding: jax.Array, tokens: jax.Array, key: jax.Array | None = None) -> Rows:
+    """What the first block gets; with a () key, of dropout, embeddings are dropped in part."""
+    key, own = split_key(key, 2)
+    x = dropout(split_rows(jnp.take(gather_width(embedding), tokens, axis=0)).astype(config.dtype), own, config.dropout)
     if config.mixer != 'rwkv7':
-        return Rows(x, None)
-    return Rows(x, FirstValues(jnp.zeros((*tokens.shape, config.num_heads * config.head_dim), x.dtype), jnp.zeros((), jnp.int32)))
+        return Rows(x, None, key)
+    first = FirstValues(jnp.zeros((*tokens.shape, config.num_heads * config.head_dim), x.dtype), jnp.zeros((), jnp.int32))
+    return Rows(x, first, key)
 
 
 def open_state(state, segment_ids: jax.Array | None, update: bool):

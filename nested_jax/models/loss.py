@@ -89,7 +89,9 @@ def _check(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.
             raise ValueError(f'{name} has shape {rows.shape}, allowed is {hidden.shape[:1]}')
 
 
-def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids=None, weights=None) -> tuple[jax.Array, jax.Array]:
+def model_loss(
+    model, params, tokens: jax.Array, targets: jax.Array, segment_ids=None, weights=None, *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Sum of a language model's next-token losses over a batch, whose sequences are split where the mesh has an axis `sequence`.
 
     Args:
@@ -98,6 +100,7 @@ def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids
         tokens, targets: (B, T) int32.
         segment_ids: (B, T) int32 documents of packed rows, or None.
         weights: (B, T) float32 factors of each token's loss, or None.
+        key: () typed key of the model's dropout; None, as in evaluation: nothing is dropped.
 
     Returns:
         The sum in nats and the sum of the weights, float32 scalars.
@@ -106,13 +109,14 @@ def model_loss(model, params, tokens: jax.Array, targets: jax.Array, segment_ids
         ValueError: for a length that does not split over the mesh (`sequence.split`).
     """
     if sequence.stretches() == 1:
-        return _rows_loss(model, params, tokens, targets, segment_ids, weights)
+        return _rows_loss(model, params, key, tokens, targets, segment_ids, weights)
     rows = (tokens, targets, segment_ids, weights)
-    return sequence.split(lambda params, rows: _rows_loss(model, params, *rows), params, rows, grid=model.config.grid)
+    return sequence.split(lambda given, rows: _rows_loss(model, *given, *rows), (params, key), rows, grid=model.config.grid)
 
 
-def _rows_loss(model, params, tokens, targets, segment_ids, weights) -> tuple[jax.Array, jax.Array]:
-    hidden, _ = model.apply({'params': params}, tokens, segment_ids=segment_ids, method='hidden')
+def _rows_loss(model, params, key, tokens, targets, segment_ids, weights) -> tuple[jax.Array, jax.Array]:
+    rngs = None if key is None else {'dropout': key}
+    hidden, _ = model.apply({'params': params}, tokens, segment_ids=segment_ids, method='hidden', rngs=rngs)
     flat = None if weights is None else weights.reshape(-1)
     total = next_token_loss(hidden.reshape(-1, hidden.shape[-1]), model.head(params), targets.reshape(-1), flat)
     return total, jnp.asarray(targets.size, total.dtype) if flat is None else flat.sum()

@@ -4,6 +4,7 @@ A loss function maps (parameters, batch) to (sum of nats, number of targets), so
 mesh of Explicit axes it runs with Auto ones; what goes in and comes out, and what the optimizer does, is laid out as the types say.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,23 +17,27 @@ from nested_jax.models.loss import model_loss
 from nested_jax.models.streaming import in_sequence_loss
 from nested_jax.optim.sharding import run_in_auto_mode
 from nested_jax.training.optimizer import global_norm
-from nested_jax.training.state import TrainState
+from nested_jax.training.state import TrainState, step_key
 
 Batch = dict[str, jax.Array]
-LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+LossFunction = Callable[..., tuple[jax.Array, jax.Array]]  # (params, batch), or (params, batch, key) when it is trained
 
 
 def make_loss(model: LanguageModel) -> LossFunction:
     """The next-token loss of a batch of the data pipeline, (params, batch) -> (sum of nats, number of targets).
 
-    Where `in_sequence` is set, of the model that learns while it reads.
+    Where `in_sequence` is set, of the model that learns while it reads. Of a model with dropout it also takes a key, and drops with one.
     """
     objective = model_loss if model.config.in_sequence is None else in_sequence_loss
+    rows = lambda batch: (batch[name] for name in ('tokens', 'targets', 'segment_ids', 'weights'))
 
-    def loss(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return objective(model, params, batch['tokens'], batch['targets'], batch['segment_ids'], batch['weights'])
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return objective(model, params, *rows(batch))
 
-    return loss
+    def dropout_loss(params: Any, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        return model_loss(model, params, *rows(batch), key=key)
+
+    return dropout_loss if model.config.dropout else loss
 
 
 def make_train_step(
@@ -41,7 +46,8 @@ def make_train_step(
     """Builds the function of one optimizer step.
 
     Args:
-        loss_function: sum of nats and number of targets of a batch.
+        loss_function: sum of nats and number of targets of a batch. One with a parameter `key` gets a key of its own for every microbatch
+            of every step, of `step_key`.
         optimizer: fed the gradient of the mean over all targets of the step.
         accumulation: microbatches the batch is cut into; must divide the batch's rows.
 
@@ -49,17 +55,22 @@ def make_train_step(
         (state, batch) -> (state, metrics); metrics are float32 scalars: loss (nats a target), grad_norm (before clipping), tokens.
     """
     value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
+    takes_key = 'key' in inspect.signature(loss_function).parameters
 
-    def summed(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
-        (nats, count), grads = value_and_grad(params, batch)
+    def summed(params: Any, batch: Batch, *key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        (nats, count), grads = value_and_grad(params, batch, *key)
         return nats.astype(jnp.float32), count.astype(jnp.float32), grads
 
-    def gradient(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, Any]:
-        return summed(params, batch) if accumulation == 1 else _accumulate(summed, params, microbatches(batch, accumulation))
+    def gradient(params: Any, batch: Batch, *key: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
+        if accumulation == 1:
+            return summed(params, batch, *key)
+        keys = (jax.random.split(each, accumulation) for each in key)
+        return _accumulate(summed, params, (microbatches(batch, accumulation), *keys))
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         zero = jnp.zeros(())
-        nats, count, grads = run_in_auto_mode(gradient, (state.params, batch), like=(zero, zero, state.params))
+        given = (state.params, batch, step_key(state)) if takes_key else (state.params, batch)
+        nats, count, grads = run_in_auto_mode(gradient, given, like=(zero, zero, state.params))
         targets = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda grad: grad / targets, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -92,9 +103,9 @@ def microbatches(batch: Batch, accumulation: int) -> Batch:
     return jax.tree.map(deal, batch)
 
 
-def _accumulate(summed: Callable, params: Any, batches: Batch) -> tuple[jax.Array, jax.Array, Any]:
+def _accumulate(summed: Callable, params: Any, batches: tuple) -> tuple[jax.Array, jax.Array, Any]:
     def body(carry, batch):
-        return jax.tree.map(jnp.add, carry, summed(params, batch)), None
+        return jax.tree.map(jnp.add, carry, summed(params, *batch)), None
 
     zero = jnp.zeros((), jnp.float32)
     total, _ = jax.lax.scan(body, (zero, zero, jax.tree.map(jnp.zeros_like, params)), batches)

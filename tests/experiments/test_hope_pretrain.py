@@ -70,19 +70,21 @@ def test_rows_of_a_changed_model_have_a_name_of_their_own():
         ['--model.decay-to', 'zero'],
         ['--model.in-sequence-blocks', '0', '2'],
         ['--model.qk-norm'],
+        ['--model.dropout', '0.1'],
     )
     assert [parse(arguments).model.name.removeprefix('hope-linear-tiny') for arguments in changes] == [
-        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2', ' with QK-norm',
+        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2', ' with QK-norm', ' with dropout 0.1',
     ]  # fmt: skip
 
 
-def test_qk_norm_reaches_the_model_and_the_configuration(texts, tmp_path):
+def test_qk_norm_and_dropout_reach_the_model_and_the_configuration(texts, tmp_path):
     rest = ['--data.corpus', str(texts), '--train.batch-size', '8', '--train.output']
-    for number, flags in enumerate(([], ['--model.qk-norm'])):
+    for number, flags in enumerate(([], ['--model.qk-norm', '--model.dropout', '0.1'])):
         args = hope_pretrain.parse(['--model.preset', 'transformer-tiny', *flags, *rest, str(tmp_path / str(number))])
         model, _, settings = hope_pretrain.prepare(args)
         assert model.attention.qk_norm is bool(flags)
         assert settings['model']['attention'].get('qk_norm', False) is bool(flags)
+        assert model.dropout == settings['model'].get('dropout', 0.0) == (0.1 if flags else 0.0)
 
 
 WRONG = {
@@ -91,6 +93,7 @@ WRONG = {
     'wrong type': (['--train.steps', 'many'], r'train\.steps.*many'),
     'impossible value': (['--train.steps', '0'], r'train\.steps is 0, allowed is'),
     'contradiction': (['--train.steps', '5', '--train.warmup-steps', '9'], r'train\.warmup_steps is 9, allowed is .*steps=5'),
+    'impossible share': (['--model.dropout', '1'], r'dropout is 1\.0, allowed is a share'),
     'unknown choice': (['--model.remat', 'some'], r'some.*remat'),
     'no such folder': (['--data.corpus', '/nowhere/at/all'], r'/nowhere/at/all'),
     'unknown tokenizer': (['--data.tokenizer', 'words', '--data.corpus', '{texts}'], r'words'),

@@ -2,11 +2,13 @@
 
 import collections
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nested_jax.config import LevelConfig, MemoryConfig, ModelConfig
@@ -18,7 +20,7 @@ from nested_jax.training.config import TrainConfig
 from nested_jax.training.optimizer import level_periods, make_optimizer
 from nested_jax.training.sharding import Placement, choose_mesh, count_slices, make_mesh
 from nested_jax.training.state import init_state
-from nested_jax.training.step import make_train_step
+from nested_jax.training.step import make_loss, make_train_step
 from tests.models.small_models import small
 
 TRAIN = TrainConfig(steps=3, batch_size=8, sequence_length=16, warmup_steps=1)
@@ -94,6 +96,33 @@ def test_copies_of_split_parameters_have_the_losses_of_one_device():
     found = losses(replica=2, data=2, fsdp=2)
     np.testing.assert_allclose(found, losses(data=1), rtol=1e-6)
     assert len(set(found)) == TRAIN.steps
+
+
+@functools.cache
+def losses_with_dropout(model, explicit=False, **sizes):
+    """Of two steps of two microbatches each, of a quarter of the values dropped: another mask is another loss."""
+    model = LanguageModel(dataclasses.replace(model, dropout=0.25))
+    placement = Placement.on(make_mesh(sizes, jax.devices()[: math.prod(sizes.values())], explicit))
+    init, optimizer = lambda key: model.init(key, jnp.zeros((1, 16), jnp.int32))['params'], optax.adam(1e-2)
+    shardings, found = placement.state(optimizer, jax.eval_shape(init, jax.random.key(0))), []
+    step = jax.jit(make_train_step(make_loss(model), optimizer, 2), out_shardings=(shardings, placement.replicated))
+    with jax.set_mesh(placement.mesh):
+        state = init_state(init, optimizer, 0, shardings)
+        for _ in range(2):
+            state, metrics = step(state, batch_on(placement))
+            found.append(float(metrics['loss']))
+    return found
+
+
+MASKED = [
+    (MODEL, dict(fsdp=2, tensor=2)), (MODEL, dict(sequence=4)),
+    (MODEL, dict(data=4)), (MODEL, dict(data=2, sequence=2)), (MODEL, dict(fsdp=2, tensor=2, explicit=True)), (MATRIX, dict(sequence=2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('model', 'mesh'), [*MASKED[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in MASKED[2:])])
+def test_masks_of_dropout_are_those_of_one_device(model, mesh):
+    np.testing.assert_allclose(losses_with_dropout(model, **mesh), losses_with_dropout(model, data=1), rtol=1e-6)
 
 
 def shapes_of(model):

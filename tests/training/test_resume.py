@@ -1,4 +1,4 @@
-"""R1 and R2: cut anywhere and taken up again, a run is the run that was not cut, whatever the optimizer and the model.
+"""R1 and R2: cut anywhere and taken up again, a run is the run that was not cut, whatever the optimizer and the model, dropout included.
 
 An epoch is five steps: cuts lie after its first step, inside and at its end, and off the periods of levels and of M3.
 """
@@ -39,18 +39,19 @@ TRAIN = TrainConfig(
 SLOW = {'m3': 3}  # steps between two updates of its slow momentum
 
 
-def model(kind):
+def model(kind, dropout=0.0):
     """A Transformer of one block with one level or several, or a small model of a family whose blocks write memories, with several."""
     levels = tuple(LevelConfig(8, period * TRAIN.tokens_per_step) for period in (PERIODS if kind != 'plain' else (1,)))
     if kind in ('plain', 'levels'):
-        return ModelConfig('attention', num_layers=1, width=8, num_heads=1, head_dim=8, levels=levels, max_length=16)
-    return small(kind, levels=levels, vocab_size=ModelConfig.vocab_size)
+        sizes = dict(num_layers=1, width=8, num_heads=1, head_dim=8, max_length=16)
+        return ModelConfig('attention', levels=levels, dropout=dropout, **sizes)
+    return small(kind, levels=levels, vocab_size=ModelConfig.vocab_size, dropout=dropout)
 
 
-def run(folder, texts, name, kind):
+def run(folder, texts, name, kind, dropout=0.0):
     """(a digest of the last state, the step gone on from); called here, and in processes of its own, which print it."""
     config = dataclasses.replace(TRAIN, output=str(folder), optimizer=name, slow_period=SLOW.get(name, TRAIN.slow_period))
-    shape = model(kind)
+    shape = model(kind, float(dropout))
     settings = dict(model=as_dict(shape), train=as_dict(config))
     console = rich.console.Console(file=io.StringIO(), width=200)
     result = train(config, shape, open_dataset(texts), settings, devices=jax.devices()[:1], console=console)
@@ -58,10 +59,10 @@ def run(folder, texts, name, kind):
     return hashlib.sha256(b''.join(map(raw, jax.tree.leaves(result.state)))).hexdigest(), result.resumed_from
 
 
-def run_in_a_process(folder, texts, name, kind, cache, first='', **variables):
+def run_in_a_process(folder, texts, name, kind, cache, first='', dropout=0.0, **variables):
     """The same, in a process that does what `first` says before anything else."""
     program = f'{first}\nimport sys; sys.path.insert(0, sys.argv[1]); import test_resume; print(*test_resume.run(*sys.argv[2:]))'
-    command = [sys.executable, '-c', program, str(pathlib.Path(__file__).parent), str(folder), str(texts), name, kind]
+    command = [sys.executable, '-c', program, str(pathlib.Path(__file__).parent), str(folder), str(texts), name, kind, str(dropout)]
     own = dict(JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0', JAX_PLATFORMS='cpu') | variables
     done = subprocess.run(command, cwd=ROOT, env=os.environ | own | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -95,29 +96,31 @@ def texts(tmp_path_factory):
 CUTS = (1, 5, 8, 13, 19)
 
 
-# AdamW with levels is in the default suite, test_loop.py. Memories are written by gradients inside the forward pass, too.
+# R1's grid by pairs: each optimizer with one level, several and memories, and each optimizer and each of these with dropout and without.
+# AdamW with levels alone is in the default suite, test_loop.py. Memories are written by gradients inside the forward pass, too.
 CUT = [
-    ('adamw', 'plain', 13), ('muon', 'plain', 5), ('muon', 'levels', 13), ('m3', 'plain', 1), ('m3', 'levels', 13),
-    ('adamw', 'hope', 13), ('adamw', 'hope-linear', 13),
+    ('adamw', 'plain', 0.1, 13), ('muon', 'plain', 0.0, 5), ('muon', 'levels', 0.1, 13), ('m3', 'plain', 0.1, 1), ('m3', 'levels', 0.0, 13),
+    ('adamw', 'hope', 0.0, 13), ('adamw', 'hope-linear', 0.1, 13), ('muon', 'hope-linear', 0.0, 8), ('m3', 'hope-linear', 0.1, 8),
 ]  # fmt: skip
 MEMORIES = ('hope', 'hope-linear')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'kind', 'cut'), CUT)
-def test_cut_runs_end_with_the_same_bits(texts, tmp_path, name, kind, cut):
-    whole, first = run(tmp_path / 'whole', texts, name, kind)
+@pytest.mark.parametrize(('name', 'kind', 'dropout', 'cut'), CUT)
+def test_cut_runs_end_with_the_same_bits(texts, tmp_path, name, kind, dropout, cut):
+    whole, first = run(tmp_path / 'whole', texts, name, kind, dropout)
     assert first == 0 and len(history(tmp_path / 'whole')) == 8
     folder = cut_copy(tmp_path / 'whole', tmp_path / 'cut', cut)
-    assert run(folder, texts, name, kind) == (whole, cut)
+    assert run(folder, texts, name, kind, dropout) == (whole, cut)
     assert history(folder) == history(tmp_path / 'whole')
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
 @pytest.mark.parametrize('kind', ['plain', 'levels', *MEMORIES])
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'm3'])
-def test_new_processes_end_with_the_same_bits(texts, tmp_path, name, kind):
-    start = functools.partial(run_in_a_process, texts=texts, name=name, kind=kind, cache=tmp_path / 'cache')
+def test_new_processes_end_with_the_same_bits(texts, tmp_path, name, kind, dropout):
+    start = functools.partial(run_in_a_process, texts=texts, name=name, kind=kind, dropout=dropout, cache=tmp_path / 'cache')
     whole, _ = start(tmp_path / 'whole')
     for cut in CUTS:
         folder = cut_copy(tmp_path / 'whole', tmp_path / f'{cut}', cut)

@@ -71,6 +71,26 @@ def test_batch_without_targets_changes_no_parameter(batch):
     assert metrics['loss'] == 0 and metrics['tokens'] == 0
 
 
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_a_loss_that_takes_a_key_gets_another_one_each_step_and_microbatch(batch, accumulation):
+    """Each microbatch marks half of 64 places. Of one key for several, marks would be all or none, or those of the step before."""
+
+    def loss(params, batch, key=None):
+        return jnp.sum(params['kernel'] * jax.random.bernoulli(key, 0.5, (64,))), jnp.ones(())
+
+    optimizer = optax.sgd(1.0)
+    step, state = jax.jit(make_train_step(loss, optimizer, accumulation)), init_state(lambda _: {'kernel': jnp.zeros(64)}, optimizer, 3)
+    marks = []
+    for _ in range(2):
+        new, _ = step(state, batch)
+        np.testing.assert_array_equal(step(state, batch)[0].params['kernel'], new.params['kernel'])
+        marks.append((state.params['kernel'] - new.params['kernel']) * accumulation)
+        state = new
+    for found in marks:
+        assert set(np.asarray(found).tolist()) == set(range(accumulation + 1))
+    assert 10 < np.sum(marks[0] != marks[1]) < 54
+
+
 def test_donated_step_equals_the_plain_one(batch):
     optimizer = optax.adam(0.1)
     step = make_train_step(linear_loss, optimizer, 2)
