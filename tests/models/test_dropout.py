@@ -57,6 +57,7 @@ def only(params, kept):
     ('family', 'options', 'count'),
     [
         ('transformer', TWO_LEVELS, 2 * 3),
+        ('transformer', dict(aggregation='sum'), 2 * 2),
         pytest.param('samba', dict(num_layers=4), 4 * 2, marks=pytest.mark.slow),
     ],
 )
