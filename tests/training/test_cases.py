@@ -3,6 +3,8 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -43,6 +45,14 @@ def test_every_case_is_shown_in_ci():
     files = [path for path in TESTS.rglob('test_*.py') if not path.is_relative_to(GROUPS) and path != pathlib.Path(__file__)]
     assert len(CASES) == 36
     assert CASES - set().union(*(cases_of(path.read_text()) for path in files)) == set()
+
+
+def test_ci_runs_six_tests_of_several_processes_at_most():
+    files = [path for path in TESTS.rglob('test_*.py') if 'pytest.mark.multiprocess' in path.read_text()]
+    chosen = ['-m', 'multiprocess and not exhaustive and not gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']
+    listed = subprocess.run([sys.executable, '-m', 'pytest', *chosen, *files], cwd=TESTS.parent, capture_output=True, text=True)
+    found = re.findall(r'^tests/.*::.*$', listed.stdout, re.M)
+    assert listed.returncode == 0 and 0 < len(found) <= 6, found
 
 
 SHOWN = '''

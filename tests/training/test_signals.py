@@ -25,6 +25,7 @@ def restored():
 
 
 def test_second_signal_ends_the_process(monkeypatch):
+    """S2."""
     codes = []
     monkeypatch.setattr(signals.os, '_exit', codes.append)
     before = handlers()  # a process started in the background may ignore Ctrl-C
