@@ -140,6 +140,8 @@ class LanguageModel(nn.Module):
             out_axes=0,
             length=length,
             unroll=1 if config.scan_layers or self.is_initializing() else length,  # a loop compiles sooner
+            # Nothing is broadcast out of a block, and the check traces it once more; initial values are those that it has drawn before.
+            check_constancy_invariants=self.is_initializing(),
         )(config)
         self.norm = RMSNorm(config.norm_epsilon)
         if not config.tie_embeddings:
