@@ -68,7 +68,7 @@ def test_delta_gradient_descent_has_the_products_of_gradient_descent(monkeypatch
     flops = [racing.step_flops(task, optimizer_race.OPTIMIZERS[name]) for name in ('sgd', 'delta-gradient-descent')]
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(task.init, jax.random.key(0)))
     kernels = [path for path, _ in leaves if jax.tree_util.keystr(path[-1:], simple=True) == 'kernel']
-    assert len(wrapped) == 2 * len(kernels) == 14 and flops[0] == flops[1] > 0
+    assert len(wrapped) == len(kernels) == 7 and flops[0] == flops[1] > 0
 
 
 def test_schedule_warms_up_stays_and_falls_to_zero():
