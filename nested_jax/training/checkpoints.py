@@ -315,7 +315,8 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)), like)
         versions, made = meta['versions'], meta.get('made_by', {})
         was, now = versions | made, package_versions() | self._made_by
-        changes = tuple(f'{name} was {was[name]}, is {now[name]}' for name in now if was.get(name, now[name]) != now[name])
+        moved = (name for name in now if was.get(name, now[name]) != now[name])
+        changes = tuple(f'{name} {_said(was[name])} when it was saved, {_said(now[name])} now' for name in moved)
         return Restored(step, ocp.load(folder / 'state', abstract), meta['data'], versions, made, changes, rejected, changed)
 
     def _retain(self, saved: int) -> None:
@@ -350,6 +351,11 @@ def made_by() -> dict:
     """What else decides what a number comes out as: commit of the source, devices by kind, processes, XLA's flags."""
     devices = dict(collections.Counter(device.device_kind for device in jax.devices()))
     return dict(commit=commit(), devices=devices, processes=jax.process_count(), xla_flags=os.environ.get('XLA_FLAGS', ''))
+
+
+def _said(value: Any) -> str:
+    """A version or a count as a line has it; of a dictionary, 'data=2, fsdp=4'."""
+    return (', '.join(f'{name}={count}' for name, count in value.items()) if isinstance(value, dict) else str(value)) or 'none'
 
 
 def _copied(state: PyTree) -> PyTree:

@@ -247,8 +247,9 @@ def test_starts_over_where_asked_to_and_throws_nothing_away(saved):
 def test_what_is_not_as_it_was_is_told(saved, monkeypatch):
     """R3: which packages, devices and mesh numbers come from, where a run goes on with others."""
     monkeypatch.setattr(checkpoints, 'package_versions', lambda: package_versions() | dict(jax='9.9'))
-    other = Checkpoints(saved.folder, mesh=dict(fsdp=4))
-    assert other.restore(make_state(0)).changes == (f'jax was {jax.__version__}, is 9.9', "mesh was {}, is {'fsdp': 4}")
+    other = Checkpoints(saved.folder, mesh=dict(data=2, fsdp=4))
+    expected = (f'jax {jax.__version__} when it was saved, 9.9 now', 'mesh none when it was saved, data=2, fsdp=4 now')
+    assert other.restore(make_state(0)).changes == expected
 
 
 def test_an_emptied_step_folder_is_passed_over(saved):
