@@ -230,8 +230,8 @@ def summary(folder: str | os.PathLike) -> Summary:
             total += gap
     slow = Counter()
     others = (lines for path in pathlib.Path(folder).glob('goodput-*.jsonl') for lines in _tries(path))
-    for last in (lines[-1] for lines in (*tries, *others)):
-        slow.update({f'{last["where"]}, {phase}': count for phase, count in last['slow'].items() if count})
+    for last in (lines[-1] for lines in (*tries, *others)):  # of which older ones have no such counts
+        slow.update({f'{last["where"]}, {phase}': count for phase, count in last.get('slow', {}).items() if count})
     ends = (lines[-1]['ended'] for lines in tries)
     errors = Counter(end for end in ends if end not in (None, 'back', *_CLEAN))
     return Summary(total, productive, badput, wasted_steps, max(len(tries) - 1, 0), dict(slow), dict(errors))

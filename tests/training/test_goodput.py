@@ -1,5 +1,6 @@
 """The ledger: every second has one cause, over restarts too; slow steps and stalls against a definition written out."""
 
+import json
 import shutil
 import socket
 
@@ -137,6 +138,18 @@ def test_line_cut_off_by_a_kill_is_left_out(tmp_path, clock):
     with open(tmp_path / FILE, 'a') as file:
         file.write('{"process": "1-')
     assert summary(tmp_path) == before
+
+
+def test_a_run_that_began_before_slow_steps_had_a_phase_is_summed_up(tmp_path, clock):
+    begin(tmp_path, clock, 0).close('stopped')
+    older = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    for line in older:
+        del line['where'], line['slow']
+    (tmp_path / FILE).write_text(''.join(json.dumps(line | dict(slow_steps=3, stalls=1)) + '\n' for line in older))
+    ledger = begin(tmp_path, clock, 0)
+    run_steps(ledger, clock, 0, 4)
+    ledger.close('finished')
+    assert summary(tmp_path).restarts == 1 and not summary(tmp_path).slow
 
 
 def test_process_that_fails_says_how_far_it_came(tmp_path, clock):
