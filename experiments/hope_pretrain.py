@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
-from nested_jax.models.presets import preset, without
+from nested_jax.models.presets import preset, with_periods, without
 from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu, run_to_exit
 from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, private_cache
 from nested_jax.training.faults import faults_of_environment
@@ -74,8 +74,10 @@ class ModelArgs:
     """Share of the embeddings and of what each layer adds to them that training drops."""
     without: tuple[Literal['dgd', 'momentum', 'retention', 'cms', 'key', 'value', 'target', 'eta', 'alpha'], ...] = ()
     """Parts of Hope to leave out, for ablations; key to alpha: what static projections give instead of a memory."""
-    in_sequence_blocks: tuple[int, ...] = ()
-    """Blocks whose CMS levels learn within each sequence, by the next-token loss; none: levels are updated across steps."""
+    periods: tuple[int, ...] = ()
+    """Tokens between two updates of each CMS level, fastest first; none: the preset's."""
+    in_sequence: InSequenceConfig = InSequenceConfig(blocks=())
+    """CMS levels that learn within each sequence, by the next-token loss; without blocks all are updated across steps."""
 
     @property
     def name(self) -> str:
@@ -87,8 +89,12 @@ class ModelArgs:
             changes.append(' with QK-norm')
         if self.dropout:
             changes.append(f' with dropout {self.dropout}')
-        if self.in_sequence_blocks:
-            changes.append(' learning in sequence in blocks ' + ' '.join(map(str, self.in_sequence_blocks)))
+        if self.periods:
+            changes.append(' with periods ' + ' '.join(map(str, self.periods)))
+        if self.in_sequence.blocks:
+            changes.append(' learning in sequence in blocks ' + ' '.join(map(str, self.in_sequence.blocks)))
+            named = {name: getattr(self.in_sequence, name) for name in ('learning_rate', 'variant', 'bptt')}
+            changes += [f' {name} {value}' for name, value in named.items() if value != getattr(InSequenceConfig, name)]
         return self.preset + ''.join(changes)
 
 
@@ -188,8 +194,6 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     find_cluster(args.distributed, args.processes, os.environ, has_tpu())
     fields = ('vocab_size', 'dtype', 'remat', 'scan_layers', 'dropout')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
-    if args.model.in_sequence_blocks:
-        overrides['in_sequence'] = InSequenceConfig(blocks=args.model.in_sequence_blocks)
     model_config = preset(args.model.preset, **overrides)
     if args.model.decay_to is not None:
         model_config = dataclasses.replace(model_config, memory=dataclasses.replace(model_config.memory, decay_to=args.model.decay_to))
@@ -197,6 +201,10 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
         model_config = dataclasses.replace(model_config, attention=dataclasses.replace(model_config.attention, qk_norm=True))
     for part in args.model.without:
         model_config = without(model_config, part)
+    if args.model.periods:
+        model_config = with_periods(model_config, args.model.periods)
+    if args.model.in_sequence != ModelArgs.in_sequence:
+        model_config = dataclasses.replace(model_config, in_sequence=args.model.in_sequence)
 
     from nested_jax.data import open_dataset
 
@@ -316,10 +324,16 @@ def _yardsticks(data: 'Dataset') -> dict[str, float]:
 def _introduce(args: Args, model_config: ModelConfig, data: 'Dataset') -> None:
     import jax
 
+    from nested_jax.optim.levels import steps_of
+    from nested_jax.training.optimizer import level_periods
+
     if jax.process_index():
         return
     print(f'{args.model.preset}: {model_config.num_layers} blocks of width {model_config.width}, vocabulary {model_config.vocab_size}')
     print(f'{data.train.num_tokens:,} tokens of {data.name} to train on, {data.heldout.num_tokens:,} held out, digest {data.digest[:16]}')
+    steps = [steps_of(period, args.train.tokens_per_step) for period in level_periods(model_config, args.train.sequence_length).values()]
+    if len(steps) > 1:
+        print(f'levels of the CMS are updated every {", ".join(map(str, steps))} steps')
     processes = f'{jax.process_count()} process(es), {len(jax.devices())} {jax.devices()[0].device_kind} device(s)'
     print(f'{processes}, output in {args.train.output}', flush=True)
 

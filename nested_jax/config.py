@@ -128,7 +128,7 @@ class InSequenceConfig:
 
     blocks: tuple[int, ...]  # the blocks whose levels are updated
     learning_rate: float = 1e-2  # of the inner update; sums over a period's tokens, as Eq. 71 does
-    variant: Literal['sequential', 'nested'] = 'sequential'
+    variant: Literal['sequential', 'nested'] = 'sequential'  # nested: a level starts anew when the next slower one is updated
     bptt: int | None = None  # chunks the outer gradient goes back through; None: all
 
 
@@ -190,6 +190,9 @@ class ModelConfig:
         # The inner gradient goes through the blocks too, and no source says whether it is one of a model with or without dropout.
         check(self.dropout == 0, 'dropout', self.dropout, '0 where levels are updated within a sequence')
         _check_choices(self.in_sequence, 'in_sequence.')
+        _check_counts(self.in_sequence, 'in_sequence.', 'bptt')
+        rate = self.in_sequence.learning_rate
+        check(0 < rate < math.inf, 'in_sequence.learning_rate', rate, 'a finite number above 0')
         blocks = self.in_sequence.blocks
         inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
         check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')

@@ -170,6 +170,22 @@ def without(config: ModelConfig, part: str) -> ModelConfig:
     return changed
 
 
+def with_periods(config: ModelConfig, periods: tuple[int, ...]) -> ModelConfig:
+    """The configuration with other periods of its levels.
+
+    Args:
+        config: of a model.
+        periods: tokens between two updates of each level, fastest first.
+
+    Raises:
+        ValueError: if there are not as many periods as levels, or one is no integer of at least 1.
+    """
+    if len(periods) != len(config.levels):
+        raise ValueError(f'periods is {periods}, allowed is one for each level: {len(config.levels)}')
+    levels = (dataclasses.replace(level, period=period) for level, period in zip(config.levels, periods, strict=True))
+    return dataclasses.replace(config, levels=tuple(levels))
+
+
 def preset_names() -> tuple[str, ...]:
     """All names `preset` knows."""
     return tuple(f'{family}-{size}' for family in _FAMILIES for size in _HIDDEN[family])

@@ -124,6 +124,10 @@ def check_model(config: TrainConfig, model: ModelConfig, vocab_size: int, stretc
         vocab_size: of the tokenizer.
         stretches: devices that share a sequence, each with whole chunks.
     """
+    periods = tuple(level.period for level in model.levels)
+    if model.in_sequence is not None and min(periods) >= config.sequence_length:
+        allowed = f'some below train.sequence_length={config.sequence_length}: no level would learn within a sequence'
+        raise ValueError(f'model.periods is {periods}, allowed is {allowed}')
     if config.sequence_length % (stretches * model.grid):
         allowed = f"the mesh's sequence x the model's chunk grid = {stretches} x" if stretches > 1 else "the model's chunk grid,"
         raise ValueError(f'train.sequence_length is {config.sequence_length}, allowed is a multiple of {allowed} {model.grid}')

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from experiments import hope_pretrain
+from nested_jax.config import InSequenceConfig
 from nested_jax.evaluation.rows import read_rows
 from nested_jax.training import loop
 from nested_jax.training.config import lock_folder
@@ -68,12 +69,15 @@ def test_rows_of_a_changed_model_have_a_name_of_their_own():
         [],
         ['--model.without', 'dgd', 'cms'],
         ['--model.decay-to', 'zero'],
-        ['--model.in-sequence-blocks', '0', '2'],
+        ['--model.in-sequence.blocks', '0', '2', '--model.periods', '32', '64'],
+        ['--model.in-sequence.blocks', '1', '--model.in-sequence.variant', 'nested', '--model.in-sequence.bptt', '2'],
         ['--model.qk-norm'],
         ['--model.dropout', '0.1'],
     )
     assert [parse(arguments).model.name.removeprefix('hope-linear-tiny') for arguments in changes] == [
-        '', ' without dgd without cms', ' decaying to zero', ' learning in sequence in blocks 0 2', ' with QK-norm', ' with dropout 0.1',
+        '', ' without dgd without cms', ' decaying to zero',
+        ' with periods 32 64 learning in sequence in blocks 0 2', ' learning in sequence in blocks 1 variant nested bptt 2',
+        ' with QK-norm', ' with dropout 0.1',
     ]  # fmt: skip
 
 
@@ -85,6 +89,30 @@ def test_qk_norm_and_dropout_reach_the_model_and_the_configuration(texts, tmp_pa
         assert model.attention.qk_norm is bool(flags)
         assert settings['model']['attention'].get('qk_norm', False) is bool(flags)
         assert model.dropout == settings['model'].get('dropout', 0.0) == (0.1 if flags else 0.0)
+
+
+def test_levels_that_learn_within_sequences_reach_the_model(texts, tmp_path):
+    flags = ['--model.periods', '32', '128', '--model.in-sequence.blocks', '3', '--model.in-sequence.learning-rate', '0.1']
+    args = hope_pretrain.parse([*flags, '--train.batch-size', '8', '--data.corpus', str(texts), '--train.output', str(tmp_path / 'run')])
+    model, _, settings = hope_pretrain.prepare(args)
+    assert [level.period for level in model.levels] == [level['period'] for level in settings['model']['levels']] == [32, 128]
+    assert model.in_sequence == InSequenceConfig(blocks=(3,), learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--model.periods', '32'], r'periods is \(32,\), allowed is one for each level: 2'),
+        (['--model.in-sequence.bptt', '2'], r'in_sequence\.blocks is \(\), allowed is block numbers'),
+        (['--model.in-sequence.blocks', '0', '--model.in-sequence.bptt', '0'], r'in_sequence\.bptt is 0'),
+        (['--model.in-sequence.blocks', '0', '--model.in-sequence.learning-rate', '0'], r'in_sequence\.learning_rate is 0\.0'),
+        (['--model.in-sequence.blocks', '0', '--model.periods', '256', '512'], r'model\.periods is \(256, 512\), allowed is some below'),
+    ],
+)
+def test_levels_that_cannot_learn_as_asked_are_refused(flags, message, texts, tmp_path):
+    args = hope_pretrain.parse([*flags, '--data.corpus', str(texts), '--train.output', str(tmp_path / 'run')])
+    with pytest.raises(ValueError, match=message):
+        hope_pretrain.prepare(args)
 
 
 WRONG = {
@@ -100,6 +128,10 @@ WRONG = {
     'off the grid': (
         ['--model.preset', 'hope-tiny', '--train.sequence-length', '33', '--data.corpus', '{texts}'],
         r'train\.sequence_length is 33',
+    ),
+    'nothing that learns': (
+        ['--model.in-sequence.blocks', '0', '--data.corpus', '{texts}'],
+        r'model\.periods is \(512, 2048\), allowed is some below train\.sequence_length=256',
     ),
     'spikes without skipping': (['--train.spike-sigma', '5'], r"train\.spike_sigma is 5\.0, allowed is 6\.0 unless on_nonfinite='skip'"),
     'mesh': (['--mesh', 'data=2,fdsp=2', '--data.corpus', '{texts}'], r"mesh is 'data=2,fdsp=2', allowed is axis=size"),
