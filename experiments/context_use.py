@@ -6,8 +6,8 @@ are worth more fall further. Here tiny presets train on sequences of 1,024 bytes
 window begins in a file, so that the text before a position is the same file's; files shorter than a window are left out.
 
 The Transformer sees the whole window at positions it was not trained on; transformer-window, with 256 tokens of attention, meets none.
-
-Rows of one seed; a run took 410 to 1,002 s on half a core and less.
+In hope-linear-in-sequence the levels of the last block learn from the window itself, every 32 and every 256 tokens, by the next-token
+loss, in training and on held-out files alike.
 """
 
 import dataclasses
@@ -22,16 +22,18 @@ import optax
 from experiments.arguments import parse_arguments
 from experiments.grid import make_cells
 from experiments.text_runs import TextArgs, TextGrid, run_text_grid, show
-from nested_jax.config import AttentionConfig, ModelConfig
+from nested_jax.config import AttentionConfig, InSequenceConfig, ModelConfig
 from nested_jax.data import Dataset, open_dataset
-from nested_jax.models.presets import preset
+from nested_jax.models import streaming
+from nested_jax.models.presets import preset, with_periods
 from nested_jax.training.config import TrainConfig
 from nested_jax.training.loop import Result
 
 EXPERIMENT = 'context_use'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
 WINDOWED = 'transformer-window'
-MODELS = ('hope-linear', 'gated-deltanet', 'transformer', WINDOWED, 'titans')
+LEARNING = 'hope-linear-in-sequence'
+MODELS = ('hope-linear', 'hope', LEARNING, 'gated-deltanet', 'transformer', WINDOWED, 'titans')
 EDGES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # positions at which the next bin begins
 TASK = 'text'
 
@@ -41,11 +43,13 @@ class Args(TextArgs):
     """Train models on text and measure their loss by position in longer windows."""
 
     models: tuple[str, ...] = MODELS
-    """Families of the presets, or transformer-window."""
+    """Families of the presets, transformer-window or hope-linear-in-sequence."""
     steps: int = 400
     """Optimizer steps of one sequence of 1,024 tokens."""
     windows: int = 100
     """Held-out windows of 4,096 tokens, of different files."""
+    inner_rate: float = 1e-2
+    """Of the updates that hope-linear-in-sequence makes while it reads."""
     runs: pathlib.Path = pathlib.Path('runs') / EXPERIMENT
     """Folder of the runs' checkpoints."""
     results: pathlib.Path = RESULTS
@@ -56,7 +60,16 @@ class Args(TextArgs):
         self.check_counts('windows')
         self.check('models', bool(self.models), 'at least one')
         for name in self.models:
-            model_config(name)
+            self.model(name)
+
+    def model(self, name: str) -> ModelConfig:
+        """The tiny preset, the Transformer with 256 tokens of attention, or Hope with levels that learn while it reads."""
+        if name == WINDOWED:
+            return preset('transformer-tiny', attention=AttentionConfig(window=256))
+        if name == LEARNING:
+            within = InSequenceConfig(blocks=(3,), learning_rate=self.inner_rate)
+            return dataclasses.replace(with_periods(preset('hope-linear-tiny'), (32, 256)), in_sequence=within)
+        return preset(f'{name}-tiny')
 
     def train(self, seed: int) -> TrainConfig:
         """The settings of a run."""
@@ -75,17 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     windows = heldout_windows(data, args.windows)
     measure = lambda result, data: dict(by_position=bits_by_position(result, windows))
     grid = TextGrid(
-        EXPERIMENT, make_cells(args.models, (TASK,), args.seeds), lambda cell: model_config(cell.model), lambda cell: args.train(cell.seed),
+        EXPERIMENT, make_cells(args.models, (TASK,), args.seeds), lambda cell: args.model(cell.model), lambda cell: args.train(cell.seed),
         args.results, args.runs, lambda cell: measure, dict(windows=len(windows), edges=EDGES),
     )  # fmt: skip
     return run_text_grid(grid, data, args, describe)
-
-
-def model_config(name: str) -> ModelConfig:
-    """The tiny preset, or the Transformer with 256 tokens of attention."""
-    if name == WINDOWED:
-        return preset('transformer-tiny', attention=AttentionConfig(window=256))
-    return preset(f'{name}-tiny')
 
 
 def heldout_windows(data: Dataset, count: int) -> np.ndarray:
@@ -98,12 +104,14 @@ def heldout_windows(data: Dataset, count: int) -> np.ndarray:
 def bits_by_position(result: Result, windows: np.ndarray) -> dict[str, float]:
     """Bits per byte in each bin of positions, by '<first>-<last>'."""
 
-    @jax.jit
-    def nats(params, window: jax.Array) -> jax.Array:
-        logits, _ = result.model.apply({'params': params}, window[None, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits[0], window[1:])
-
-    losses = np.mean([np.asarray(nats(result.state.params, jnp.asarray(window))) for window in windows], 0) / np.log(2)
+    model, params = result.model, result.state.params
+    nats = jax.jit(optax.softmax_cross_entropy_with_integer_labels)
+    if model.config.in_sequence is None:
+        read = jax.jit(lambda params, tokens: model.apply({'params': params}, tokens)[0])
+    else:
+        read = lambda params, tokens: streaming.read(model, params, streaming.init_stream(model, params, 1), tokens)[0]
+    losses = [np.asarray(nats(read(params, jnp.asarray(window[None, :-1])), window[None, 1:])[0]) for window in windows]
+    losses = np.mean(losses, 0) / np.log(2)
     return {f'{first}-{last - 1}': float(losses[first:last].mean()) for first, last in zip((0, *EDGES[:-1]), EDGES, strict=True)}
 
 

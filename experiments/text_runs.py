@@ -71,7 +71,8 @@ def smaller(settings: TrainConfig) -> TrainConfig:
 
 def one_block(model: ModelConfig) -> ModelConfig:
     """The model of a smoke run: a block, or what a hybrid has in its place."""
-    return dataclasses.replace(model, num_layers=len(model.unit), scan_layers=True)
+    within = model.in_sequence and dataclasses.replace(model.in_sequence, blocks=(0,))
+    return dataclasses.replace(model, num_layers=len(model.unit), scan_layers=True, in_sequence=within)
 
 
 def run_text_grid(grid: TextGrid, data: Dataset, args: GridArgs, describe: Callable[[dict], str] | None = None) -> int:
