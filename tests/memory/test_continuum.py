@@ -152,6 +152,20 @@ def test_updates_fall_on_the_periods():
         np.testing.assert_array_equal(changes.sum(1), updates)
 
 
+@pytest.mark.parametrize('periods', [(2, 4, 8), (3, 6, 18), (4, 4, 12), (5,)])
+def test_period_times_frequency_is_the_same_for_every_level(periods):
+    """Identity 23: f_l is the number of updates while the slowest level takes one, and C_l f_l = max C."""
+    initial, schedule = tuple(jnp.zeros(()) for _ in periods), continuum.make_schedule(periods)
+    state, options = continuum.init_state(initial, schedule), dict(initial=initial, schedule=schedule, learning_rates=1.0)
+    for _ in range(3):
+        frequencies = np.zeros(len(periods), int)
+        for _ in range(periods[-1] // schedule.chunk_size):
+            before, state = state.weights, continuum.write(state, tuple(jnp.ones(()) for _ in periods), **options)
+            frequencies += np.array([bool(new != old) for new, old in zip(state.weights, before, strict=True)])
+        assert frequencies[-1] == 1
+        np.testing.assert_array_equal(np.array(periods) * frequencies, periods[-1])
+
+
 def test_cadence_survives_calls():
     initial, tokens, schedule = make_levels(3), make_tokens(14), continuum.make_schedule((2, 4, 6))
     options = dict(initial=initial, schedule=schedule, learning_rates=0.02)

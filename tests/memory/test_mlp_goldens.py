@@ -15,6 +15,7 @@ from tests.memory.linear_memory import linear_memory
 # any of these. Nor titans_linear_fla_asis, whose gradient is wrong.
 
 FORMS = [(mlp_memory, 1e-4), (mlp_memory_reference, 1e-5)]  # and how close to float64 they are in float32
+LINEAR = 1e-5  # a linear memory with momentum has no token loop, and its chunks keep to the tolerance of one
 
 
 def load_golden(folder, name: str, dtype: str = 'float64') -> dict[str, jax.Array]:
@@ -98,29 +99,43 @@ def test_golden_titans_linear_in_float32(shared_data, name):
     y, last = jax.jit(linear_memory, static_argnums=7)(g['q'], g['k'], g['v'], *gates, start, int(g['C']), erase)
     for got, want in zip((y, *last), ('y', 'W1_last', 'W1_mom_last'), strict=True):
         assert got.dtype == jnp.float32
-        assert_rms_close(got, g[want], 1e-4)
+        assert_rms_close(got, g[want], LINEAR)
+
+
+def normalised_titans(q, k, v, theta, eta, alpha, w, b, h0):
+    """Outputs and last weights of a peer's linear memory: objective 1/2 |LN(k M) - (v - k)|^2 at twice the rate, read M_t q + LN(M_t q)."""
+    norm = lambda x: w[None, :, None] * jax.nn.standardize(x, epsilon=1e-6) + b[None, :, None]
+    error = lambda z, target: jax.vjp(norm, z)[1](norm(z) - target)[0]
+    heads_first = lambda x: jnp.moveaxis(x, 2, 1)
+    theta, eta, alpha = (heads_first(x)[..., 0] for x in (theta, eta, alpha))
+    q, k, v = map(heads_first, (q, k, v))
+    read, (last, _) = linear_memory(q, k, v - k, 2 * theta, jnp.log1p(-alpha), jnp.log(eta), h0, 16, error=error)
+    return jnp.moveaxis(read + norm(read), 1, 2), last
+
+
+NORMALISED_TITANS = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'w', 'b', 'h0')
 
 
 def test_golden_titans_linear_with_a_normalised_output(x64, shared_data):
-    """A peer's linear memory of the objective 1/2 |LN(k M) - (v - k)|^2 at twice the rate, which reads M_t q + LN(M_t q)."""
     g = load_golden(shared_data, 'titans_linear_fla_fixed')
 
-    def total(q, k, v, theta, eta, alpha, w, b, h0):
-        norm = lambda x: w[None, :, None] * jax.nn.standardize(x, epsilon=1e-6) + b[None, :, None]
-        error = lambda z, target: jax.vjp(norm, z)[1](norm(z) - target)[0]
-        heads_first = lambda x: jnp.moveaxis(x, 2, 1)
-        theta, eta, alpha = (heads_first(x)[..., 0] for x in (theta, eta, alpha))
-        q, k, v = map(heads_first, (q, k, v))
-        read, (last, _) = linear_memory(q, k, v - k, 2 * theta, jnp.log1p(-alpha), jnp.log(eta), h0, 16, error=error)
-        y = jnp.moveaxis(read + norm(read), 1, 2)
+    def total(*arrays):
+        y, last = normalised_titans(*arrays)
         return jnp.sum(y * g['do']) + jnp.sum(last * g['dht']), (y, last)
 
-    names = ('q', 'k', 'v', 'theta', 'eta', 'alpha', 'w', 'b', 'h0')
-    grads, (y, last) = jax.jit(jax.grad(total, range(9), has_aux=True))(*(g[name] for name in names))
+    grads, (y, last) = jax.jit(jax.grad(total, range(9), has_aux=True))(*(g[name] for name in NORMALISED_TITANS))
     np.testing.assert_allclose(y, g['o'], atol=1e-9)
     np.testing.assert_allclose(last, g['ht'], atol=1e-9)
-    for key, grad in zip(names, grads, strict=True):
+    for key, grad in zip(NORMALISED_TITANS, grads, strict=True):
         np.testing.assert_allclose(grad, g[f'd{key}'], atol=1e-9 * float(jnp.abs(g[f'd{key}']).max()), err_msg=key)
+
+
+def test_golden_titans_linear_with_a_normalised_output_in_float32(shared_data):
+    g = load_golden(shared_data, 'titans_linear_fla_fixed', 'float32')
+    y, last = jax.jit(normalised_titans)(*(g[name] for name in NORMALISED_TITANS))
+    for got, want in ((y, g['o']), (last, g['ht'])):
+        assert got.dtype == jnp.float32
+        assert_rms_close(got, want, LINEAR)
 
 
 def titans_layer(p: dict, x: jax.Array, memory):
@@ -183,16 +198,23 @@ def test_golden_peer_layer(x64, shared_data, name, memory):
             np.testing.assert_allclose(grad, g[f'grad.{key}'], atol=1e-9, err_msg=key)
 
 
-@pytest.mark.parametrize('function', [mlp_memory, mlp_memory_reference])
-def test_golden_peer_layer_in_float32(shared_data, function):
-    """Without bounds on its rates the peer's memory grows to outputs of 1e10, and roundings with it: 1e-4 for either form."""
-    g = load_golden(shared_data, 'titans_luc_paperlike_mlp2', 'float32')
+@pytest.mark.parametrize(
+    ('name', 'memory', 'tolerance'),
+    [
+        ('mlp2', peer_mlp, 1e-4),
+        ('mlp2', functools.partial(peer_mlp, function=mlp_memory_reference), 1e-4),
+        ('linear', peer_linear, LINEAR),
+    ],
+    ids=['mlp_memory', 'mlp_memory_reference', 'linear'],
+)
+def test_golden_peer_layer_in_float32(shared_data, name, memory, tolerance):
+    """Without bounds on its rates the peer's MLP memory grows to outputs of 1e10, and roundings with it: 1e-4 for either form."""
+    g = load_golden(shared_data, f'titans_luc_paperlike_{name}', 'float32')
     params = {key.removeprefix('param.'): value for key, value in g.items() if key.startswith('param.')}
-    memory = functools.partial(peer_mlp, params, function=function)
-    y, last = jax.jit(lambda x: titans_layer(params, x, memory))(g['x'])
+    y, last = jax.jit(lambda x: titans_layer(params, x, functools.partial(memory, params)))(g['x'])
     assert y.dtype == jnp.float32
-    assert_rms_close(y, g['y'], 1e-4)
+    assert_rms_close(y, g['y'], tolerance)
     for kind, layers in zip(('weights', 'momentum'), last, strict=True):
         for i, got in enumerate(layers):
             want = g[f'last_{kind}.weights.{i}']
-            assert_rms_close(got.reshape(want.shape), want, 1e-4)
+            assert_rms_close(got.reshape(want.shape), want, tolerance)

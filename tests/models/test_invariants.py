@@ -13,7 +13,8 @@ import pytest
 import nested_jax.layers.gated_delta_rule
 import nested_jax.layers.titans
 from nested_jax.config import AttentionConfig, LevelConfig
-from nested_jax.layers.common import l2_normalize
+from nested_jax.layers.common import Context, RMSNorm, l2_normalize
+from nested_jax.layers.self_modifying import SelfModifyingTitans
 from nested_jax.memory.matrix import delta_rule_reference
 from nested_jax.models.language_model import LanguageModel
 from tests.models.small_models import (
@@ -377,6 +378,24 @@ def test_one_level_is_a_transformers_mlp(x64):
     expected = jax.jit(lambda p: one.apply({'params': p}, TOKENS)[0])({**params, 'blocks': {**params['blocks'], 'channel': channel}})
     np.testing.assert_allclose(_whole('hope-attention')(silent, TOKENS, ONE, ALL)[0][1][0], expected, rtol=0, atol=1e-5)
     assert np.abs(_logits('hope-attention') - expected).max() > 1e-3
+
+
+@pytest.mark.xdist_group('invariants of hope')
+def test_hope_without_levels_is_the_self_modifying_block(x64):
+    """Identity 28: levels that add nothing leave x + mixer(norm(x)), block after block."""
+    model, params = _model('hope')
+    config, context, x = model.config, Context(None, None, True), params['embedding'][TOKENS]
+    norm = lambda scale, rows: RMSNorm(config.norm_epsilon).apply({'params': scale}, rows)
+    mix = lambda block, rows: SelfModifyingTitans(config).apply({'params': block}, rows, None, context)[0]
+    step = jax.jit(lambda block, rows: rows + mix(block['mixer'], norm(block['mixer_norm'], rows)))
+    for layer in range(config.num_layers):
+        x = step(jax.tree.map(lambda leaf, layer=layer: leaf[layer], params['blocks']), x)
+    expected = norm(params['norm'], x) @ (params['embedding'].T if config.tie_embeddings else params['head'])
+    is_last = lambda path: re.search('level_[0-9]/down', jax.tree_util.keystr(path, simple=True, separator='/'))
+    silent = jax.tree_util.tree_map_with_path(lambda path, leaf: 0 * leaf if is_last(path) else leaf, params)
+    y = _whole('hope')(silent, TOKENS, ONE, ALL)[0][1][0]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-10)
+    assert np.abs(_logits('hope') - y).max() > 1e-3
 
 
 def test_hope_without_self_modification_is_titans_and_levels(x64, monkeypatch):
