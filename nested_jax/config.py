@@ -102,7 +102,7 @@ class MemoryConfig:
     adaptive_query: bool = False
     positive_eigenvalues: bool = False  # keep eta below alpha, so that no eigenvalue turns negative
     negative_eigenvalues: bool = False  # of the (gated) delta rule: beta up to 2 instead of 1
-    self_modified: tuple[SelfModified, ...] = get_args(SelfModified)  # what memories generate; the rest are static projections
+    self_modified: tuple[SelfModified, ...] = get_args(SelfModified)  # what memories generate; the rest is static; 'target': v_hat, else v
 
 
 @dataclasses.dataclass(frozen=True)

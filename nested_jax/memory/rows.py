@@ -21,5 +21,5 @@ def scale_rows(x: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """x / |x| of each row; zero stays zero, with finite derivatives."""
+    """x / sqrt(|x|^2 + 1e-6) of each row: zero stays zero, with finite derivatives."""
     return scale_rows(x, jax.lax.rsqrt(square_norms(x) + 1e-6))

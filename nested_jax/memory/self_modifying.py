@@ -4,12 +4,15 @@ For every memory M of a head (Eq. 86-91, arXiv:2512.24695v1):
 
     k_t = norm(k + f_k(k)),  v_t = norm(v + f_v(k)),  logit eta_t += f_eta(k),  logit alpha_t += f_alpha(k)
     v_hat_t = norm(v_t + f(v_t))                       (tanh of f(v_t) for the two scalar memories)
-    M_t = M_{t-1} (alpha_t I - eta_t k_t k_t^T) - eta_t grad 1/2 |f(k_t) - v_hat_t|^2
-    y_t = f_memory(q_t)
+    S_t = beta_t S_{t-1} - (1 - beta_t) eta_t grad 1/2 |f(k_t) - v_hat_t|^2
+    M_t = M_{t-1} (alpha_t I - eta_t k_t k_t^T) + S_t  (and (1 - alpha_t) M_0, where memories decay to their initial state)
+    y_t = f_memory(q_t)                                of M_t; with `read='anchor'` of the memory at the chunk's start
 
-k, v and q come from static projections, f is the memory without its identity: the identity sits in the generation of k, v
-and v_hat, where it makes a small initial state safe, and not in the fit, where every memory would first have to unlearn k.
-Unit norms keep each step bounded: a memory's own outputs are its targets.
+k, v and q, of unit norm, come from static projections; adaptive queries are norm(q + f_q(k)). f is the memory without its identity: the
+identity sits in the generation of k, v and v_hat, where it makes a small initial state safe, and not in the fit, where every memory
+would first have to unlearn k. Unit norms keep each step bounded: a memory's own outputs are its targets. What memories do not generate
+(`self_modified`) lacks its f: without 'target' v_hat_t is v_t, and the scalar memories keep their targets. eta_t is a sigmoid's share of
+`largest_rate`. MLPs erase each layer along its own input, and `damping` bounds their rates.
 
 Two grids of chunks: k, v, eta, alpha and v_hat are read from the memories at their projection chunk's start, the
 gradient of M_memory is taken at its own chunk's start (Eq. 90). The memories share key, eta and alpha, so the first
@@ -75,7 +78,7 @@ class Inputs(NamedTuple):
 
     query: jax.Array  # (..., D), |q| = 1
     key: jax.Array  # (..., D), |k| = 1
-    value: jax.Array  # (..., D)
+    value: jax.Array  # (..., D), normalised before memories add to it
     eta: jax.Array  # (...) logits
     alpha: jax.Array  # (...) logits
     momentum: jax.Array | None  # (...) logits, or None for no momentum
