@@ -156,19 +156,17 @@ def overlaps(rows: jax.Array, inputs: jax.Array) -> jax.Array:
     return inner(rows, inputs, _HIGHEST)
 
 
-def erasure_inverse(decays: ChunkDecays, inputs: jax.Array, erase: jax.Array, *, gram: jax.Array | None = None) -> jax.Array:
+def erasure_inverse(decays: ChunkDecays, gram: jax.Array, erase: jax.Array) -> jax.Array:
     """Inverse of the triangular system of a chunk's erasures; layers with the same inputs and rates share it.
 
     Args:
         decays: of the chunk.
-        inputs: (..., C, D_in) rows x_t.
+        gram: (..., C, C) `overlaps(inputs, inputs)`.
         erase: (..., C) DGD rates epsilon_t.
-        gram: `overlaps(inputs, inputs)`, computed here when None.
 
     Returns:
         (..., C, C) inverse of I + tril(epsilon_t A_{t-1,j} x_t.x_j, -1).
     """
-    gram = overlaps(inputs, inputs) if gram is None else gram
     return invert_unit_lower(_erasure_system(decays, erase, gram))
 
 

@@ -522,7 +522,7 @@ def _stack_chunks(options, q, k, v, gates: _Gates) -> _Chunk:
     eta, log_alpha, log_momentum, erase, damping, push = (None if x is None else cut(x) for x in gates[:6])
     decays = chunks.chunk_decays(log_alpha, log_momentum, push)
     gram = None if erase is None else chunks.overlaps(k, k)
-    inverse = None if erase is None else chunks.erasure_inverse(decays, k, erase, gram=gram)
+    inverse = None if erase is None else chunks.erasure_inverse(decays, gram, erase)
     overlap = None if options.read == 'anchor' else chunks.overlaps(q, k)
     reset = None if gates.changed is None else gates.changed[:, :: options.chunk_size].T
     return _Chunk(q, k, v, eta, erase, damping, decays, gram, inverse, overlap, reset)

@@ -380,24 +380,42 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     # Rows that the erasures would compute again, if the weights are those of the anchor.
     known = (to_hidden, wide_output, gate_output) if anchor is running else (None,) * 3
     decays = chunk.chunk_decays(generated.log_alpha, momentum=generated.momentum)
-    layers = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
-    (first, *second), erase = list(layers), None if rule.dgd == 'none' else eta
+    each = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
+    shrink = damping(rule, eta[..., None, :], square_norms(hidden), erased=rule.dgd == 'per_layer')
+    of_first, of_second = _erasures(rule, each, key, hidden, eta[..., None, :], shrink)
+    first, *second = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
     first_writes = chunk.layer_writes(
-        decays, key, _side_by_side(rule, back), rate, *first[:2], erase=erase, outputs=known[0], rest=first[2]
+        decays, key, _side_by_side(rule, back), rate, *first[:2], outputs=known[0], rest=first[2], **of_first
     )  # fmt: skip
     after = [chunk.weight_after(decays, first_writes, *first[:2], rest=first[2])]
-    each = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
-    writes = []
-    parts = ((wide_rows, wide_error, known[1]), (gate_rows, gate_error, known[2]))
-    for (rows, error, outputs), weights in zip(parts, second, strict=True):
-        shrink = damping(rule, eta[..., None, :], square_norms(rows), erased=rule.dgd == 'per_layer')
-        erase = eta[..., None, :] * shrink if rule.dgd == 'per_layer' else None
-        writes.append(
-            chunk.layer_writes(each, rows, error, rate[..., None, :] * shrink, *weights[:2], erase=erase, outputs=outputs, rest=weights[2])
-        )
+    writes, parts = [], (slice(rule.wide), slice(rule.wide, None))
+    rows = zip(parts, (wide_rows, gate_rows), (wide_error, gate_error), known[1:], second, strict=True)
+    for part, inputs, error, outputs, weights in rows:
+        cut = {name: x[:, :, part] for name, x in of_second.items()}
+        pushing = rate[..., None, :] * shrink[:, :, part]
+        writes.append(chunk.layer_writes(each, inputs, error, pushing, *weights[:2], outputs=outputs, rest=weights[2], **cut))
         after.append(chunk.weight_after(each, writes[-1], *weights[:2], rest=weights[2]))
     y = _read_mlp(rule, generated.query, anchor, decays, first_writes, writes[0], first, second[0])
     return y, tuple(None if part[0] is None else Memories(*part) for part in zip(*after, strict=True))
+
+
+def _erasures(rule: Rule, decays: chunk.ChunkDecays, key: jax.Array, hidden: jax.Array, eta: jax.Array, shrink: jax.Array):
+    """What `chunk.layer_writes` is told of the erasures of the first layers, and of all memories' second ones: all systems in one.
+
+    Args:
+        rule, key, hidden: of the chunk; hidden units (B, H, m + 2, c, F).
+        decays: with an axis for the memories.
+        eta: (B, H, 1, c).
+        shrink: (B, H, m + 2, c) the second layers' `damping`.
+    """
+    if rule.dgd == 'none':
+        return {}, {}
+    if rule.dgd == 'input_only':
+        return dict(erase=eta[:, :, 0]), {}
+    first, second, erase = chunk.overlaps(key, key)[:, :, None], chunk.overlaps(hidden, hidden), eta * shrink
+    inverse = chunk.erasure_inverse(decays, jnp.concatenate([first, second], 2), jnp.concatenate([eta, erase], 2))
+    of_first = dict(erase=eta, gram=first, inverse=inverse[:, :, :1])
+    return {name: x[:, :, 0] for name, x in of_first.items()}, dict(erase=erase, gram=second, inverse=inverse[:, :, 1:])
 
 
 def _steepness(anchor: Memories, slope: jax.Array) -> jax.Array:

@@ -73,7 +73,7 @@ def test_given_rows_and_products_change_nothing(x64):
     c = {name: jnp.asarray(value) for name, value in random_chunk().items()}
     decays = chunks.chunk_decays(jnp.log(c['alpha']), jnp.log(c['beta']))
     gram = chunks.overlaps(c['inputs'], c['inputs'])
-    inverse = chunks.erasure_inverse(decays, c['inputs'], c['erase'], gram=gram)
+    inverse = chunks.erasure_inverse(decays, gram, c['erase'])
     base = (decays, c['inputs'], c['error'], c['rate'], c['weight'], c['momentum'])
     outputs = c['inputs'] @ c['weight']
     given = chunks.layer_writes(*base, erase=c['erase'], inverse=inverse, gram=gram, outputs=outputs, rest=c['rest'])
