@@ -48,6 +48,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'bench_cpu': speed_table(rows('bench_cpu')),
         'bench_gpu': gpu_table(rows('bench_gpu')),
         'parity': parity_table(rows('parity')),
+        'recall': recall_table(rows('recall')),
         'formal_languages': language_table(rows('formal_languages')),
         'mad': mad_table(rows('mad')),
         'needle': needle_table(rows('needle')),
@@ -100,6 +101,23 @@ def parity_table(rows: list[dict]) -> list[str]:
         if len(shares) >= 3:
             right = ', '.join(f'{100 * share:.4g}' for _, share in sorted(shares.items()))
             lines.append(f'| {arm} | {size} | {decay_to} | {rate:g} | {right} % |')
+    return lines
+
+
+def recall_table(rows: list[dict]) -> list[str]:
+    """Lines of the table of associative recall: every arm at the rate that seed 0 is best at, of the lengths and pairs that are not easy."""
+    tests = ('64:16', '128:32', '256:32', '256:64')
+    runs = collections.defaultdict(dict)
+    for row in rows:
+        runs[row['model'], row['config']['train']['learning_rate']][row['seed']] = row['metrics']['accuracy']
+    heads = ('recall arm', 'learning rate', *(f'{length} tokens, {pairs} pairs' for length, pairs in (test.split(':') for test in tests)))
+    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|'] if rows else []
+    for arm in dict.fromkeys(arm for arm, _ in runs):
+        mean = {rate: statistics.mean(seeds[0].values()) for (name, rate), seeds in runs.items() if name == arm and 0 in seeds}
+        best = max(mean, key=mean.get)
+        seeds = [accuracy for _, accuracy in sorted(runs[arm, best].items())]
+        cells = (', '.join(f'{100 * accuracy[test]:.1f}' for accuracy in seeds) for test in tests)
+        lines.append(f'| {arm} | {best:g} | {" | ".join(cells)} |')
     return lines
 
 

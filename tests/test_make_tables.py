@@ -34,6 +34,16 @@ def test_a_line_is_the_best_learning_rate_over_seeds(make_tables):
     assert lines == ['| a | 1.00M | 1.00M | 0.001 | 2.200 ± 0.283 (2 seeds) |']  # the later run of a seed
 
 
+def test_recall_is_of_the_rate_that_the_first_seed_is_best_at(make_tables):
+    tests = ('64:4', '64:16', '128:32', '256:32', '256:64')
+    run = lambda seed, rate, share: dict(
+        model='a', seed=seed, config=dict(train=dict(learning_rate=rate)), metrics=dict(accuracy=dict.fromkeys(tests, share))
+    )
+    lines = make_tables.recall_table([run(1, 1e-3, 1.0), run(1, 1e-2, 0.123456), run(0, 1e-2, 0.5), run(0, 1e-3, 0.4)])
+    assert lines[2:] == ['| a | 0.01 | 50.0, 12.3 | 50.0, 12.3 | 50.0, 12.3 | 50.0, 12.3 |']
+    assert make_tables.recall_table([]) == []
+
+
 def test_race_has_a_line_for_each_optimizer_and_marks_against_both_baselines(make_tables):
     entry = lambda task, name, mean: dict(
         model=name,
