@@ -103,7 +103,6 @@ def heldout_windows(data: Dataset, count: int) -> np.ndarray:
 
 def bits_by_position(result: Result, windows: np.ndarray) -> dict[str, float]:
     """Bits per byte in each bin of positions, by '<first>-<last>'."""
-
     model, params = result.model, result.state.params
     nats = jax.jit(optax.softmax_cross_entropy_with_integer_labels)
     if model.config.in_sequence is None:
