@@ -105,7 +105,7 @@ def parity_table(rows: list[dict]) -> list[str]:
 
 
 def recall_table(rows: list[dict]) -> list[str]:
-    """Lines of the table of associative recall: every arm at the rate that seed 0 is best at, of the lengths and pairs that are not easy."""
+    """Lines of the table of associative recall: every arm at the rate that seed 0 is best at, without the easy lengths and pairs."""
     tests = ('64:16', '128:32', '256:32', '256:64')
     runs = collections.defaultdict(dict)
     for row in rows:
