@@ -12,7 +12,7 @@ say its value there. The slots between hold a filler. Two layers of width 64 wit
     gated-deltanet, transformer, transformer-conv (with the memories' short convolutions)
 
 What came out, of three seeds at the best of three rates, is told in results/README.md: the gated delta rule and attention learn the task
-within these steps each time, memories written by delta gradient descent with one or two seeds of three. One to eleven minutes a run on
+within these steps each time, memories written by delta gradient descent with at most two seeds of three. One to eleven minutes a run on
 one CPU core.
 """
 

@@ -112,7 +112,7 @@ def recall_table(rows: list[dict]) -> list[str]:
         runs[row['model'], row['config']['train']['learning_rate']][row['seed']] = row['metrics']['accuracy']
     heads = ('recall arm', 'learning rate', *(f'{length} tokens, {pairs} pairs' for length, pairs in (test.split(':') for test in tests)))
     lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|'] if rows else []
-    for arm in dict.fromkeys(arm for arm, _ in runs):
+    for arm in dict.fromkeys(arm for (arm, _), seeds in runs.items() if 0 in seeds):
         mean = {rate: statistics.mean(seeds[0].values()) for (name, rate), seeds in runs.items() if name == arm and 0 in seeds}
         best = max(mean, key=mean.get)
         seeds = [accuracy for _, accuracy in sorted(runs[arm, best].items())]

@@ -41,7 +41,7 @@ def test_recall_is_of_the_rate_that_the_first_seed_is_best_at(make_tables):
     )
     lines = make_tables.recall_table([run(1, 1e-3, 1.0), run(1, 1e-2, 0.123456), run(0, 1e-2, 0.5), run(0, 1e-3, 0.4)])
     assert lines[2:] == ['| a | 0.01 | 50.0, 12.3 | 50.0, 12.3 | 50.0, 12.3 | 50.0, 12.3 |']
-    assert make_tables.recall_table([]) == []
+    assert make_tables.recall_table([]) == [] and len(make_tables.recall_table([run(1, 1e-3, 1.0)])) == 2  # no first seed, no line
 
 
 def test_race_has_a_line_for_each_optimizer_and_marks_against_both_baselines(make_tables):

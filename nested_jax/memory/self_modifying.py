@@ -384,9 +384,8 @@ def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Mem
     shrink = damping(rule, eta[..., None, :], square_norms(hidden), erased=rule.dgd == 'per_layer')
     of_first, of_second = _erasures(rule, each, key, hidden, eta[..., None, :], shrink)
     first, *second = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
-    first_writes = chunk.layer_writes(
-        decays, key, _side_by_side(rule, back), rate, *first[:2], outputs=known[0], rest=first[2], **of_first
-    )  # fmt: skip
+    back = _side_by_side(rule, back)
+    first_writes = chunk.layer_writes(decays, key, back, rate, *first[:2], outputs=known[0], rest=first[2], **of_first)
     after = [chunk.weight_after(decays, first_writes, *first[:2], rest=first[2])]
     writes, parts = [], (slice(rule.wide), slice(rule.wide, None))
     rows = zip(parts, (wide_rows, gate_rows), (wide_error, gate_error), known[1:], second, strict=True)
