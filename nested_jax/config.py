@@ -192,7 +192,7 @@ class ModelConfig:
         _check_choices(self.in_sequence, 'in_sequence.')
         _check_counts(self.in_sequence, 'in_sequence.', 'bptt')
         rate = self.in_sequence.learning_rate
-        check(0 < rate < math.inf, 'in_sequence.learning_rate', rate, 'a finite number above 0')
+        check(0 <= rate < math.inf, 'in_sequence.learning_rate', rate, 'a finite number of 0 or more')
         blocks = self.in_sequence.blocks
         inside = bool(blocks) and all(0 <= block < self.num_layers for block in blocks)
         check(inside, 'in_sequence.blocks', blocks, f'block numbers from 0 to {self.num_layers - 1}')

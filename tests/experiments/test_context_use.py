@@ -58,12 +58,12 @@ def test_what_reads_with_a_rate_learns_from_the_window(monkeypatch):
     assert learned[0] == pytest.approx(read[0], rel=1e-5) and learned[-1] < read[-1] - 0.5
 
 
-@pytest.mark.parametrize('arguments', [['--models', 'lstmm'], ['--windows', '0'], ['--steps', '0']])
+@pytest.mark.parametrize('arguments', [['--models', 'lstmm'], ['--windows', '0'], ['--steps', '0'], ['--inner-rate', '-1']])
 def test_wrong_input_exits_with_2_and_names_it(arguments, capsys, monkeypatch):
     monkeypatch.setattr(context_use, 'open_dataset', lambda *_: pytest.fail('the text is not read before'))
     with pytest.raises(SystemExit) as stop:
         context_use.main(arguments)
-    named = {'--models': 'lstmm', '--inner-rate': 'in_sequence.learning_rate is 0.0'}.get(arguments[0], arguments[0].strip('-'))
+    named = {'--models': 'lstmm', '--inner-rate': 'in_sequence.learning_rate is -1.0'}.get(arguments[0], arguments[0].strip('-'))
     assert stop.value.code == 2 and named in capsys.readouterr().err
 
 

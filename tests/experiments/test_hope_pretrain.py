@@ -105,7 +105,7 @@ def test_levels_that_learn_within_sequences_reach_the_model(texts, tmp_path):
         (['--model.periods', '32'], r'periods is \(32,\), allowed is one for each level: 2'),
         (['--model.in-sequence.bptt', '2'], r'in_sequence\.blocks is \(\), allowed is block numbers'),
         (['--model.in-sequence.blocks', '0', '--model.in-sequence.bptt', '0'], r'in_sequence\.bptt is 0'),
-        (['--model.in-sequence.blocks', '0', '--model.in-sequence.learning-rate', '0'], r'in_sequence\.learning_rate is 0\.0'),
+        (['--model.in-sequence.blocks', '0', '--model.in-sequence.learning-rate', '-1'], r'in_sequence\.learning_rate is -1\.0'),
         (['--model.in-sequence.blocks', '0', '--model.periods', '256', '512'], r'model\.periods is \(256, 512\), allowed is some below'),
     ],
 )
