@@ -21,6 +21,7 @@ from nested_jax.models import LanguageModel
 from nested_jax.seal.buckets import Batch, Candidate, buckets, real_share
 from nested_jax.seal.inner_loop import make_inner_loop
 from nested_jax.seal.lora import attach
+from scripts.benchmarks.seal_published import published_shapes
 from scripts.benchmarks.timing import Settings, measure
 
 PyTree = Any
@@ -110,4 +111,4 @@ def seal_candidates(settings: Settings):
         )  # fmt: skip
 
 
-PARTS = (seal_candidates,)
+PARTS = (published_shapes, seal_candidates)

@@ -138,7 +138,7 @@ def test_small_form_of_every_cell(cell, monkeypatch):
         tiny = cell.name.split('-124m')[0].split('-340m')[0] + '-tiny'
         cell = cell._replace(run=cell.run._replace(name=tiny))
     rows = cell.run(SETTINGS)
-    assert bool(rows) == ('flash' not in cell.name and 'kernel' not in cell.name)  # which need a GPU
+    assert bool(rows) == ('flash' not in cell.name and not cell.name.endswith(', kernel'))  # which need a GPU
     for row in rows:
         assert row['error'] < 5e-2
         assert row.get('tokens_per_second', 1) > 0 and row.get('forward_ms', 1) > 0
