@@ -169,7 +169,7 @@ def kernel_times(forward: Callable, backward: Callable | None, settings: Setting
     return dict(forward_ms=1e3 * first.median, both_ms=1e3 * both.median, fastest_ms=1e3 * both.fastest, slowest_ms=1e3 * both.slowest)
 
 
-def fla_delta_rule(gated: bool, backward: bool) -> Callable[[Settings], list[dict]]:
+def fla_delta_rule(shape: Shape, gated: bool, backward: bool = True) -> Callable[[Settings], list[dict]]:
     """flash-linear-attention's Triton kernels, checked against our reference. `backward`: forward and backward, else forward alone.
 
     Its gated backward pass raises with Triton 3.4 to 3.7.0 on Hopper, where it would be wrong, unless TileLang is there to do it.
@@ -179,7 +179,7 @@ def fla_delta_rule(gated: bool, backward: bool) -> Callable[[Settings], list[dic
         if any(importlib.util.find_spec(name) is None for name in ('torch', 'fla')):
             print('flash-linear-attention cannot be imported here: that comparison is left out', flush=True)
             return []
-        return [time_fla(shape, settings, gated, backward) for shape in shapes(settings)]
+        return [time_fla(shapes(settings)[0] if settings.smoke else shape, settings, gated, backward)]
 
     return run
 
@@ -351,6 +351,12 @@ def _training(name: str, length: int, budget_s: float, batch: int = 8, **options
     return Cell(', '.join([f'{name} at {length}', *ways]), budget_s, job, slow_to_compile=True)
 
 
+def _fla(name: str, budget_s: float, **options) -> list[Cell]:
+    """A cell of each shape: the searches of its kernels take a minute or two."""
+    form = lambda shape: f'{name}, flash-linear-attention, heads of {shape.dim}'
+    return [Cell(form(shape), budget_s, fla_delta_rule(shape, **options), slow_to_compile=True) for shape in SHAPES]
+
+
 def _plain(chunk_size: int, dtype: str, precision: str) -> Cell:
     return Cell(f'delta rule, chunk {chunk_size}, {dtype}, {precision}', 40, plain_delta_rule(chunk_size, dtype, precision))
 
@@ -359,8 +365,8 @@ _FAST = dict(remat='none', scan_layers=False)
 
 CELLS = (
     Cell('delta rule, kernel', 90, kernel_delta_rule(gated=True), slow_to_compile=True),
-    Cell('delta rule, flash-linear-attention', 150, fla_delta_rule(gated=True, backward=True), slow_to_compile=True),
-    _training('transformer-124m', 4096, 75, **_FAST),
+    *_fla('delta rule', 120, gated=True),
+    _training('transformer-124m', 4096, 120, **_FAST),
     _training('hope-linear-124m', 4096, 120, batch=32, chunk_size=64),
     _training('hope-124m', 4096, 120, batch=16, chunk_size=64),
     _training('transformer-124m', 1024, 90, batch=512, accumulation=16, **_FAST),
@@ -370,7 +376,7 @@ CELLS = (
     _training('hope-linear-124m', 32_768, 90, batch=4, chunk_size=64),
     _plain(64, 'bfloat16', 'highest'),
     Cell('delta rule without gate, kernel', 60, kernel_delta_rule(gated=False), slow_to_compile=True),
-    Cell('delta rule without gate, flash-linear-attention', 90, fla_delta_rule(gated=False, backward=True), slow_to_compile=True),
+    *_fla('delta rule without gate', 90, gated=False),
     _training('gated-deltanet-124m', 4096, 75, scan_layers=False),
     Cell('attention, cudnn', 30, attention('cudnn')),
     _training('transformer-124m', 4096, 60, remat='none'),
@@ -379,7 +385,7 @@ CELLS = (
     _training('hope-124m', 4096, 180),
     _training('hope-124m', 32_768, 180, batch=1),
     _training('hope-linear-124m', 4096, 180, batch=32, chunk_size=64, kernels='gpu_unverified'),
-    Cell('delta rule forward, flash-linear-attention', 90, fla_delta_rule(gated=True, backward=False)),
+    *_fla('delta rule forward', 60, gated=True, backward=False),
     _plain(64, 'bfloat16', 'default'),
     _plain(32, 'bfloat16', 'highest'),
     _plain(128, 'bfloat16', 'highest'),
