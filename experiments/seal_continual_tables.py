@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,7 +25,16 @@ PUBLISHED = (
     (18.58, 22.94, 21.83, 24.62, 28.08, 35.59, 38.46),
     (18.94, 21.90, 16.41, 23.72, 22.06, 27.45, 33.49, 33.97),
 )
-COLUMNS = ('learned', 'at the end', 'forgotten', 'right to wrong by an edit', 'known people at the end', 'intransigence')
+LEVELS = ', levels'  # of the name of a learner that learns by them
+MEASURES = {
+    'learned': 'learning_accuracy',
+    'at the end': 'average_accuracy',
+    'forgotten': 'forgetting',
+    'backward transfer': 'backward_transfer',
+    'forward transfer': 'forward_transfer',
+    'right to wrong by an edit': 'turned_wrong',
+}
+COLUMNS = (*MEASURES, 'known people at the end', 'intransigence')
 
 
 def continual_table(rows: list[dict]) -> list[str]:
@@ -47,8 +56,50 @@ def continual_table(rows: list[dict]) -> list[str]:
         flops = np.mean([run['metrics']['update_flops'] for run in runs.values()]) / 1e6
         lines.append(f'| {method} | {learner} | {" | ".join(shares)} | {rates} | {flops:,.0f} |')
     told = continual_metrics(*published())
-    shares = [f'{100 * share:.1f}' for share in (told.learning_accuracy, told.average_accuracy, told.forgetting)]
-    return [*lines, f'| sequential | Qwen2.5-7B, the paper | {" | ".join(shares)} | | | | | |']
+    told = [told.learning_accuracy, told.average_accuracy, told.forgetting, told.backward_transfer]
+    return [*lines, f'| sequential | Qwen2.5-7B, the paper | {" | ".join(f"{100 * share:.1f}" for share in told)} | | | | | | |']
+
+
+def matched_table(rows: list[dict]) -> list[str]:
+    """Lines of what levels forget more than adapters of the same model where both have learned equally well; none without rows."""
+    cells = group(rows)
+    pairs = [(learner, learner.removesuffix(LEVELS)) for learner in dict.fromkeys(name for _, name in cells) if learner.endswith(LEVELS)]
+    found = {}
+    for method in dict.fromkeys(method for method, _ in cells):
+        for levels, adapters in pairs:
+            by_levels, by_adapters = cells.get((method, levels), {}), cells.get((method, adapters), {})
+            gaps = {seed: forgotten_more(by_levels[seed], by_adapters[seed]) for seed in by_levels if seed in by_adapters}
+            found.setdefault(method, {})[adapters] = {seed: gap for seed, gap in gaps.items() if gap is not None}
+    names = [adapters for _, adapters in pairs]
+    lines = [f'| forgotten by levels more than by adapters, points | {" | ".join(names)} |', '| --- ' * (len(names) + 1) + '|']
+    shown = {method: by_model for method, by_model in found.items() if any(by_model.values())}
+    lines += [f'| {method} | {" | ".join(_gap(by_model[name].values()) for name in names)} |' for method, by_model in shown.items()]
+    return lines if pairs else []
+
+
+def forgotten_more(levels: dict, adapters: dict) -> tuple[float, float] | None:
+    """The highest learning accuracy that two rows both reach on the test's streams, and what the first forgets more there, in points.
+
+    Between learning rates both are interpolated; None where their ranges of learning accuracy do not meet.
+    """
+    curves = [
+        np.array(sorted((each['learning_accuracy'], each['forgetting']) for each in run['metrics']['test'].values())).T
+        for run in (levels, adapters)
+    ]
+    learned = min(curve[0].max() for curve in curves)
+    if learned < max(curve[0].min() for curve in curves):
+        return None
+    mine, other = (np.interp(learned, *curve) for curve in curves)
+    return 100 * learned, 100 * (mine - other)
+
+
+def _gap(gaps: Iterable[tuple[float, float]]) -> str:
+    """Of the seeds that have one."""
+    learned, more = zip(*gaps, strict=True) if gaps else ((), ())
+    if len(more) < 2:
+        return ''
+    mean, half = interval(more)
+    return f'{mean:+.1f} ± {half:.1f} (n = {len(more)}) at {np.mean(learned):.0f} %'
 
 
 def published() -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +133,7 @@ def at_chosen(run: dict) -> dict:
 def _columns(runs: dict[int, dict], joint: dict[int, dict]) -> list[list[float]]:
     """Values of the seeds for each of `COLUMNS`."""
     found = [at_chosen(run) for run in runs.values()]
-    named = [[100 * each[name] for each in found] for name in ('learning_accuracy', 'average_accuracy', 'forgetting', 'turned_wrong')]
+    named = [[100 * each[name] for each in found] for name in MEASURES.values()]
     pairs = [(at_chosen(runs[seed]), at_chosen(joint[seed])) for seed in runs if seed in joint]
     lost = [100 * intransigence(np.array(each['matrix']), np.diagonal(np.array(best['matrix']))) for each, best in pairs]
     return [*named, [100 * each['known'][-1] for each in found], lost]
@@ -117,7 +168,7 @@ def _rates(axes: Axes, runs: Sequence[dict], learner: str, color: str) -> None:
     rates = list(runs[0]['metrics']['test'])
     of = lambda name: [_spread([100 * run['metrics']['test'][rate][name] for run in runs]) for rate in rates]
     (x, x_half), (y, y_half) = (zip(*of(name), strict=True) for name in ('learning_accuracy', 'forgetting'))
-    dashed = '--' if 'levels' in learner else '-'
+    dashed = '--' if learner.endswith(LEVELS) else '-'
     axes.errorbar(
         x, y, y_half, x_half, color=color, linestyle=dashed, marker='o', markersize=3, linewidth=1.2, elinewidth=0.5, label=learner
     )
@@ -128,7 +179,7 @@ def _lags(axes: Axes, by_learner: dict[str, dict[int, dict]], learners: list[str
     gains: Callable[[dict], np.ndarray] = lambda found: 100 * gain_by_lag(np.array(found['matrix']), np.array(found['before']))
     for learner, runs in by_learner.items():
         values = np.array([gains(at_chosen(run)) for run in runs.values()])
-        dashed = '--' if 'levels' in learner else '-'
+        dashed = '--' if learner.endswith(LEVELS) else '-'
         axes.plot(
             values.mean(0), color=f'C{learners.index(learner)}', linestyle=dashed, marker='o', markersize=3, linewidth=1.2, label=learner
         )

@@ -23,7 +23,7 @@ from experiments import optimizer_race
 from experiments.figures import FIGURES
 from experiments.racing import interval
 from experiments.seal_arc_tables import arc_table
-from experiments.seal_continual_tables import continual_table
+from experiments.seal_continual_tables import continual_table, matched_table
 from experiments.seal_tables import seal_table
 from experiments.tables import babilong_table, language_table, mad_table, needle_table
 from experiments.text_tables import ablation_table, context_table, language_modeling_table, levels_table, probe_table
@@ -36,7 +36,9 @@ PLACE = re.compile(r'(?<=<!-- table: )([a-z_]+)( -->\n).*?(?=<!-- end -->)', re.
 
 
 def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
-    """Lines of every table by its name, which but for 'probes' and 'race_costs' is that of its file of rows; none where nothing was run."""
+    """Lines of every table by its name, none where nothing was run; but for 'probes', 'race_costs' and 'seal_matched' the name is that of
+    its file of rows.
+    """
     rows = lambda name: read_rows(results / f'{name}.jsonl')
     return {
         'hope_pretrain': pretraining_table(best_runs(rows('hope_pretrain'))),
@@ -58,6 +60,8 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'seal_knowledge': seal_table(rows('seal_knowledge')),
         'seal_arc': arc_table(rows('seal_arc')),
         'seal_continual': continual_table(rows('seal_continual')),
+        'seal_matched': matched_table(rows('seal_continual')),
+        'bench_seal': candidates_table(rows('bench_seal')),
         'compile_for_tpu': tpu_table(rows('compile_for_tpu')),
         'reliability': reliability_table(rows('reliability')),
     }
@@ -165,6 +169,19 @@ def _gpu_cells(found: dict) -> list[str]:
     figures = dict(forward_ms='.2f', both_ms='.2f', tokens_per_second=',.0f', mfu='.1%')
     memory = found['temporary_mib'] / 1024 if 'temporary_mib' in found else found['device_peak_gib']
     return [name, shape, *(format(found[key], form) if key in found else '' for key, form in figures.items()), f'{memory:.1f}']
+
+
+def candidates_table(rows: list[dict]) -> list[str]:
+    """Lines of SEAL's inner updates, the latest of each model, number of candidates and hardware; none without rows."""
+    latest = {(row['model'], row['hardware'], row['config']['candidates']): row for row in rows}
+    heads = ('candidates together', 'hardware', 'number', 'seconds each', 'times as fast as alone', 'answers, seconds each', 'commit')
+    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    for (model, hardware, count), row in sorted(latest.items()):
+        found = row['metrics']
+        seconds = found.get('seconds_per_candidate') or 1 / found['candidates_per_second']
+        answers = f'{found["evaluation_seconds_per_candidate"]:.3f}' if 'evaluation_seconds_per_candidate' in found else ''
+        lines.append(f'| {model} | {hardware} | {count} | {seconds:.4f} | {found["ratio"]:.2f} | {answers} | {row["commit"][:7]} |')
+    return lines if latest else []
 
 
 def tpu_table(rows: list[dict]) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.seal_continual_tables import continual_table, draw_continual, published
+from experiments.seal_continual_tables import continual_table, draw_continual, forgotten_more, matched_table, published
 from nested_jax.evaluation.continual import continual_metrics, gain_by_lag
 
 
@@ -35,10 +35,27 @@ def test_a_line_is_a_method_and_a_learner_over_seeds():
     assert lines[0].startswith('| 2 self-edits one after another, % | learner | learned |') and len(lines) == 5
     cells = [cell.strip() for cell in lines[2].strip('|').split('|')]
     assert cells[:2] == ['sequential', 'transformer'] and cells[2] == '50.0 ± 24.8 (n = 3)'
-    assert cells[4] == '25.0 ± 24.8 (n = 3)' and cells[5] == '10.0 ± 0.0 (n = 3)' and cells[6] == '50.0 ± 0.0 (n = 3)'
-    assert cells[7] == '30.0 (n = 1)' and cells[8:] == ['0.004', '500']
+    assert cells[4] == '25.0 ± 24.8 (n = 3)' and cells[5] == '-25.0 ± 24.8 (n = 3)' and cells[6] == '0.0 ± 0.0 (n = 3)'
+    assert cells[7] == '10.0 ± 0.0 (n = 3)' and cells[8] == '50.0 ± 0.0 (n = 3)'
+    assert cells[9] == '30.0 (n = 1)' and cells[10:] == ['0.004', '500']
     assert '0.002, 0.004' in lines[3]
     assert continual_table([]) == []
+
+
+def test_forgetting_is_compared_at_equal_learning():
+    run = lambda *points: dict(
+        metrics=dict(test={str(index): dict(learning_accuracy=x, forgetting=y) for index, (x, y) in enumerate(points)})
+    )
+    adapters = run((0.2, 0.1), (0.6, 0.3))
+    assert forgotten_more(run((0.5, 0.3), (0.1, 0.1)), adapters) == pytest.approx((50, 5))  # 0.25 there between 0.1 and 0.3
+    assert forgotten_more(run((0.4, 0.3), (0.9, 0.8)), adapters) == pytest.approx((60, 20))
+    assert forgotten_more(run((0.7, 0.3), (0.9, 0.8)), adapters) is None
+
+    rows = [row('sequential', learner, seed, 0.6) for learner in ('a', 'a, levels') for seed in (0, 1)]
+    lines = matched_table([*rows, row('o-lora', 'a', 0)])
+    assert lines[0] == '| forgotten by levels more than by adapters, points | a |'
+    assert lines[2:] == ['| sequential | +0.0 ± 0.0 (n = 2) at 60 % |']
+    assert matched_table(rows[:2]) == [] == matched_table([])
 
 
 def test_configurations_are_not_mixed():
