@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from experiments.racing import interval
 from experiments.seal_world import PROTOTYPE
@@ -13,6 +14,7 @@ from experiments.tables import NOT_RUN, check_same
 
 # Table 2, arXiv:2506.10943v2, single passage: of Qwen2.5-7B on SQuAD, by the arm that is its like.
 PAPER = {'base': '32.7', 'passage only': '33.5', 'untrained self-edit': '39.7', 'rest-em, round 2': '47.0'}
+COMPARED = ('untrained self-edit', 'passage only')  # whose order flips with the budget in the prototype
 SETTINGS = ('the chosen budget', str(PROTOTYPE))
 
 
@@ -37,14 +39,14 @@ def seal_table(rows: list[dict]) -> list[str]:
 
 
 def draw_seal(rows: list[dict], path: pathlib.Path) -> None:
-    """Budgets tried by the table's first learner, if any, and a panel of its arms at each reported one, with the intervals of the table."""
+    """Phases of the budgets tried by the table's first learner, if any; its arms at each reported one, with the intervals of the table."""
     runs = _by_seed([row for row in rows if _kind(row) == _kind(rows[0])])
     arms_at = {setting: [arm for arm in _arms(runs) if any(_found(row, setting, arm) for row in runs)] for setting in SETTINGS}
     settings, swept = [setting for setting in SETTINGS if arms_at[setting]], runs[0]['metrics']['sweep']
     figure = Figure(figsize=(5 * (len(settings) + bool(swept)), 5), layout='constrained')
     panels = list(figure.subplots(1, len(settings) + bool(swept), squeeze=False)[0])
     if swept:
-        _draw_sweep(panels.pop(0), runs)
+        _draw_phases(panels.pop(0), runs)
     for axes, setting in zip(panels, settings, strict=True):
         arms = arms_at[setting]
         bounds = np.array([_bounds([found for row in runs if (found := _found(row, setting, arm))]) for arm in arms])
@@ -56,13 +58,26 @@ def draw_seal(rows: list[dict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _draw_sweep(axes: Axes, runs: list[dict]) -> None:
+def _draw_phases(axes: Axes, runs: list[dict]) -> None:
+    """What untrained notes earn above the passage alone by learning rate and number of steps, and both; a frame where reported."""
     swept = [row['metrics']['sweep'] for row in runs]
-    for arm in next(iter(swept[0].values())):
-        axes.plot(list(swept[0]), [np.mean([100 * found[budget][arm] for found in swept]) for budget in swept[0]], 'o-', label=arm)
-    axes.set(title='learning rate x steps, development split', ylabel='answers right, %', ylim=(0, 102))
-    axes.tick_params(axis='x', rotation=60)
-    axes.legend()
+    means = {budget: {arm: np.mean([100 * found[budget][arm] for found in swept]) for arm in COMPARED} for budget in swept[0]}
+    places = {budget: tuple(map(float, budget.split(' x '))) for budget in means}
+    rates, steps = (sorted(set(each)) for each in zip(*places.values(), strict=True))
+    gaps = np.full((len(rates), len(steps)), np.nan)
+    reported = {row['metrics']['chosen'] for row in runs} | {str(PROTOTYPE)}
+    for budget, (rate, count) in places.items():
+        y, x = rates.index(rate), steps.index(count)
+        notes, passage = (means[budget][arm] for arm in COMPARED)
+        gaps[y, x] = notes - passage
+        axes.text(x, y, f'{notes - passage:+.0f}\n{notes:.0f} / {passage:.0f}', ha='center', va='center')
+        if budget in reported:
+            axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, fill=False, linewidth=2))
+    limit = max(np.nanmax(np.abs(gaps)), 1.0)
+    axes.imshow(gaps, cmap='RdBu', vmin=-limit, vmax=limit, origin='lower', aspect='auto', alpha=0.5)
+    axes.set_xticks(range(len(steps)), [f'{count:g}' for count in steps])
+    axes.set_yticks(range(len(rates)), [f'{rate:g}' for rate in rates])
+    axes.set(title=' minus '.join(COMPARED) + ',\npoints (both, %), development split', xlabel='steps', ylabel='learning rate')
 
 
 def _kind(row: dict) -> tuple[str, str, bool]:

@@ -13,7 +13,7 @@ def row(seed: int, chosen: str = '0.01 x 32', **changes) -> dict:
     arms = lambda shift: {
         arm: dict(right=[place / 10 + shift, place / 10, 0.9], above_untrained=[0, 0, 0]) for place, arm in enumerate(ARMS)
     }
-    sweep = {budget: {'passage only': 0.2, 'oracle edit': 1.0} for budget in ('0.003 x 16', '0.01 x 32')}
+    sweep = {budget: {'passage only': 0.2, 'untrained self-edit': 0.3, 'oracle edit': 1.0} for budget in ('0.003 x 16', '0.01 x 32')}
     reported = {chosen: dict(arms=arms(0.01 * seed)), '0.003 x 16': dict(arms=arms(0.0))}
     return dict(
         model='transformer',
