@@ -10,8 +10,8 @@ the calls that it can do, and plain JAX for the others:
            token at a time in bfloat16, with heads of 64 or 128, on GPUs of the Hopper generation: `memory/kernels/delta_rule_gpu.py`,
            which has run on an H100, by itself and in a model; several GPUs have not
     'gpu_unverified'
-           those, and Hope's memories in chunks of 64, with heads of 64: `memory/kernels/self_modifying_gpu.py`, which has never run on a
-           GPU yet and does not split over devices; the program for MLPs is large
+           those, and Hope's memories in chunks of 64, with heads of 64: `memory/kernels/self_modifying_gpu.py`, which has not run on a
+           GPU as a whole and does not split over devices; the program for MLPs is large
     'tpu'  the (gated) delta rule, more than a token at a time in chunks of a multiple of 16: `memory/kernels/delta_rule.py`; and Hope's
            memories, likewise, of 8: `memory/kernels/self_modifying.py`. They have never run on a TPU yet and do not split over
            devices.

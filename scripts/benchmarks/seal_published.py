@@ -48,8 +48,8 @@ def qwen(layers: int, width: int, heads: int, kv_heads: int, hidden: int, vocab_
 
 
 MODELS = {
-    'Qwen2.5-0.5B': qwen(24, 896, 14, 2, 4864, 151_936, tied=True),
     'Qwen2.5-7B': qwen(28, 3584, 28, 4, 18_944, 152_064, tied=False),
+    'Qwen2.5-0.5B': qwen(24, 896, 14, 2, 4864, 151_936, tied=True),
 }
 
 

@@ -3,7 +3,8 @@
 A program for each head of a batch row goes over its chunks of 64 tokens, and evaluates a chunk's function, or its derivative, on tiles of
 64 x 64 numbers. Memories lie in the results, written anew after every chunk: they stay in the L2 cache.
 
-They have never run on a GPU yet: interpreted, and lowered for CUDA.
+Their products of tiles have run on an H100 and are right; a chunk's whole program has not: interpreted, and lowered for CUDA. It did not
+compile there within a minute and a half.
 """
 
 import functools
