@@ -62,6 +62,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'seal_continual': continual_table(rows('seal_continual')),
         'seal_matched': matched_table(rows('seal_continual')),
         'bench_seal': candidates_table(rows('bench_seal')),
+        'bench_decode': decode_table(rows('bench_decode')),
         'compile_for_tpu': tpu_table(rows('compile_for_tpu')),
         'reliability': reliability_table(rows('reliability')),
     }
@@ -182,6 +183,20 @@ def candidates_table(rows: list[dict]) -> list[str]:
         answers = f'{found["evaluation_seconds_per_candidate"]:.3f}' if 'evaluation_seconds_per_candidate' in found else ''
         lines.append(f'| {model} | {hardware} | {count} | {seconds:.4f} | {found["ratio"]:.2f} | {answers} | {row["commit"][:7]} |')
     return lines if latest else []
+
+
+def decode_table(rows: list[dict]) -> list[str]:
+    """Lines of what a token costs after short and long contexts, the latest of each model, batch and context; none without rows."""
+    found: dict[tuple[str, int], dict[int, dict]] = {}
+    for row in rows:
+        found.setdefault((row['model'], row['config']['batch']), {})[row['config']['context']] = row['metrics']
+    contexts = sorted({context for each in found.values() for context in each})
+    lines = [f'| decoding, ms a token, after | side by side | {" | ".join(f"{context:,}" for context in contexts)} | ratio |']
+    lines.append('| --- ' * (len(contexts) + 3) + '|')
+    for (model, batch), each in found.items():
+        cells = [f'{each[context]["ms_per_token"]:.2f}' if context in each else 'not run' for context in contexts]
+        lines.append(f'| {model} | {batch} | {" | ".join(cells)} | {each[max(each)]["ratio_to_1k"]:.2f} |')
+    return lines if found else []
 
 
 def tpu_table(rows: list[dict]) -> list[str]:

@@ -114,6 +114,28 @@ def test_compiled_steps_are_the_latest_of_each_mesh(make_tables):
     assert make_tables.tpu_table([]) == []
 
 
+def test_decoding_has_a_column_for_each_context(make_tables):
+    def decoded(model: str, context: int, ms: float, batch: int = 1) -> dict:
+        return dict(model=model, config=dict(context=context, batch=batch), metrics=dict(ms_per_token=ms, ratio_to_1k=ms / 2))
+
+    rows = [decoded('a', 1024, 9.0), decoded('a', 1024, 2.0), decoded('a', 65_536, 2.1), decoded('b', 1024, 3.0, batch=64)]
+    lines = make_tables.decode_table(rows)
+    assert lines[0] == '| decoding, ms a token, after | side by side | 1,024 | 65,536 | ratio |'
+    assert lines[2:] == ['| a | 1 | 2.00 | 2.10 | 1.05 |', '| b | 64 | 3.00 | not run | 1.50 |']
+    assert make_tables.decode_table([]) == []
+
+
+def test_candidates_are_the_latest_of_each_number(make_tables):
+    def updated(count: int, **metrics) -> dict:
+        return dict(model='a', hardware='x', commit='0123456789', config=dict(candidates=count), metrics=dict(ratio=2.0) | metrics)
+
+    rows = [updated(4, candidates_per_second=1.0), updated(4, candidates_per_second=50.0)]
+    rows.append(updated(16, seconds_per_candidate=0.2, evaluation_seconds_per_candidate=0.0231))
+    lines = make_tables.candidates_table(rows)
+    assert lines[2:] == ['| a | x | 4 | 0.0200 | 2.00 |  | 0123456 |', '| a | x | 16 | 0.2000 | 2.00 | 0.023 | 0123456 |']
+    assert make_tables.candidates_table([]) == []
+
+
 def test_a_table_stands_in_its_place(make_tables):
     text = 'Before.\n<!-- table: a -->\nold\n<!-- end -->\nBetween.\n<!-- table: b -->\n<!-- end -->\nAfter.\n'
     made = make_tables.insert(text, {'a': ['| x |', '| y |'], 'b': []})
