@@ -266,7 +266,8 @@ class Training(NamedTuple):
             memory = dataclasses.replace(config.memory, chunk_size=self.chunk_size, projection_chunk_size=self.chunk_size)
             config = dataclasses.replace(config, memory=memory)
         with use_kernels(self.kernels if jax.default_backend() == 'gpu' else 'plain'):
-            error = check_loss(config, min(job.length, 512))
+            # Two layers are checked: their programs, of which there are three, compile sooner than those of all layers one by one.
+            error = check_loss(dataclasses.replace(config, num_layers=min(config.num_layers, 2)), min(job.length, 512))
             step, sizes = job.compile(config)
         if settings.prepare:
             return []
