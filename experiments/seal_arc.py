@@ -11,6 +11,9 @@ the table the expected reward of any policy is a sum over 512 probabilities, wit
 of its own that begins as the learner does: it reads a task's demonstrations and writes seven words. What cannot be read as a
 configuration earns 0.
 
+Where --table lacks tasks of this learner, as with another --model-seed, the first --subset tasks are tried before the policies, all 512
+configurations of each, and kept in --runs. How many tasks the numbers are over is said and is part of the row.
+
 Algorithms are compared on two splits: tasks of one kind (colours), where a constant may be the best there is, and tasks of all kinds.
 Beside them stand the learner without an update, the uniform policy, the constant and the constant of each family that are best on the
 training tasks, and each task's own best. A policy has learned to configure only where it is above the best constant. Intervals are 95 %
@@ -32,7 +35,19 @@ import numpy as np
 
 from experiments.arguments import parse_arguments
 from experiments.grid import INTERRUPTED
-from experiments.seal_arc_rewards import SPLITS, Table, build_table, random_table, read_table, select
+from experiments.seal_arc_rewards import (
+    LEAST,
+    SPLITS,
+    Table,
+    TableError,
+    as_table,
+    build_table,
+    check_learner,
+    check_splits,
+    random_table,
+    select,
+    task_rows,
+)
 from experiments.seal_arc_tables import draw_arc
 from experiments.seal_arc_world import MEASURES, model_config, pretrain, train_config
 from experiments.seal_policies import Policies, baselines
@@ -41,7 +56,7 @@ from experiments.seal_world import bootstrap
 from nested_jax.config import as_dict, check
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.seal.outer_loop import Algorithm, OuterConfig
+from nested_jax.seal.outer_loop import Algorithm, OuterConfig, digest
 from nested_jax.seal.stages import Stages
 
 PyTree = Any
@@ -62,6 +77,8 @@ class Args:
     """Add the rewards of all configurations on the tasks that have none, and nothing else."""
     tasks: int = 96
     """Of the table, at most; families take turns, training and test tasks too."""
+    subset: int = 16
+    """Tasks, from the first, that are tried where the table has no rows for all; at least 9."""
     seeds: tuple[int, ...] = (0,)
     """Of the policies, a row for each."""
     model_seed: int = 0
@@ -88,6 +105,7 @@ class Args:
     def __post_init__(self):
         for name, least in dict(tasks=1, rounds=1, each=2, pretraining_steps=2, model_seed=0).items():
             check(getattr(self, name) >= least, name, getattr(self, name), f'an integer of at least {least}')
+        check(self.subset >= LEAST, 'subset', self.subset, f'an integer of at least {LEAST}, for tasks of either half of each split')
         check(bool(self.seeds) and min(self.seeds) >= 0, 'seeds', self.seeds, 'at least one integer, none below 0')
         check(bool(self.algorithms), 'algorithms', self.algorithms, 'at least one')
         check(self.learning_rate > 0, 'learning_rate', self.learning_rate, 'a number above 0')
@@ -104,19 +122,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f'stopped; the same command goes on from {args.runs}', flush=True)
         return INTERRUPTED
+    except TableError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
 
 
 def _build(args: Args) -> int:
-    build_table(start(args), args.tasks, args.pretraining_steps, args.model_seed, args.table)
+    build_table(start(args), range(args.tasks), args.pretraining_steps, args.model_seed, args.table)
     return 0
 
 
 def _run(args: Args) -> int:
-    make = lambda: read_table(args.table, args.pretraining_steps, args.model_seed, args.tasks)
-    table = random_table(args.tasks) if args.smoke else make()
-    for split, families in SPLITS.items():
-        counts = [len(select(table, families, test=test).indices) for test in (False, True)]
-        check(min(counts) >= 1, 'table', f'{args.table} with {counts} training and test tasks of {split}', 'at least one of either')
+    table = random_table(args.tasks) if args.smoke else rewards(args)
     for seed in args.seeds:
         began, config = time.monotonic(), run_config(args, table, seed)
         if not args.smoke and config_digest(config) in {row['config_digest'] for row in read_rows(args.results)}:
@@ -136,13 +153,40 @@ def _run(args: Args) -> int:
     return 0
 
 
+def rewards(args: Args) -> Table:
+    """Those of --table; where it lacks tasks, with those of the first --subset tasks, which are tried and kept with the learner's stage.
+
+    Raises:
+        TableError: for files of other content, and too few tasks; before any is tried.
+    """
+    learner = args.pretraining_steps, args.model_seed
+    rows = task_rows(args.table, *learner, args.tasks)
+    missing = [index for index in range(min(args.subset, args.tasks)) if index not in rows]
+    indices = {*rows, *missing}
+    check_splits(indices)
+    if len(rows) < args.tasks:
+        print(f'{args.table} has {len(rows)} of {args.tasks} tasks of this learner; intervals are over {len(indices)} tasks', flush=True)
+    if missing:
+        own, params = learner_folder(args) / 'table.jsonl', start(args)
+        check_learner(rows.values(), digest(params), args.table)
+        print(f'all 512 configurations of {len(missing)} tasks are tried, or read from {own}', flush=True)
+        build_table(params, missing, *learner, own)
+        found = task_rows(own, *learner, args.subset)
+        rows |= {index: found[index] for index in missing}
+    return as_table(rows)
+
+
+def learner_folder(args: Args) -> pathlib.Path:
+    """Of what is the learner's whatever the policies' seeds."""
+    config = dict(model=as_dict(model_config()), train=as_dict(train_config(args.pretraining_steps)), seed=args.model_seed)
+    return args.runs / config_digest(config)
+
+
 def start(args: Args) -> PyTree:
-    """Parameters of the learner, a stage of its own whatever the policies' seeds."""
-    model, train = model_config(), train_config(args.pretraining_steps)
-    config = dict(model=as_dict(model), train=as_dict(train), seed=args.model_seed)
+    """Parameters of the learner."""
     with progress('the model'):
-        make = lambda: pretrain(LanguageModel(model), train, args.model_seed)
-        return Stages(args.runs / config_digest(config)).tree('pretrained', make)
+        make = lambda: pretrain(LanguageModel(model_config()), train_config(args.pretraining_steps), args.model_seed)
+        return Stages(learner_folder(args)).tree('pretrained', make)
 
 
 def run_config(args: Args, table: Table, seed: int) -> dict:

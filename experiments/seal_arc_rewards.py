@@ -6,14 +6,14 @@ rows say whose rewards they are, and those of two learners are not mixed.
 
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments.seal_arc_world import INNER, MEASURES, ROWS, SHAPES, WORLD, Solver, draw_task, model_config, train_config
-from nested_jax.config import as_dict, check
+from nested_jax.config import as_dict
 from nested_jax.data.tasks.grid_rules import FAMILIES, configurations, edit_text
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
 from nested_jax.models.language_model import LanguageModel
@@ -25,6 +25,11 @@ EXPERIMENT = 'seal_arc_table'
 HELD_OUT = tuple(name for name, family in FAMILIES.items() if not family.seen)
 # By split, the families of its tasks: of one kind a single configuration may serve all, of all kinds each may want another.
 SPLITS = {'one kind': tuple(name for name in HELD_OUT if FAMILIES[name].kind == 'colour'), 'all kinds': HELD_OUT}
+LEAST = len(HELD_OUT) + 1  # tasks, from the first, of which each split has one for training and one for the test
+
+
+class TableError(ValueError):
+    """A file of rewards, or a choice of tasks, that policies cannot be compared on."""
 
 
 class Table(NamedTuple):
@@ -59,25 +64,23 @@ def all_edits() -> list[Configuration]:
     return [parse_configuration(edit_text(tokens)) for tokens in configurations()]
 
 
-def build_table(params: PyTree, tasks: int, pretraining_steps: int, model_seed: int, path: pathlib.Path) -> None:
-    """Adds a row for each task that has none, in the order of their numbers.
+def build_table(params: PyTree, indices: Iterable[int], pretraining_steps: int, model_seed: int, path: pathlib.Path) -> None:
+    """Adds a row for each task that has none.
 
     Args:
         params: of the learner.
-        tasks: how many, from the first.
+        indices: of the tasks.
         pretraining_steps, model_seed: of the learner, for the rows.
         path: of the rows.
 
     Raises:
-        ValueError: when the file has rows of another learner.
+        TableError: when the file has rows of another learner, or other content.
     """
-    solver, edits, learner = Solver(LanguageModel(model_config())), all_edits(), digest(params)
-    rows = read_rows(path)
-    known, others = {row['config_digest'] for row in rows}, {row['metrics']['learner'] for row in rows} - {learner}
-    check(not others, 'table', f'{path} with rows of learner {min(others, default="")[:12]}', f'rows of learner {learner[:12]} alone')
-    for index in range(tasks):
+    solver, edits, learner, rows = Solver(LanguageModel(model_config())), all_edits(), digest(params), _rows(path)
+    check_learner(rows.values(), learner, path)
+    for index in indices:
         config, began = table_config(pretraining_steps, model_seed, index), time.monotonic()
-        if config_digest(config) in known:
+        if config_digest(config) in rows:
             continue
         task = draw_task(index, family_of(index))
         found, base = solver.rewards(params, task, edits, index), solver.base(params, task)
@@ -89,27 +92,72 @@ def build_table(params: PyTree, tasks: int, pretraining_steps: int, model_seed: 
         print(f'{said}   {time.monotonic() - began:.0f} s', flush=True)
 
 
-def read_table(path: pathlib.Path, pretraining_steps: int, model_seed: int, tasks: int) -> Table:
-    """The table of one learner: those of the first `tasks` tasks that have a row.
+def task_rows(path: pathlib.Path, pretraining_steps: int, model_seed: int, tasks: int) -> dict[int, dict]:
+    """The rows of one learner by task, of the first `tasks` tasks those that have one.
 
     Raises:
-        ValueError: for rows of several learners, or none.
+        TableError: for a file of other content.
     """
-    rows = {row['config_digest']: row for row in read_rows(path)}
-    known = (config_digest(table_config(pretraining_steps, model_seed, index)) for index in range(tasks))
-    wanted = [rows[key] for key in known if key in rows]
-    learners = {row['metrics']['learner'] for row in wanted}
-    check(len(learners) == 1, 'table', f'{path} with rows of {len(learners)} learners', 'rows of one, as --build-table makes them')
-    indices = tuple(row['config']['task'] for row in wanted)
-    measures = np.stack([_unpack(row['metrics']) for row in wanted])
-    return Table(learners.pop(), indices, measures, np.array([row['metrics']['base'] for row in wanted]))
+    rows = _rows(path)
+    keys = {index: config_digest(table_config(pretraining_steps, model_seed, index)) for index in range(tasks)}
+    return {index: rows[key] for index, key in keys.items() if key in rows}
+
+
+def check_learner(rows: Iterable[dict], learner: str, path: pathlib.Path) -> None:
+    """Raises TableError where a row of the file is of another learner than the one of this digest."""
+    others = {row['metrics']['learner'] for row in rows} - {learner}
+    if others:
+        raise TableError(f'table is {path} with rows of learner {min(others)[:12]}, allowed is rows of learner {learner[:12]} alone')
+
+
+def check_splits(indices: Collection[int]) -> None:
+    """Raises TableError where a split has no training or no test task among these."""
+    for split, families in SPLITS.items():
+        train, test = (sum(_belongs(index, families, test=half) for index in indices) for half in (False, True))
+        if not (train and test):
+            had = f'{train} training and {test} test tasks of {split}'
+            raise TableError(f'tasks is {len(indices)} with {had}, allowed is at least one of either: {LEAST} tasks or more')
+
+
+def as_table(rows: dict[int, dict]) -> Table:
+    """The rewards of one learner, in the order of the tasks' numbers.
+
+    Args:
+        rows: by task, as `task_rows` has them; at least one.
+
+    Raises:
+        TableError: for rows of several learners.
+    """
+    indices = tuple(sorted(rows))
+    metrics = [rows[index]['metrics'] for index in indices]
+    learners = {each['learner'] for each in metrics}
+    if len(learners) > 1:
+        raise TableError(f'table is one of {len(learners)} learners, allowed is one learner, as --build-table has it')
+    return Table(learners.pop(), indices, np.stack(list(map(_unpack, metrics))), np.array([each['base'] for each in metrics]))
 
 
 def select(table: Table, families: Sequence[str], *, test: bool) -> Table:
     """The tasks of a split's half."""
-    places = [place for place, index in enumerate(table.indices) if family_of(index) in families and is_test(index) == test]
+    places = [place for place, index in enumerate(table.indices) if _belongs(index, families, test=test)]
     indices = tuple(table.indices[place] for place in places)
     return table._replace(indices=indices, measures=table.measures[places], base=table.base[places])
+
+
+def _belongs(index: int, families: Sequence[str], *, test: bool) -> bool:
+    return family_of(index) in families and is_test(index) == test
+
+
+def _rows(path: pathlib.Path) -> dict[str, dict]:
+    """Rows of a table by their digest."""
+    allowed = 'allowed is a file of rows that --build-table made'
+    try:
+        rows = {row['config_digest']: row for row in read_rows(path)}
+        others = {row['experiment'] for row in rows.values()} - {EXPERIMENT}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise TableError(f'table is {path}, {allowed} ({error!r})') from None
+    if others:
+        raise TableError(f'table is {path} with rows of {min(others)}, {allowed}')
+    return rows
 
 
 def _pack(found: np.ndarray) -> dict[str, Any]:

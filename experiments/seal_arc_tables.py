@@ -13,18 +13,26 @@ Bounds = tuple[float, float, float]  # mean, lower and upper bound
 
 
 def arc_table(rows: list[dict]) -> list[str]:
-    """Lines of a table, a column for the expected reward on each split and one for what it is above the best constant; none without rows.
+    """Lines of a table for each set of tasks, the largest first, an empty one between two; none without rows.
+
+    It has a column for the expected reward on each split and one for what it is above the best constant.
 
     Raises:
         ValueError: naming a setting in which two seeds differ.
     """
-    if not rows:
-        return []
-    runs = _by_seed(rows)
+    lines = []
+    for alike in _by_tasks(rows):
+        lines += [''] if lines else []
+        lines += _one_table(_by_seed(alike))
+    return lines
+
+
+def _one_table(runs: list[dict]) -> list[str]:
     splits = runs[0]['metrics']['splits']
     heads = [f'{split}, %' for split in splits], [f'{split}, above the best constant' for split in splits]
     heads = [head for pair in zip(*heads, strict=True) for head in pair]
-    lines = [f'| expected vote pass@2 on test tasks (n = {len(runs)}) | ' + ' | '.join(heads) + ' |', '| --- ' * (1 + len(heads)) + '|']
+    title = f'expected vote pass@2 on test tasks (n = {len(runs)}), {_count(runs[0])} tasks'
+    lines = [f'| {title} | ' + ' | '.join(heads) + ' |', '| --- ' * (1 + len(heads)) + '|']
     for arm in _arms(runs):
         cells = [_cell(_bounds(runs, split, arm, name)) for split in splits for name in ('vote', 'above_constant')]
         lines.append(f'| {arm} | ' + ' | '.join(cells) + ' |')
@@ -32,8 +40,8 @@ def arc_table(rows: list[dict]) -> list[str]:
 
 
 def draw_arc(rows: list[dict], path: pathlib.Path) -> None:
-    """A panel for each split, a bar for each arm, with the intervals of the table."""
-    runs = _by_seed(rows)
+    """A panel for each split, a bar for each arm, with the intervals of the table; of the largest set of tasks alone."""
+    runs = _by_seed(_by_tasks(rows)[0])
     splits, names = runs[0]['metrics']['splits'], _arms(runs)
     figure = Figure(figsize=(6 * len(splits), 1 + 0.28 * len(names)), layout='constrained')
     for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
@@ -45,6 +53,18 @@ def draw_arc(rows: list[dict], path: pathlib.Path) -> None:
         axes.set(title=f'{split}: {splits[split]["tasks"][1]} test tasks', xlabel='expected vote pass@2, %', xlim=(0, 102))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
+
+
+def _by_tasks(rows: Sequence[dict]) -> list[list[dict]]:
+    """Rows of the same tasks together, those of the most first: what is known of a few tasks is no seed of what is known of all."""
+    sets: dict[tuple[int, ...], list[dict]] = {}
+    for row in rows:
+        sets.setdefault(tuple(row['config']['table']['tasks']), []).append(row)
+    return sorted(sets.values(), key=lambda alike: -_count(alike[0]))
+
+
+def _count(row: dict) -> int:
+    return len(row['config']['table']['tasks'])
 
 
 def _by_seed(rows: Sequence[dict]) -> list[dict]:

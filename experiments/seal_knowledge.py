@@ -19,6 +19,9 @@ The paper's order of arms does not come out at either, in any of three seeds; th
 does (results/README.md). A seed took 844 s of one core, other work on the second.
 
 Every stage is stored in --runs and done once: the command given again after Ctrl-C or a kill goes on where it stopped.
+
+With --model FOLDER --data FILE --test-data FILE a pre-trained model and real passages take the place of this world: all arguments are then
+those of `python -m experiments.seal_squad`, which --model FOLDER --help lists.
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import seal_squad
 from experiments.arguments import parse_arguments
 from experiments.grid import devices_for_cores
 from experiments.seal_runs import RunArgs, run_seeds
@@ -85,7 +89,10 @@ class Args(RunArgs):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the seeds that have no row; returns the exit code."""
+    """Runs the seeds that have no row, with --model those of `experiments/seal_squad.py`; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition('=')[0] == '--model' for word in argv):
+        return seal_squad.main(argv)
     args = parse_arguments(Args, argv, __doc__)
     if args.smoke:
         sizes = dict(rounds=1, contexts=4, each=2, tests=4, pretraining_steps=4, seeds=args.seeds[:1], runs=args.runs / 'smoke')

@@ -68,7 +68,10 @@ def _stop_ids(folder: pathlib.Path) -> tuple[int, ...]:
     """As `transformers` generates: the generation's settings go before the model's."""
     for name in ('generation_config.json', 'config.json'):
         path = folder / name
-        ids = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id') if path.is_file() else None
+        try:
+            ids = json.loads(path.read_text(encoding='utf-8')).get('eos_token_id') if path.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f'{name} is no JSON object ({error})') from None
         if ids is not None:
             return (ids,) if isinstance(ids, int) else tuple(ids)
     return ()

@@ -35,7 +35,11 @@ class Solver:
 def build(tmp_path, monkeypatch):
     monkeypatch.setattr(seal_arc_rewards, 'Solver', Solver)
     monkeypatch.setattr(Solver, 'asked', [])
-    return lambda tasks, params=PARAMS: seal_arc_rewards.build_table(params, tasks, 4, 0, tmp_path / 'table.jsonl')
+    return lambda tasks, params=PARAMS: seal_arc_rewards.build_table(params, range(tasks), 4, 0, tmp_path / 'table.jsonl')
+
+
+def read(path, tasks: int) -> seal_arc_rewards.Table:
+    return seal_arc_rewards.as_table(seal_arc_rewards.task_rows(path, 4, 0, tasks))
 
 
 def test_rows_are_added_once_and_read_as_they_were(build, tmp_path):
@@ -43,11 +47,11 @@ def test_rows_are_added_once_and_read_as_they_were(build, tmp_path):
     build(2)
     build(3)
     assert Solver.asked == list(seal_arc_rewards.HELD_OUT[:3]) and len(read_rows(path)) == 3
-    table = seal_arc_rewards.read_table(path, 4, 0, 8)
+    table = read(path, 8)
     assert table.indices == (0, 1, 2) and table.measures.shape == (3, 512, 3)
     np.testing.assert_array_equal(table.measures[2], Solver(None).rewards(None, seal_arc_rewards.draw_task(2, 'fill'), (), 2))
     np.testing.assert_array_equal(table.base, [[1.0, 0.0, 0.25]] * 3)
-    assert seal_arc_rewards.read_table(path, 4, 0, 2).indices == (0, 1)
+    assert read(path, 2).indices == (0, 1)
 
 
 def test_learners_are_not_mixed(build, tmp_path):
@@ -56,11 +60,24 @@ def test_learners_are_not_mixed(build, tmp_path):
     with pytest.raises(ValueError, match='table is .* rows of learner .*allowed is rows of learner'):
         build(2, {'w': np.zeros(3, np.float32)})
     row = read_rows(path)[0]
-    with pytest.raises(ValueError, match='rows of 0 learners'):
-        seal_arc_rewards.read_table(path, 5, 0, 8)
+    assert seal_arc_rewards.task_rows(path, 5, 0, 8) == seal_arc_rewards.task_rows(path, 4, 1, 8) == {}
     other = row['config'] | dict(task=1)
     row |= dict(config=other, config_digest=seal_arc_rewards.config_digest(other), metrics=row['metrics'] | dict(learner='b'))
     with open(path, 'a') as file:
         file.write(json.dumps(row) + '\n')
-    with pytest.raises(ValueError, match='rows of 2 learners'):
-        seal_arc_rewards.read_table(path, 4, 0, 8)
+    with pytest.raises(seal_arc_rewards.TableError, match='2 learners'):
+        read(path, 8)
+
+
+def test_fewest_tasks_of_both_splits():
+    seal_arc_rewards.check_splits(range(seal_arc_rewards.LEAST))
+    for short in (range(seal_arc_rewards.LEAST - 1), range(8, 16)):
+        with pytest.raises(seal_arc_rewards.TableError, match='tasks is 8 with .*allowed is'):
+            seal_arc_rewards.check_splits(short)
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"config_digest": "a"}', '{"config_digest": "a", "experiment": "race"}'])
+def test_files_of_other_content_are_named(tmp_path, content):
+    (tmp_path / 'rows.jsonl').write_text(content)
+    with pytest.raises(seal_arc_rewards.TableError, match=r'table is .*rows.jsonl.*allowed is a file of rows that --build-table made'):
+        seal_arc_rewards.task_rows(tmp_path / 'rows.jsonl', 4, 0, 8)

@@ -5,12 +5,13 @@ import pytest
 from experiments.seal_arc_tables import arc_table, draw_arc
 
 
-def row(seed: int, **changes) -> dict:
+def row(seed: int, tasks: int = 8, **changes) -> dict:
     def arm(mean: float) -> dict:
         return dict(vote=[mean, mean - 0.1, mean + 0.1], above_constant=[mean - 0.5, mean - 0.6, mean - 0.4])
 
     split = dict(tasks=[4, 4], arms={'best constant': arm(0.5), 'rest-em, round 1': arm(0.4 + 0.01 * seed)})
-    return dict(seed=seed, config=dict(rounds=1, seed=seed) | changes, metrics=dict(splits={'one kind': split, 'all kinds': split}))
+    config = dict(rounds=1, seed=seed, table=dict(learner='a', tasks=list(range(tasks)))) | changes
+    return dict(seed=seed, config=config, metrics=dict(splits={'one kind': split, 'all kinds': split}))
 
 
 def test_intervals_are_over_tasks_for_one_seed_and_over_seeds_for_more():
@@ -25,6 +26,16 @@ def test_intervals_are_over_tasks_for_one_seed_and_over_seeds_for_more():
 def test_configurations_are_not_mixed():
     with pytest.raises(ValueError, match='rounds is 1 and 2'):
         arc_table([row(0), row(1, rounds=2)])
+
+
+def test_rows_of_few_tasks_stand_apart_from_those_of_many(tmp_path):
+    lines = arc_table([row(0, tasks=4), row(0), row(1), row(2, tasks=4)])
+    heads = [line for line in lines if 'expected vote' in line]
+    assert ['(n = 2), 8 tasks' in heads[0], '(n = 2), 4 tasks' in heads[1], lines[4]] == [True, True, '']
+    assert lines[:4] == arc_table([row(0), row(1)]) and lines[5:] == arc_table([row(0, tasks=4), row(2, tasks=4)])
+    draw_arc([row(0, tasks=4), row(0), row(1)], tmp_path / 'mixed.png')
+    draw_arc([row(0), row(1)], tmp_path / 'whole.png')
+    assert (tmp_path / 'mixed.png').read_bytes() == (tmp_path / 'whole.png').read_bytes()
 
 
 def test_the_figure(tmp_path):

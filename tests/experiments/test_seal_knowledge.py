@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import seal_knowledge, seal_runs, seal_world
+from experiments import seal_knowledge, seal_runs, seal_squad, seal_world
 from experiments.seal_world import PROTOTYPE, Marks
 from nested_jax.seal.outer_loop import StaleRewardsError, digest
 from nested_jax.seal.stages import Stages
@@ -47,6 +47,34 @@ def test_smoke_run_goes_on_where_it_was_stopped_and_stores_no_row(tmp_path, caps
     assert before and before.items() < after.items()
     assert all(arm in said for arm in ('base', 'passage only', 'shuffled', 'best of 2', 'oracle', *(f'{way}, round 1' for way in ways)))
     assert "the paper's order" in said and not (tmp_path / 'rows.jsonl').exists() and list(tmp_path.rglob('arms.png'))
+
+
+@pytest.mark.parametrize('form', [['--model', '{}'], ['--model={}']], ids=['word', 'equals'])
+def test_with_a_model_the_arguments_are_those_of_seal_squad(tmp_path, capsys, monkeypatch, form):
+    model = [word.format(tmp_path / 'model') for word in form]
+    words = ['--data', str(tmp_path / 'train.json'), '--tests', '3', *model, '--test-data', str(tmp_path / 'test.json')]
+    asked = []
+
+    def passages(args):
+        asked.append(args)
+        raise FileNotFoundError('no passages')
+
+    monkeypatch.setattr(seal_squad, 'Passages', passages)
+    assert seal_knowledge.main(words) == 2 and 'no passages' in capsys.readouterr().err
+    monkeypatch.setattr(sys, 'argv', ['seal_knowledge', *words])
+    assert seal_knowledge.main() == 2
+    expected = dict(model=tmp_path / 'model', data=tmp_path / 'train.json', test_data=tmp_path / 'test.json', tests=3)
+    assert asked == [seal_squad.Args(**expected)] * 2
+    with pytest.raises(SystemExit):
+        seal_knowledge.main([*model, '--help'])
+    assert '--answer-tokens' in capsys.readouterr().out
+
+
+def test_its_own_help_names_the_other_setting(capsys):
+    with pytest.raises(SystemExit):
+        seal_knowledge.main(['--help'])
+    said = capsys.readouterr().out
+    assert '--model FOLDER' in said and '--learner' in said and '--answer-tokens' not in said
 
 
 # Says which stages a process computed, a line each. Within one that is named it dies: a moment after it began to make it, when the first

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from experiments import seal_squad
 from experiments.seal_world import Budget
 from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.models.pretrained import save_pretrained
+from nested_jax.models.pretrained import load_parameters, read_config, save_pretrained
 from nested_jax.models.sampling import generate
 from nested_jax.seal.buckets import Candidate
 from nested_jax.seal.inner_loop import learn_all
@@ -152,3 +155,78 @@ def test_rounds_and_search_have_passages_of_their_own(folder):
 def test_bad_arguments_are_named(folder, name, value):
     with pytest.raises(ValueError, match=f'{name} is .*allowed is'):
         arguments(folder, **{name: value})
+
+
+def edited(name: str, **fields):
+    """Changes fields of a JSON file in a folder; those of None go."""
+
+    def change(folder: pathlib.Path) -> None:
+        path = folder / name
+        changed = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
+
+    return change
+
+
+def written(name: str, content: str | bytes):
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def removed(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def without_a_shard(folder: pathlib.Path) -> None:
+    params = load_parameters(folder, read_config(folder))
+    (folder / 'model.safetensors').unlink()
+    save_pretrained(folder, read_config(folder), params, max_shard_bytes=20_000)
+    sorted(folder.glob('model-*.safetensors'))[1].unlink()
+
+
+def cut_short(folder: pathlib.Path) -> None:
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def unasked(folder: pathlib.Path) -> None:
+    passages = json.loads((folder / 'passages.json').read_text())
+    passages[1]['questions'] = []
+    (folder / 'passages.json').write_text(json.dumps(passages))
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'said'),
+    [
+        (removed('config.json'), r'config\.json is not there'),
+        (written('config.json', '{'), r'config\.json is not JSON'),
+        (edited('config.json', model_type='gpt2'), r"config\.json: model_type is 'gpt2', allowed is one of .*qwen2"),
+        (edited('config.json', architectures=['GPT2LMHeadModel']), r"architectures is \['GPT2LMHeadModel'\], allowed is"),
+        (edited('config.json', hidden_size=None), r'hidden_size is None, allowed is an integer'),
+        (edited('config.json', num_attention_heads=3), r'shape of .*o_proj\.weight is \(16, 16\), allowed is \(16, 24\)'),
+        (edited('config.json', num_hidden_layers=3), r'tensors that are missing is .*layers\.2\.'),
+        (without_a_shard, r'model-00002-of-.* is not there: model\.safetensors\.index\.json names \d+ shards'),
+        (removed('model.safetensors'), r'has no weights, allowed is'),
+        (cut_short, r'is not a whole safetensors file'),
+        (removed('tokenizer.json'), r'tokenizer\.json is not there'),
+        (written('tokenizer.json', '{'), r'tokenizer\.json'),
+        (written('tokenizer.json', '{}'), r'tokenizer\.json|byte-level BPE'),
+        (written('generation_config.json', '{'), r'generation_config\.json is no JSON object'),
+        (written('generation_config.json', '[]'), r'generation_config\.json is no JSON object'),
+        (unasked, r"passage 1 \('dogs 1'\) has no questions, allowed is"),
+        (written('passages.json', '[]'), r'has no passages'),
+        (written('passages.json', '[{"title": "dogs"}]'), r'is not of SQuAD'),
+        (written('passages.json', b'\xff'), r'is not of SQuAD'),
+        (removed('passages.json'), r'passages\.json is not there'),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_one_line_before_any_training(folder, tmp_path, capsys, spoil, said):
+    spoiled = tmp_path / 'model'
+    shutil.copytree(folder, spoiled)
+    spoil(spoiled)
+    data = str(spoiled / 'passages.json')
+    places = ['--runs', str(tmp_path / 'runs'), '--results', str(tmp_path / 'rows.jsonl')]
+    sizes = '--rounds 1 --contexts 2 --each 2 --tests 2 --dtype float32'.split()
+    assert seal_squad.main(['--model', str(spoiled), '--data', data, '--test-data', data, *sizes, *places]) == 2
+    complaint = capsys.readouterr()
+    assert complaint.err.count('\n') == 1 and re.search(said, complaint.err), complaint.err
+    assert not complaint.out and {path.name for path in tmp_path.iterdir()} == {'model'}

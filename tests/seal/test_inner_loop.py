@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
+from nested_jax.config import LevelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.seal.buckets import Candidate, buckets
 from nested_jax.seal.inner_loop import InnerConfig, learn_all, make_inner_loop
 from nested_jax.seal.lora import LoraConfig, attach, init_lora
-from tests.models.small_models import random_params, small
+from tests.models.small_models import random_params, shapes, small
 
 CONFIG = InnerConfig(lora=LoraConfig(rank=2, alpha=4.0, targets=('query', 'down')))
 MODEL = LanguageModel(small('transformer'))
@@ -117,6 +118,29 @@ def test_the_weights_are_held_once():
 
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     assert (used(32) - used(1)) / 31 < weights / 2
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_memory_grows_by_the_adapters_alone(devices):
+    """A candidate of two tokens and an adapter much larger than what the tokens need, beside weights much larger than that."""
+    hidden, rank, layers = 2048, 512, 2
+    model = LanguageModel(small('transformer', levels=(LevelConfig(hidden, 1),)))
+    params = shapes(model)
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=rank, alpha=1.0, targets=('query',)))
+    loop = make_inner_loop(model, config, jax.devices()[:devices])
+
+    def used(count: int) -> int:
+        ((_, batch),) = buckets([Candidate(((1, 2),), 0.1, 1, seed=seed) for seed in range(count)])
+        memory = loop.lower(params, batch).compile().memory_analysis()  # of one device
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    adapter = size(jax.eval_shape(lambda: init_lora(params, jax.random.key(0), config.lora)))
+    activations = 4 * layers * 2 * 3 * hidden  # float32: gate, up and their product of two tokens
+    assert activations < adapter < size(params) / 6
+    each = devices * (used(64) - used(16)) / 48
+    # Six: the adapter, its gradient and two moments, what replaces the adapter, and what is returned.
+    assert each < 6.5 * adapter + activations, (each / adapter, activations / adapter)
 
 
 def test_bad_settings_are_named():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from nested_jax.config import LevelConfig
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.seal.lora import LoraConfig, attach, init_lora, merge
-from tests.models.small_models import random_params, small
+from tests.models.small_models import random_params, shapes, small
 
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 8))
 CONFIG = LoraConfig(rank=3, alpha=6.0, targets=('query', 'value', 'down'))
@@ -68,6 +69,24 @@ def test_a_stack_holds_the_weights_once():
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     each = (used(65) - used(1)) / 64
     assert each < weights / 8, (each, weights)
+
+
+def test_a_stack_grows_by_its_adapters():
+    """Of a rank at which they are much larger than what one token needs, over weights much larger than that."""
+    model = LanguageModel(small('transformer', levels=(LevelConfig(2048, 1),)))
+    params, config = shapes(model), LoraConfig(rank=512, alpha=1.0, targets=('query',))
+    stack = lambda count: jax.eval_shape(jax.vmap(lambda key: init_lora(params, key, config)), jax.random.split(jax.random.key(0), count))
+
+    def used(count: int) -> int:
+        apply = jax.vmap(lambda params, adapters: model.apply(attach(params, adapters, config), TOKENS[:1, :1])[0], (None, 0))
+        memory = jax.jit(apply).lower(params, stack(count)).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    adapter, activations = size(stack(1)), 4 * 3 * 2048  # float32: gate, up and their product of one layer
+    each = (used(64) - used(16)) / 48
+    # Two and a half: the adapters, b as it is scaled, and a layout of both that XLA computes with.
+    assert each < 2.5 * adapter + activations < size(params), (each / adapter, activations / adapter)
 
 
 def test_targets_are_ends_of_paths():
