@@ -74,8 +74,8 @@ def time_published(name: str, config: ModelConfig, sizes: Sizes, repeats: int) -
             where one is not finite at the end.
     """
     model = LanguageModel(config)
-    params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf.astype(config.dtype), model.init(jax.random.key(0), _tokens(config, 1, 16))))()
-    params = params['params']
+    start = lambda: model.init(jax.random.key(0), _tokens(config, 1, 16))['params']
+    params = jax.jit(lambda: jax.tree.map(lambda leaf: leaf.astype(config.dtype), start()))()
     together, alone = (candidates_of(config, sizes, count) for count in (sizes.candidates, 1))
     inner = make_inner_loop(model, INNER)
     learn, compile_s = compile_timed(inner, params, together)

@@ -1,4 +1,4 @@
-"""The check of scripts/benchmarks/seal.py: candidates together and alone agree, and one that learns a little more is told."""
+"""The checks of SEAL's benchmarks: candidates together and alone agree, and one that learns otherwise is told."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,10 @@ import pytest
 from experiments import seal_world
 from nested_jax.data.tasks.biographies import END, World
 from nested_jax.seal.buckets import Candidate, buckets
-from scripts.benchmarks import seal
+from scripts.benchmarks import seal, seal_published
+from scripts.benchmarks.timing import Settings
+
+SMOKE = Settings(repeats=1, smoke=True)
 
 
 @pytest.mark.slow
@@ -28,3 +31,28 @@ def test_the_difference_is_that_of_the_worst_candidate():
     base = dict(a=np.ones((2, 3, 4)), b=np.full((2, 5), 1e-3))
     other = dict(a=base['a'], b=base['b'] * np.array([[1.0], [1.01]]))
     assert seal.difference(other, base) == pytest.approx(0.01) and seal.difference(base, base) == 0
+
+
+@pytest.mark.slow
+def test_published_shapes_have_a_small_form():
+    (row,) = seal_published.published_shapes(SMOKE)
+    assert row['tokens'] == 24 and row['candidates'] == 2 and row['real_share'] == pytest.approx(21 / 36)
+    assert row['ratio'] == pytest.approx(row['seconds_alone'] / row['seconds_per_candidate'])
+    assert row['loss_gap'] < 1e-2 and row['evaluation_seconds_per_candidate'] > 0
+
+
+@pytest.mark.slow
+def test_a_candidate_that_its_company_changes_is_told(monkeypatch):
+    make = seal_published.make_inner_loop
+
+    def leaking(*args):
+        loop = make(*args)
+        return lambda params, batch: (found := loop(params, batch))._replace(loss=found.loss * batch.seed.shape[0])
+
+    monkeypatch.setattr(seal_published, 'make_inner_loop', leaking)
+    with pytest.raises(RuntimeError, match="a candidate's loss in company is .*, alone"):
+        next(seal_published.published_shapes(SMOKE))
+
+
+def test_published_shapes_need_an_accelerator(capsys):
+    assert list(seal_published.published_shapes(Settings(repeats=1))) == [] and 'no accelerator' in capsys.readouterr().out
