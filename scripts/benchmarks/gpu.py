@@ -1,7 +1,7 @@
 """The suite 'gpu': `python scripts/bench.py --suite gpu --repeats 5`, at most nine minutes on one H100 or H200.
 
 The first few cells (`gpu_cells.py`) that take long to compile do so before any is timed, in processes side by side that share a cache of
-programs: with eight and more at a time on 16 cores none came to its end within three minutes. Then cells run in a process of their own,
+programs: with eight at a time on 16 cores not all came to their end within three minutes. Then cells run in a process of their own,
 one after another, each row being written at once. A cell that fails has a row that says why. One that takes longer than its budget, or
 takes the process with it, is given up, and another process goes on with the next. No cell is begun that could not end in time.
 """
