@@ -6,7 +6,8 @@ v 13.90 / 55.1, q 12.19 / 57.4. As the last line takes adaptive queries away, it
 
 The base is hope-tiny, MLP memories with momentum, or hope-linear-tiny (`--base`), on bytes of the embedded corpus: 0.41M tokens, three
 seeds, one learning rate for all arms. Static projections and values in place of a memory, no erasure, no momentum, no forgetting, one
-level of as many hidden units. Chunks of 64 in place of 16 tokens are no part taken away, but what an accelerator would rather have.
+level of as many hidden units. Two arms take no part away: chunks of 64 in place of 16 tokens, which an accelerator would rather have, and
+matrices in place of Hope's MLPs for all but the memory that is read.
 
 The whole model also answers what critics asked (`probe` in its row):
 
@@ -47,9 +48,10 @@ from nested_jax.training.loop import Result
 
 EXPERIMENT = 'ablations'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
-WHOLE, ADAPTIVE_QUERY, STATIC, LONG = 'whole', 'with query', 'without self-modification', 'chunks of 64'
+WHOLE, ADAPTIVE_QUERY, STATIC, LONG, MATRICES = 'whole', 'with query', 'without self-modification', 'chunks of 64', 'matrix projections'
 PARTS = ('retention', 'dgd', 'momentum', 'cms', 'key', 'value', 'target', 'eta', 'alpha')
-ARMS = (WHOLE, *(f'without {part}' for part in PARTS), ADAPTIVE_QUERY, STATIC, LONG)
+ARMS = (WHOLE, *(f'without {part}' for part in PARTS), ADAPTIVE_QUERY, STATIC, LONG, MATRICES)
+ARMS_OF_MLPS = ('without momentum', MATRICES)  # that hope-linear does not have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Args(TextArgs):
     base: Literal['hope', 'hope-linear'] = 'hope-linear'
     """The whole model: with MLP memories, or with matrix memories, which have no momentum."""
     arms: tuple[str, ...] = ()
-    """'whole', 'without <part>', 'with query', 'without self-modification' or 'chunks of 64'; none: all that the base has."""
+    """'whole', 'without <part>', 'with query', 'without self-modification', 'chunks of 64', 'matrix projections'; none: all."""
     runs: pathlib.Path = pathlib.Path('runs') / EXPERIMENT
     """Folder of the runs' checkpoints."""
     results: pathlib.Path = RESULTS
@@ -73,7 +75,7 @@ class Args(TextArgs):
     @property
     def chosen(self) -> tuple[str, ...]:
         """The arms to run."""
-        return self.arms or tuple(arm for arm in ARMS if self.base == 'hope' or arm != 'without momentum')
+        return self.arms or tuple(arm for arm in ARMS if self.base == 'hope' or arm not in ARMS_OF_MLPS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,6 +104,7 @@ def arm_config(base: str, arm: str) -> ModelConfig:
         ADAPTIVE_QUERY: dataclasses.replace(config.memory, adaptive_query=True),
         STATIC: dataclasses.replace(config.memory, self_modified=()),
         LONG: dataclasses.replace(config.memory, chunk_size=64, projection_chunk_size=64),
+        MATRICES: dataclasses.replace(config.memory, matrix_memories=('key', 'value', 'eta', 'alpha')),
     }
     if arm in changed:
         return dataclasses.replace(config, memory=changed[arm])

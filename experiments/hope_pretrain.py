@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nested_jax.config import InSequenceConfig, ModelConfig, as_dict
+from nested_jax.config import InSequenceConfig, MemoryName, ModelConfig, as_dict
 from nested_jax.models.presets import preset, with_periods, without
 from nested_jax.training.cluster import ClusterError, Mode, ProcessConfig, find_cluster, has_tpu, run_to_exit
 from nested_jax.training.config import TrainConfig, check_devices, check_kernels, check_model, claim_folder, private_cache
@@ -74,6 +74,8 @@ class ModelArgs:
     """Share of the embeddings and of what each layer adds to them that training drops."""
     without: tuple[Literal['dgd', 'momentum', 'retention', 'cms', 'key', 'value', 'target', 'eta', 'alpha'], ...] = ()
     """Parts of Hope to leave out, for ablations; key to alpha: what static projections give instead of a memory."""
+    matrix_memories: tuple[MemoryName, ...] = ()
+    """Which of Hope's memories are matrices, beside MLPs."""
     periods: tuple[int, ...] = ()
     """Tokens between two updates of each CMS level, fastest first; none: the preset's."""
     in_sequence: InSequenceConfig = InSequenceConfig(blocks=())
@@ -89,6 +91,8 @@ class ModelArgs:
             changes.append(' with QK-norm')
         if self.dropout:
             changes.append(f' with dropout {self.dropout}')
+        if self.matrix_memories:
+            changes.append(' with matrices ' + ' '.join(self.matrix_memories))
         if self.periods:
             changes.append(' with periods ' + ' '.join(map(str, self.periods)))
         if self.in_sequence.blocks:
@@ -201,6 +205,9 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
         model_config = dataclasses.replace(model_config, attention=dataclasses.replace(model_config.attention, qk_norm=True))
     for part in args.model.without:
         model_config = without(model_config, part)
+    if args.model.matrix_memories:
+        memory = dataclasses.replace(model_config.memory, matrix_memories=args.model.matrix_memories)
+        model_config = dataclasses.replace(model_config, memory=memory)
     if args.model.periods:
         model_config = with_periods(model_config, args.model.periods)
     if args.model.in_sequence != ModelArgs.in_sequence:

@@ -7,6 +7,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 SelfModified = Literal['key', 'value', 'target', 'eta', 'alpha']
+MemoryName = Literal['memory', 'key', 'value', 'query', 'eta', 'alpha']
 KernelSet = Literal['plain', 'gpu', 'gpu_unverified', 'tpu']  # see nested_jax.layers.kernels
 Mixer = Literal[
     'attention', 'titans', 'gated-delta-rule', 'self-modifying',
@@ -103,6 +104,7 @@ class MemoryConfig:
     positive_eigenvalues: bool = False  # keep eta below alpha, so that no eigenvalue turns negative
     negative_eigenvalues: bool = False  # of the (gated) delta rule: beta up to 2 instead of 1
     self_modified: tuple[SelfModified, ...] = get_args(SelfModified)  # what memories generate; the rest is static; 'target': v_hat, else v
+    matrix_memories: tuple[MemoryName, ...] = added(())  # self-modifying memories that are matrices beside MLPs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +244,7 @@ class ModelConfig:
         memory = self.memory
         known = set(memory.self_modified) <= set(get_args(SelfModified))
         check(known, 'memory.self_modified', memory.self_modified, f'some of {get_args(SelfModified)}')
+        self._check_kinds()
         sizes = memory.chunk_size, memory.projection_chunk_size
         names = 'memory.chunk_size and memory.projection_chunk_size'
         check(max(sizes) % min(sizes) == 0, names, sizes, 'sizes of which one divides the other')
@@ -253,6 +256,16 @@ class ModelConfig:
         if self.mixer == 'atlas':
             longest = memory.chunk_size + 1
             check(memory.window <= longest, 'memory.window', memory.window, f'at most memory.chunk_size + 1, {longest}')
+
+    def _check_kinds(self) -> None:
+        """Of memories that are matrices beside MLPs."""
+        memory, mixes = self.memory, self.mixer == 'self-modifying' and self.memory.kind == 'mlp'
+        names = {name for name in get_args(MemoryName) if name != 'query' or memory.adaptive_query}
+        some = set(memory.matrix_memories) < names
+        allowed = f'some of {get_args(MemoryName)}, query with adaptive_query only; for all of them: kind=matrix'
+        check(some, 'memory.matrix_memories', memory.matrix_memories, allowed)
+        alone = mixes or not memory.matrix_memories
+        check(alone, 'memory.matrix_memories', memory.matrix_memories, "none but with self-modifying memories of kind='mlp'")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'ModelConfig':

@@ -13,9 +13,6 @@ from nested_jax.layers.kernels import self_modifying_form
 from nested_jax.layers.memory_block import MemoryBlock
 from nested_jax.memory import self_modifying as memory
 
-_WIDE = ('memory', 'key', 'value', 'query')
-_GATES = ('eta', 'alpha')
-
 
 class SelfModifyingTitansState(NamedTuple):
     """What one layer carries from call to call."""
@@ -57,17 +54,22 @@ class SelfModifyingTitans(nn.Module):
         """The meta-learned initial states: one parameter for each memory and layer, concatenated."""
         heads, width = self.config.num_heads, self.config.head_dim
         hidden = self.config.memory.hidden_dim or width
-        small = nn.initializers.normal(0.02)
-        names = _WIDE[: rule.wide] + _GATES
-        if rule.kind == 'matrix':
-            shapes = [(heads, width, 1 if name in _GATES else width) for name in names]
-            first = [self.param(f'initial_{name}', small, shape) for name, shape in zip(names, shapes, strict=True)]
+        small, lecun = nn.initializers.normal(0.02), nn.initializers.normal(width**-0.5)
+        wide, names = memory.WIDE[: rule.wide], memory.WIDE[: rule.wide] + memory.GATES
+        outputs = {name: width if name in wide else 1 for name in names}
+        is_matrix = lambda name: rule.kind == 'matrix' or name in rule.matrix_memories
+        mlps = [name for name in names if not is_matrix(name)]
+        first = [self.param(f'initial_{name}_in', lecun, (heads, width, hidden)) for name in mlps]
+        first += [self.param(f'initial_{name}', small, (heads, width, outputs[name])) for name in names if is_matrix(name)]
+        if not mlps:
             return memory.Memories(jnp.concatenate(first, -1), None, None)
-        lecun = nn.initializers.normal(width**-0.5)
-        first = [self.param(f'initial_{name}_in', lecun, (heads, width, hidden)) for name in names]
-        wide = [self.param(f'initial_{name}_out', small, (heads, hidden, width)) for name in names[: rule.wide]]
-        gate = [self.param(f'initial_{name}_out', small, (heads, hidden, 1)) for name in _GATES]
-        return memory.Memories(jnp.concatenate(first, -1), jnp.stack(wide, 1), jnp.stack(gate, 1))
+        second = {name: self.param(f'initial_{name}_out', small, (heads, hidden, outputs[name])) for name in mlps}
+        none = [jnp.zeros((heads, 0, hidden, columns), first[0].dtype) for columns in (width, 1)]
+        stacked = [
+            jnp.concatenate([empty, *(second[name][:, None] for name in mlps if name in chosen)], 1)
+            for empty, chosen in zip(none, (wide, memory.GATES), strict=True)
+        ]
+        return memory.Memories(jnp.concatenate(first, -1), *stacked)
 
 
 def _unwritten(rows: memory.Inputs) -> memory.Inputs:

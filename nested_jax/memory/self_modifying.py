@@ -16,23 +16,27 @@ would first have to unlearn k. Unit norms keep each step bounded: a memory's own
 
 Two grids of chunks: k, v, eta, alpha and v_hat are read from the memories at their projection chunk's start, the
 gradient of M_memory is taken at its own chunk's start (Eq. 90). The memories share key, eta and alpha, so the first
-layers (for matrix memories: the only ones) are one layer with concatenated outputs and one triangular system a chunk.
+layers (for matrix memories: the only ones) are one layer with concatenated outputs and one triangular system a chunk. Each memory may be
+of either kind: `matrix_memories` names those that are matrices beside MLPs.
 
 Einsum letters: b batch, h head, m memory, c token of the chunk, d head width, f hidden unit.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nested_jax.memory import chunk, grid
 from nested_jax.memory.products import inner, product
 from nested_jax.memory.rows import normalize, scale_rows, square_norms
 
-_GATES = 2  # eta, alpha: memories with one output
+WIDE = ('memory', 'key', 'value', 'query')  # memories with a head's width of outputs
+GATES = ('eta', 'alpha')  # memories with one output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Rule:
     """How the memories are read and written; the fields are those of `nested_jax.config.MemoryConfig`."""
 
     kind: Literal['matrix', 'mlp'] = 'mlp'
+    matrix_memories: tuple[str, ...] = ()
     chunk_size: int = 16
     projection_chunk_size: int = 16
     dgd: Literal['per_layer', 'input_only', 'none'] = 'per_layer'
@@ -61,11 +66,16 @@ class Rule:
         """Memories with a head's width of outputs: memory, key, value and perhaps query."""
         return 4 if self.adaptive_query else 3
 
+    def places(self, kind: Literal['matrix', 'mlp']) -> tuple[list[int], list[int]]:
+        """Which of the wide memories, and which of eta and alpha, are of a kind; of rules that mix them."""
+        of_kind = lambda names: [place for place, name in enumerate(names) if (name in self.matrix_memories) == (kind == 'matrix')]
+        return of_kind(WIDE[: self.wide]), of_kind(GATES)
+
 
 class Memories(NamedTuple):
     """Weights of all memories, in the order memory, key, value, (query), eta, alpha; leading axes (B, H) or (H,).
 
-    Matrix memories are first layers only.
+    Matrix memories are first layers only; beside MLPs they come after these, and the second layers are fewer.
     """
 
     first: jax.Array  # (..., D, m D + 2) matrix; (..., D, (m + 2) F) MLP
@@ -254,11 +264,25 @@ def _chunk(rule: Rule, scale: jax.Array, start: Memories, carry, tokens: _Tokens
 
 def _join(rule: Rule, memory: Memories, rest: Memories) -> Memories:
     """M_memory from the one, the projections' memories from the other."""
-    width = rest.first.shape[-2] if rest.wide is None else rest.wide.shape[-2]  # of M_memory's first layer: D or F
-    first = jnp.concatenate([memory.first[..., :width], rest.first[..., width:]], -1)
-    if rest.wide is None:
-        return Memories(first, None, None)
+    columns = _memory_columns(rule, rest)
+    parts = rest.first[..., : columns.start], memory.first[..., columns], rest.first[..., columns.stop :]
+    first = jnp.concatenate([part for part in parts if part.size], -1)
+    if rest.wide is None or 'memory' in rule.matrix_memories:
+        return rest._replace(first=first)
     return Memories(first, jnp.concatenate([memory.wide[..., :1, :, :], rest.wide[..., 1:, :, :]], -3), rest.gate)
+
+
+def _memory_columns(rule: Rule, memories: Memories) -> slice:
+    """Those of M_memory in the first layers: D or F."""
+    if memories.wide is None:
+        return slice(0, memories.first.shape[-2])
+    count, hidden = _mlps(memories)
+    return slice(count * hidden, count * hidden + memories.first.shape[-2]) if 'memory' in rule.matrix_memories else slice(0, hidden)
+
+
+def _mlps(memories: Memories) -> tuple[int, int]:
+    """How many memories are MLPs, and their hidden units."""
+    return memories.wide.shape[-3] + memories.gate.shape[-3], memories.wide.shape[-2]
 
 
 def _activate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -267,36 +291,72 @@ def _activate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _by_memory(rule: Rule, rows: jax.Array) -> jax.Array:
-    """Rows of all first layers, (..., c, (m + 2) F) -> (..., m + 2, c, F).
+def _by_memory(count: int, rows: jax.Array) -> jax.Array:
+    """Rows of all first layers, (..., c, count F) -> (..., count, c, F).
 
     As cuts, not a reshape and a transposition: XLA's CPU backend computes these element by element within what it fuses them with.
     The derivative is the inverse, not a sum of padded cuts.
     """
-    return jnp.stack(jnp.split(rows, rule.wide + _GATES, -1), -3)
+    return jnp.stack(jnp.split(rows, count, -1), -3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _side_by_side(rule: Rule, rows: jax.Array) -> jax.Array:
-    """Inverse of `_by_memory`, (..., m + 2, c, F) -> (..., c, (m + 2) F)."""
-    return jnp.concatenate([rows[..., i, :, :] for i in range(rule.wide + _GATES)], -1)
+def _side_by_side(count: int, rows: jax.Array) -> jax.Array:
+    """Inverse of `_by_memory`, (..., count, c, F) -> (..., c, count F)."""
+    return jnp.concatenate([rows[..., i, :, :] for i in range(count)], -1)
 
 
-_by_memory.defvjp(lambda rule, rows: (_by_memory(rule, rows), None), lambda rule, _, cotangent: (_side_by_side(rule, cotangent),))
-_side_by_side.defvjp(lambda rule, rows: (_side_by_side(rule, rows), None), lambda rule, _, cotangent: (_by_memory(rule, cotangent),))
+_by_memory.defvjp(lambda count, rows: (_by_memory(count, rows), None), lambda count, _, cotangent: (_side_by_side(count, cotangent),))
+_side_by_side.defvjp(lambda count, rows: (_side_by_side(count, rows), None), lambda count, _, cotangent: (_by_memory(count, cotangent),))
+
+
+def _cut(rule: Rule, memories: Memories, rows: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Outputs of all first layers: those of MLPs, (..., count, c, F), and of matrices beside them, (..., c, columns) or None."""
+    count, hidden = _mlps(memories)
+    if not rule.matrix_memories:
+        return _by_memory(count, rows), None
+    return _by_memory(count, rows[..., : count * hidden]), rows[..., count * hidden :]
 
 
 def _outputs(rule: Rule, memories: Memories, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """f(x) of all memories, (..., c, D) -> (..., m, c, D), of matrix memories (..., c, m, D), and (..., c, 2)."""
     if rule.kind == 'matrix':
         return _split(rule, product(x, memories.first))
-    wide, gate = jnp.split(jax.nn.silu(_by_memory(rule, product(x, memories.first))), [rule.wide], -3)
-    return product(wide, memories.wide), jnp.moveaxis(product(gate, memories.gate)[..., 0], -2, -1)
+    rows, of_matrices = _cut(rule, memories, product(x, memories.first))
+    wide, gate = jnp.split(jax.nn.silu(rows), [memories.wide.shape[-3]], -3)
+    wide, gate = product(wide, memories.wide), jnp.moveaxis(product(gate, memories.gate)[..., 0], -2, -1)
+    return (wide, gate) if of_matrices is None else _merge(rule, wide, gate, of_matrices)
+
+
+def _merge(rule: Rule, wide: jax.Array, gate: jax.Array, of_matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Outputs of MLPs and of the matrices beside them, (..., c, columns), in the order of all memories."""
+    matrices, width = len(rule.places('matrix')[0]), wide.shape[-1]
+    ends = [place * width for place in range(1, matrices + 1)]
+    *wide_of_matrices, gate_of_matrices = jnp.split(of_matrices, ends, -1)
+    wide = _ordered(rule.places('mlp')[0], jnp.unstack(wide, axis=-3), wide_of_matrices)
+    gate = _ordered(rule.places('mlp')[1], jnp.unstack(gate, axis=-1), jnp.unstack(gate_of_matrices, axis=-1))
+    return jnp.stack(wide, -3), jnp.stack(gate, -1)
+
+
+def _ordered(places: list[int], of_places: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[jax.Array]:
+    """One list of both, in which the first stand at `places`."""
+    first, second = iter(of_places), iter(others)
+    return [next(first if place in places else second) for place in range(len(of_places) + len(others))]
+
+
+def _targets(rule: Rule, generated: _Generated) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Inverse of `_merge`: targets (B, H, m, c, D) of wide MLPs, (B, H, c, g) of gates that are, and (B, H, c, columns) of matrices."""
+    wide, gate = generated.wide_target, generated.gate_target
+    if not rule.matrix_memories:
+        return wide, gate, None
+    (of_wide, of_gate), (wide_matrices, gate_matrices) = rule.places('mlp'), rule.places('matrix')
+    columns = [wide[:, :, place] for place in wide_matrices] + [gate[..., place : place + 1] for place in gate_matrices]
+    return wide[:, :, np.array(of_wide, int)], gate[..., np.array(of_gate, int)], jnp.concatenate(columns, -1)
 
 
 def _split(rule: Rule, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Concatenated outputs of matrix memories, (..., c, m D + 2) -> (..., c, m, D) and (..., c, 2)."""
-    return rows[..., :-_GATES].reshape(*rows.shape[:-1], rule.wide, -1), rows[..., -_GATES:]
+    return rows[..., : -len(GATES)].reshape(*rows.shape[:-1], rule.wide, -1), rows[..., -len(GATES) :]
 
 
 def _generate(rule: Rule, scale: jax.Array, source: Memories, tokens: _Tokens) -> _Generated:
@@ -355,39 +415,43 @@ def _write_matrix(rule: Rule, generated: _Generated, anchor: Memories, running: 
     if rule.read == 'anchor':
         y = generated.query @ anchor.first[..., :width]
     else:
-        y = _read_columns(decays, writes, generated.query, running.first, pushed, rest, width)
+        y = _read_columns(decays, writes, generated.query, running.first, pushed, rest, slice(width))
     return y, (Memories(first, None, None), None if momentum is None else Memories(pushed_after, None, None))
 
 
-def _read_columns(decays, writes: chunk.LayerWrites, queries, weight, momentum, rest, width: int) -> jax.Array:
-    """Running read of a layer's first `width` outputs."""
-    cut = lambda x: None if x is None else x[..., :width]
+def _read_columns(decays, writes: chunk.LayerWrites, queries, weight, momentum, rest, columns: slice) -> jax.Array:
+    """Running read of some of a layer's outputs."""
+    cut = lambda x: None if x is None else x[..., columns]
     some = chunk.LayerWrites(writes.inputs, cut(writes.pushes), cut(writes.erasures))
     return chunk.read_running(decays, some, queries, cut(weight), cut(momentum), rest=cut(rest))
 
 
 def _write_mlp(rule: Rule, generated: _Generated, anchor: Memories, running: Memories, momentum: Memories | None, rest: Memories | None):
-    """Outputs and (running, momentum) after a chunk of writes to MLP memories, each layer by its own input."""
-    key, eta, rate = generated.key, generated.eta, generated.rate
-    to_hidden = product(key, anchor.first)
-    hidden, slope = _activate(_by_memory(rule, to_hidden))
-    wide_rows, gate_rows = jnp.split(hidden, [rule.wide], -3)
+    """Outputs and (running, momentum) after a chunk of writes to MLP memories, and matrices beside them, each layer by its own input."""
+    key, eta, rate, wide_count = generated.key, generated.eta, generated.rate, anchor.wide.shape[-3]
+    of_first_layers = product(key, anchor.first)
+    rows, of_matrices = _cut(rule, anchor, of_first_layers)
+    hidden, slope = _activate(rows)
+    wide_rows, gate_rows = jnp.split(hidden, [wide_count], -3)
     wide_output, gate_output = product(wide_rows, anchor.wide), product(gate_rows, anchor.gate)
-    wide_error = wide_output - generated.wide_target
-    gate_error = gate_output - jnp.moveaxis(generated.gate_target, -1, -2)[..., None]
+    wide_target, gate_target, matrix_target = _targets(rule, generated)
+    wide_error = wide_output - wide_target
+    gate_error = gate_output - jnp.moveaxis(gate_target, -1, -2)[..., None]
     back = jnp.concatenate([inner(wide_error, anchor.wide), inner(gate_error, anchor.gate)], -3) * slope
     back = scale_rows(back, damping(rule, eta[..., None, :], _steepness(anchor, slope), erased=rule.dgd != 'none'))
     # Rows that the erasures would compute again, if the weights are those of the anchor.
-    known = (to_hidden, wide_output, gate_output) if anchor is running else (None,) * 3
+    known = (of_first_layers, wide_output, gate_output) if anchor is running else (None,) * 3
     decays = chunk.chunk_decays(generated.log_alpha, momentum=generated.momentum)
     each = jax.tree.map(lambda x: jnp.expand_dims(x, 2), decays)
     shrink = damping(rule, eta[..., None, :], square_norms(hidden), erased=rule.dgd == 'per_layer')
     of_first, of_second = _erasures(rule, each, key, hidden, eta[..., None, :], shrink)
     first, *second = zip(*(_layers(x) for x in (running, momentum, rest)), strict=True)
-    back = _side_by_side(rule, back)
+    back = _side_by_side(back.shape[2], back)
+    if of_matrices is not None:
+        back = jnp.concatenate([back, of_matrices - matrix_target], -1)
     first_writes = chunk.layer_writes(decays, key, back, rate, *first[:2], outputs=known[0], rest=first[2], **of_first)
     after = [chunk.weight_after(decays, first_writes, *first[:2], rest=first[2])]
-    writes, parts = [], (slice(rule.wide), slice(rule.wide, None))
+    writes, parts = [], (slice(wide_count), slice(wide_count, None))
     rows = zip(parts, (wide_rows, gate_rows), (wide_error, gate_error), known[1:], second, strict=True)
     for part, inputs, error, outputs, weights in rows:
         cut = {name: x[:, :, part] for name, x in of_second.items()}
@@ -438,10 +502,13 @@ def _layers(memories: Memories | None) -> tuple:
 
 def _read_mlp(rule: Rule, query, anchor: Memories, decays, first_writes, second_writes, first, second) -> jax.Array:
     """M_memory at the queries; `first` and `second` are (weight, momentum, rest) of its layers."""
-    width = anchor.wide.shape[-2]
+    columns = _memory_columns(rule, anchor)
+    rows = query @ anchor.first[..., columns] if rule.read == 'anchor' else _read_columns(decays, first_writes, query, *first, columns)
+    if 'memory' in rule.matrix_memories:
+        return rows
+    hidden = jax.nn.silu(rows)
     if rule.read == 'anchor':
-        return jax.nn.silu(query @ anchor.first[..., :width]) @ anchor.wide[..., 0, :, :]
-    hidden = jax.nn.silu(_read_columns(decays, first_writes, query, *first, width))
+        return hidden @ anchor.wide[..., 0, :, :]
     one = lambda x: None if x is None else x[..., 0, :, :]
     return chunk.read_running(
         decays, chunk.LayerWrites(*map(one, second_writes)), hidden, one(second[0]), one(second[1]), rest=one(second[2])
@@ -515,10 +582,13 @@ def _layer_inputs(rule: Rule, at: Memories, key: jax.Array, eta: jax.Array) -> t
     """Each layer's own input at one key, its learning rate and its rate of erasure, broadcastable to the layer."""
     if rule.kind == 'matrix':
         return Memories(key, None, None), Memories(eta, None, None), Memories(eta, None, None)
-    hidden, slope = _activate(_by_memory(rule, key[None] @ at.first))
+    rows, of_matrices = _cut(rule, at, key[None] @ at.first)
+    hidden, slope = _activate(rows)
     first = eta * damping(rule, eta, _steepness(at, slope)[:, 0], erased=rule.dgd != 'none')
-    hidden = hidden[:, 0]
+    hidden, wide = hidden[:, 0], at.wide.shape[-3]
     rates = (eta * damping(rule, eta, jnp.sum(hidden**2, -1), erased=rule.dgd == 'per_layer'))[:, None, None]
-    second = rates[: rule.wide], rates[rule.wide :]
-    inputs = Memories(key, hidden[: rule.wide], hidden[rule.wide :])
-    return inputs, Memories(jnp.repeat(first, hidden.shape[-1])[None], *second), Memories(eta, *second)
+    second = rates[:wide], rates[wide:]
+    columns = jnp.repeat(first, hidden.shape[-1])
+    if of_matrices is not None:
+        columns = jnp.concatenate([columns, jnp.full(of_matrices.shape[-1], eta)])
+    return Memories(key, hidden[:wide], hidden[wide:]), Memories(columns[None], *second), Memories(eta, *second)

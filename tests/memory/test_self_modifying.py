@@ -31,6 +31,10 @@ CASES = {
         dict(kind='mlp', chunk_size=8, projection_chunk_size=4, dgd='input_only', decay_to='init', adaptive_query=True),
         False,
     ),
+    'mixed': (
+        dict(kind='mlp', matrix_memories=('memory', 'value', 'eta'), chunk_size=4, projection_chunk_size=8, decay_to='init'),
+        True,
+    ),
 }
 
 
@@ -63,13 +67,23 @@ def _make(rule: Rule, momentum: bool, length: int = LENGTH, seed: int = 0, heads
     inputs = Inputs(
         _unit(normal(*rows)), _unit(normal(*rows)), normal(*rows), normal(*gates), normal(*gates) - 2, normal(*gates) if momentum else None
     )
-    count = rule.wide
-    if rule.kind == 'matrix':
-        initial = Memories(0.5 * normal(heads, WIDTH, count * WIDTH + 2), None, None)
-    else:
-        first, wide, gate = (heads, WIDTH, (count + 2) * HIDDEN), (heads, count, HIDDEN, WIDTH), (heads, 2, HIDDEN, 1)
-        initial = Memories(normal(*first), normal(*wide), normal(*gate))
+    matrices, (wide, gates) = _matrix_columns(rule), ((), ()) if rule.kind == 'matrix' else rule.places('mlp')
+    first = 0.5 * normal(heads, WIDTH, len(matrices))
+    if wide or gates:
+        first = np.concatenate([normal(heads, WIDTH, (len(wide) + len(gates)) * HIDDEN), first], -1)
+    initial = Memories(first, None, None)
+    if wide or gates:
+        initial = Memories(first, normal(heads, len(wide), HIDDEN, WIDTH), normal(heads, len(gates), HIDDEN, 1))
     return jax.tree.map(jnp.asarray, (inputs, np.array([1.0, 3.0])[:heads], initial))
+
+
+def _matrix_columns(rule: Rule) -> list[int]:
+    """The memory, wide ones first, then eta and alpha, that each column of the matrix memories belongs to."""
+    if rule.kind == 'matrix':
+        wide, gates = range(rule.wide), range(2)
+    else:
+        wide, gates = rule.places('matrix')
+    return [index for index in wide for _ in range(WIDTH)] + [rule.wide + index for index in gates]
 
 
 def _weights(y):
@@ -139,18 +153,16 @@ def test_with_chunks_of_one_token_gradients_at_the_token_and_at_the_chunks_start
     np.testing.assert_allclose(token, chunk, rtol=0, atol=1e-12)
 
 
-def _of_memory(rule: Rule, index: int, weights: Memories, direction: Memories) -> Memories:
+def _of_memory(rule: Rule, index: int, direction: Memories) -> Memories:
     """`direction` on the weights of one memory (wide ones first, then eta and alpha), zero on the others."""
-    zero = jax.tree.map(jnp.zeros_like, weights)
-    is_gate = index >= rule.wide
-    if rule.kind == 'matrix':
-        columns = slice(index * WIDTH, (index + 1) * WIDTH) if not is_gate else rule.wide * WIDTH + index - rule.wide
-        return zero._replace(first=zero.first.at[..., columns].set(direction.first[..., columns]))
-    columns = slice(index * HIDDEN, (index + 1) * HIDDEN)
-    zero = zero._replace(first=zero.first.at[..., columns].set(direction.first[..., columns]))
-    if is_gate:
-        return zero._replace(gate=zero.gate.at[:, index - rule.wide].set(direction.gate[:, index - rule.wide]))
-    return zero._replace(wide=zero.wide.at[:, index].set(direction.wide[:, index]))
+    wide, gates = ((), ()) if rule.kind == 'matrix' else rule.places('mlp')
+    mlps = [*wide, *(rule.wide + index for index in gates)]
+    owner = np.array([index for index in mlps for _ in range(HIDDEN)] + _matrix_columns(rule))
+    chosen = Memories(jnp.where(owner == index, direction.first, 0.0), None, None)
+    if not mlps:
+        return chosen
+    of = lambda rows, names: rows * (np.array(names, int) == index)[None, :, None, None]
+    return chosen._replace(wide=of(direction.wide, wide), gate=of(direction.gate, mlps[len(wide) :]))
 
 
 @pytest.mark.parametrize('name', [name for name in CASES if name != 'mlp-ablated'])
@@ -161,7 +173,7 @@ def test_outer_gradients_reach_every_initial_memory_and_equal_finite_differences
     gradient = chunked(inputs, scale, initial, jnp.zeros_like(IDS))[1][2]
     whole = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), initial)
     for index in range(rule.wide + 2):
-        direction, step = _of_memory(rule, index, initial, whole), 1e-5
+        direction, step = _of_memory(rule, index, whole), 1e-5
         moved = [value(jax.tree.map(lambda w, d, s=sign * step: w + s * d, initial, direction)) for sign in (-2, -1, 1, 2)]
         difference = (8 * (moved[2] - moved[1]) - (moved[3] - moved[0])) / (12 * step)
         slope = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
@@ -204,7 +216,8 @@ def _stream(name: str, pieces):
 
 
 @pytest.mark.parametrize(
-    'name', ['matrix-chunk', 'mlp-two-grids', *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('matrix-token', 'mlp'))]
+    'name',
+    ['matrix-chunk', 'mlp-two-grids', 'mixed', *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('matrix-token', 'mlp'))],
 )
 def test_a_stream_may_be_cut_anywhere(x64, name):
     chunked, *arguments = _chunked(name)
@@ -258,6 +271,8 @@ BOUNDED = {
     'mlp-gd': dict(kind='mlp', dgd='none'),
     'mlp-input-only': dict(kind='mlp', dgd='input_only'),
     'matrix-chunk-gd-slow-projections': dict(kind='matrix', gradient='chunk', dgd='none', chunk_size=4, projection_chunk_size=20),
+    'mixed': dict(kind='mlp', matrix_memories=('key', 'value', 'eta', 'alpha')),
+    'mixed-gd': dict(kind='mlp', matrix_memories=('memory',), dgd='none'),
     'mlp-slow-projections': dict(kind='mlp', chunk_size=5, projection_chunk_size=20),
 }
 _HARD = ('random', 'one key', 'one key, full rate', 'correlated, full rate', 'flipping values', 'two keys, some retention', 'wild gates')
@@ -294,7 +309,7 @@ def test_memories_stay_bounded_over_two_thousand_tokens(name):
     def read(state, xs):
         piece, start = xs
         _, state = run(piece, state=state, position=jnp.full(len(_HARD), start, jnp.int32))
-        largest = [jnp.abs(x).reshape(len(_HARD), -1).max(1) for x in jax.tree.leaves(state.running)]
+        largest = [jnp.abs(x).reshape(len(_HARD), -1).max(1) for x in jax.tree.leaves(state.running) if x.size]
         return state, jnp.stack(largest).max(0)
 
     first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, jax.tree.map(lambda x: x[0], pieces))[1])

@@ -37,6 +37,19 @@ CASES = {
     'mlp-gd': dict(
         kind='mlp', chunk_size=2, projection_chunk_size=4, dgd='none', positive_eigenvalues=True, self_modified=('key', 'alpha')
     ),
+    # Memories of both kinds.
+    'projections-are-matrices': dict(
+        kind='mlp', matrix_memories=('key', 'value', 'eta', 'alpha'), decay_to='init', chunk_size=4, projection_chunk_size=4
+    ),
+    'memory-is-a-matrix': dict(
+        kind='mlp', matrix_memories=('memory', 'query', 'alpha'), chunk_size=4, projection_chunk_size=2, adaptive_query=True
+    ),
+    'gates-are-matrices': dict(
+        kind='mlp', matrix_memories=('eta', 'alpha'), dgd='none', read='anchor', chunk_size=2, projection_chunk_size=4, decay_to='init'
+    ),
+    'gates-are-mlps': dict(
+        kind='mlp', matrix_memories=('memory', 'key', 'value'), dgd='input_only', read='anchor', chunk_size=4, projection_chunk_size=2
+    ),
     'mlp-static': dict(kind='mlp', chunk_size=2, projection_chunk_size=4, retention=False, positive_eigenvalues=True, self_modified=()),
 }
 WITHOUT_MOMENTUM = ('hope-linear', 'matrix-token-slow-projections', 'mlp-static')  # no momentum with token-wise gradients
@@ -181,21 +194,23 @@ def _make(rule, momentum: bool):
     heads = []
     for _ in range(HEADS):
         widths = {name: 1 if name in GATES else WIDTH for name in names}
-        if rule.kind == 'matrix':
-            heads.append({name: [0.5 * rng.normal(size=(width, WIDTH))] for name, width in widths.items()})
-        else:
-            heads.append({name: [rng.normal(size=(HIDDEN, WIDTH)), rng.normal(size=(width, HIDDEN))] for name, width in widths.items()})
+        matrix = lambda width: [0.5 * rng.normal(size=(width, WIDTH))]
+        mlp = lambda width: [rng.normal(size=(HIDDEN, WIDTH)), rng.normal(size=(width, HIDDEN))]
+        is_matrix = lambda name: rule.kind == 'matrix' or name in rule.matrix_memories
+        heads.append({name: (matrix if is_matrix(name) else mlp)(width) for name, width in widths.items()})
     return inputs, np.array([0.4, 1.5]), heads
 
 
 def _stored(memories) -> Memories:
-    """One head's memories as the project stores them: transposed, first layers side by side."""
-    first = np.concatenate([layers[0].T for layers in memories.values()], -1)
-    if len(memories['memory']) == 1:
+    """One head's memories as the project stores them: transposed, first layers side by side, those of MLPs before matrices."""
+    in_order = sorted(memories.values(), key=len, reverse=True)
+    first = np.concatenate([layers[0].T for layers in in_order], -1)
+    second = {name: layers[1].T for name, layers in memories.items() if len(layers) == 2}
+    if not second:
         return Memories(first, None, None)
-    second = {name: layers[1].T for name, layers in memories.items()}
-    wide = np.stack([layer for name, layer in second.items() if name not in GATES])
-    return Memories(first, wide, np.stack([second[name] for name in GATES]))
+    wide = [layer for name, layer in second.items() if name not in GATES]
+    gate = [layer for name, layer in second.items() if name in GATES]
+    return Memories(first, np.stack(wide) if wide else np.zeros((0, HIDDEN, WIDTH)), np.stack(gate) if gate else np.zeros((0, HIDDEN, 1)))
 
 
 def _over_heads(states) -> Memories:

@@ -36,6 +36,7 @@ BASELINES: dict[str, bool] = {
     'transformer-conv': False,
 }
 FAMILIES = (*CORE, *BASELINES)
+MIXED = 'hope-mixed'  # no preset: Hope whose memory is an MLP and whose projections are matrices
 # Families with learned initial states, and how many a block has.
 INITIAL_STATES = {
     'titans': 2,
@@ -49,6 +50,7 @@ INITIAL_STATES = {
     'titans-mal': 2,
     'hope': 10,
     'hope-linear': 5,
+    MIXED: 6,
     'ttt-linear': 2,
     'ttt-mlp': 4,
     'srwm': 4,
@@ -81,9 +83,11 @@ _SHRUNK: dict[str, dict] = {
 
 def small(family: str, **overrides) -> ModelConfig:
     """The family's tiny preset with its options kept and its sizes shrunk; hope and hope-linear have two grids, 4 and 2."""
-    config = preset(f'{family}-tiny')
+    config = preset('hope-tiny' if family == MIXED else f'{family}-tiny')
     sizes = (2, 4) if family == 'hope-linear' else (4, 2)
     memory = dataclasses.replace(config.memory, chunk_size=sizes[0], projection_chunk_size=sizes[1], hidden_dim=6)
+    if family == MIXED:
+        memory = dataclasses.replace(memory, matrix_memories=('key', 'value', 'eta', 'alpha'))
     shrunk = dict(
         num_layers=2, width=16, num_heads=2, head_dim=8, vocab_size=32, max_length=16, memory=memory, scan_layers=True,
         levels=tuple(LevelConfig(24 // len(config.levels), level.period) for level in config.levels),

@@ -22,6 +22,7 @@ from tests.models.small_models import (
     CORE,
     FAMILIES,
     INITIAL_STATES,
+    MIXED,
     UNNORMALIZED,
     initial_leaves,
     random_params,
@@ -35,11 +36,13 @@ def _marked(family: str, *, one_program: bool):
     marks = [pytest.mark.xdist_group(f'invariants of {family}')]
     if family == 'hope-attention' or family in BASELINES and not (one_program and BASELINES[family]):
         marks.append(pytest.mark.slow)
+    if family == MIXED:
+        marks.append(pytest.mark.slow if one_program else pytest.mark.exhaustive)
     return pytest.param(family, marks=marks)
 
 
-_OF_ONE_PROGRAM = [_marked(family, one_program=True) for family in FAMILIES]
-_FAMILIES = [_marked(family, one_program=False) for family in FAMILIES]
+_OF_ONE_PROGRAM = [_marked(family, one_program=True) for family in (*FAMILIES, MIXED)]
+_FAMILIES = [_marked(family, one_program=False) for family in (*FAMILIES, MIXED)]
 LENGTH = 14
 # No token occurs twice, so that the rows of the embedding's gradient tell which token was read.
 TOKENS = np.random.default_rng(1).permutation(28).reshape(2, LENGTH).astype(np.int32)

@@ -57,6 +57,14 @@ def test_parts_can_be_left_out_of_hope():
     for config, part in ((preset('hope-linear-tiny'), 'momentum'), (without(hope, 'key'), 'key'), (preset('titans-tiny'), 'momentum')):
         with pytest.raises(ValueError, match=f"part is '{part}'.* the model has"):
             without(config, part)
+    for memory in (
+        MemoryConfig(matrix_memories=('target',)),
+        MemoryConfig(matrix_memories=('query',)),
+        MemoryConfig(matrix_memories=('memory', 'key', 'value', 'eta', 'alpha')),
+        MemoryConfig(kind='matrix', matrix_memories=('key',)),
+    ):
+        with pytest.raises(ValueError, match='memory.matrix_memories'):
+            dataclasses.replace(hope, memory=memory)
     with pytest.raises(ValueError, match='self_modified'):
         dataclasses.replace(hope, memory=MemoryConfig(self_modified=('keys',)))
 

@@ -87,14 +87,14 @@ class _Writes(NamedTuple):
 
 
 ALLOWED = {
-    'tpu': f'one chunk size, a multiple of {SUBLANES}, and no adaptive query',
-    'gpu': f'one chunk size, heads and hidden layers of {gpu.TILE}, and no adaptive query',
+    'tpu': f'one chunk size, a multiple of {SUBLANES}, one kind of memory and no adaptive query',
+    'gpu': f'one chunk size, heads and hidden layers of {gpu.TILE}, one kind of memory and no adaptive query',
 }
 
 
 def fits(platform: Platform, rule: twin.Rule, initial: twin.Memories) -> bool:
     """Whether the platform's kernels can do the rule with such memories: `ALLOWED`."""
-    if rule.chunk_size != rule.projection_chunk_size or rule.adaptive_query:
+    if rule.chunk_size != rule.projection_chunk_size or rule.adaptive_query or rule.matrix_memories:
         return False
     sizes = {rule.chunk_size, initial.first.shape[-2], gpu.TILE if initial.wide is None else initial.wide.shape[-2]}
     return sizes == {gpu.TILE} if platform == 'gpu' else rule.chunk_size % SUBLANES == 0
