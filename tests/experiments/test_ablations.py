@@ -21,7 +21,7 @@ TOKENS = np.random.default_rng(0).integers(0, 32, (2, 12)).astype(np.int32)
 
 
 def test_arms_differ_from_the_whole_and_from_each_other():
-    for base, skipped in (('hope', ()), ('hope-linear', ('without momentum',))):
+    for base, skipped in (('hope', ()), ('hope-linear', ('without momentum', 'matrix projections'))):
         assert Args(base=base).chosen == tuple(arm for arm in ARMS if arm not in skipped)
         configs = [arm_config(base, arm) for arm in Args(base=base).chosen]
         assert configs[0] == preset(f'{base}-tiny') and all(configs.count(config) == 1 for config in configs)
@@ -35,6 +35,7 @@ def test_arms_differ_from_the_whole_and_from_each_other():
     [
         (['--arms', 'without everything'], 'arm'),
         (['--arms', 'without momentum'], "'momentum'"),
+        (['--arms', 'matrix projections'], 'matrix_memories'),
         (['--steps', '0'], 'steps'),
         (['--base', 'titans'], 'base'),
     ],

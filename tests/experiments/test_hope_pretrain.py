@@ -73,11 +73,12 @@ def test_rows_of_a_changed_model_have_a_name_of_their_own():
         ['--model.in-sequence.blocks', '1', '--model.in-sequence.variant', 'nested', '--model.in-sequence.bptt', '2'],
         ['--model.qk-norm'],
         ['--model.dropout', '0.1'],
+        ['--model.matrix-memories', 'key', 'value'],
     )
     assert [parse(arguments).model.name.removeprefix('hope-linear-tiny') for arguments in changes] == [
         '', ' without dgd without cms', ' decaying to zero',
         ' with periods 32 64 learning in sequence in blocks 0 2', ' learning in sequence in blocks 1 variant nested bptt 2',
-        ' with QK-norm', ' with dropout 0.1',
+        ' with QK-norm', ' with dropout 0.1', ' with matrices key value',
     ]  # fmt: skip
 
 
@@ -91,6 +92,14 @@ def test_qk_norm_and_dropout_reach_the_model_and_the_configuration(texts, tmp_pa
         assert model.dropout == settings['model'].get('dropout', 0.0) == (0.1 if flags else 0.0)
 
 
+def test_memories_of_both_kinds_reach_the_model(texts, tmp_path):
+    flags = ['--model.preset', 'hope-tiny', '--model.matrix-memories', 'key', 'alpha', '--train.batch-size', '8']
+    model, _, settings = hope_pretrain.prepare(
+        hope_pretrain.parse([*flags, '--data.corpus', str(texts), '--train.output', str(tmp_path / 'run')])
+    )
+    assert model.memory.matrix_memories == settings['model']['memory']['matrix_memories'] == ('key', 'alpha')
+
+
 def test_levels_that_learn_within_sequences_reach_the_model(texts, tmp_path):
     flags = ['--model.periods', '32', '128', '--model.in-sequence.blocks', '3', '--model.in-sequence.learning-rate', '0.1']
     args = hope_pretrain.parse([*flags, '--train.batch-size', '8', '--data.corpus', str(texts), '--train.output', str(tmp_path / 'run')])
@@ -102,6 +111,7 @@ def test_levels_that_learn_within_sequences_reach_the_model(texts, tmp_path):
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
+        (['--model.matrix-memories', 'key'], r"memory\.matrix_memories is \('key',\), allowed is none but with"),
         (['--model.periods', '32'], r'periods is \(32,\), allowed is one for each level: 2'),
         (['--model.in-sequence.bptt', '2'], r'in_sequence\.blocks is \(\), allowed is block numbers'),
         (['--model.in-sequence.blocks', '0', '--model.in-sequence.bptt', '0'], r'in_sequence\.bptt is 0'),
@@ -109,7 +119,7 @@ def test_levels_that_learn_within_sequences_reach_the_model(texts, tmp_path):
         (['--model.in-sequence.blocks', '0', '--model.periods', '256', '512'], r'model\.periods is \(256, 512\), allowed is some below'),
     ],
 )
-def test_levels_that_cannot_learn_as_asked_are_refused(flags, message, texts, tmp_path):
+def test_what_the_model_cannot_do_is_refused(flags, message, texts, tmp_path):
     args = hope_pretrain.parse([*flags, '--data.corpus', str(texts), '--train.output', str(tmp_path / 'run')])
     with pytest.raises(ValueError, match=message):
         hope_pretrain.prepare(args)

@@ -87,8 +87,8 @@ class _Writes(NamedTuple):
 
 
 ALLOWED = {
-    'tpu': f'one chunk size, a multiple of {SUBLANES}, one kind of memory and no adaptive query',
-    'gpu': f'one chunk size, heads and hidden layers of {gpu.TILE}, one kind of memory and no adaptive query',
+    'tpu': f'one chunk size, a multiple of {SUBLANES}, one kind of memory, and no adaptive query',
+    'gpu': f'one chunk size, heads and hidden layers of {gpu.TILE}, one kind of memory, and no adaptive query',
 }
 
 

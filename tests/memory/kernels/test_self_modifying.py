@@ -97,11 +97,15 @@ def test_tokens_that_write_nothing():
     close((gradients[0].query, gradients[2]), (twin_gradients[0].query, twin_gradients[2]))
 
 
-@pytest.mark.parametrize('changes', [dict(projection_chunk_size=8), dict(adaptive_query=True), dict(chunk_size=4)], ids=str)
+@pytest.mark.parametrize(
+    'changes', [dict(projection_chunk_size=8), dict(adaptive_query=True), dict(chunk_size=4), dict(matrix_memories=('key',))], ids=str
+)
 def test_what_they_do_not_take(changes):
     rule, (inputs, scale, initial) = Rule(**(BASE | changes)), arguments()
     assert kernels.fits('tpu', Rule(**BASE), initial) and not kernels.fits('tpu', rule, initial)
-    with pytest.raises(ValueError, match="rule is .* allowed with implementation='pallas_tpu' is one chunk size, a multiple of 8, and no"):
+    with pytest.raises(
+        ValueError, match="rule is .* allowed with implementation='pallas_tpu' is one chunk size, a multiple of 8, one kind"
+    ):
         self_modifying(inputs, scale, initial, rule=rule, implementation='pallas_tpu')
 
 
