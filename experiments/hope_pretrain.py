@@ -78,6 +78,8 @@ class ModelArgs:
     """Which of Hope's memories are matrices, beside MLPs."""
     periods: tuple[int, ...] = ()
     """Tokens between two updates of each CMS level, fastest first; none: the preset's."""
+    nested_levels: bool = False
+    """Whether a CMS level updated across steps starts anew when the next slower one is, from an initial state learned at its period."""
     in_sequence: InSequenceConfig = InSequenceConfig(blocks=())
     """CMS levels that learn within each sequence, by the next-token loss; without blocks all are updated across steps."""
 
@@ -95,6 +97,8 @@ class ModelArgs:
             changes.append(' with matrices ' + ' '.join(self.matrix_memories))
         if self.periods:
             changes.append(' with periods ' + ' '.join(map(str, self.periods)))
+        if self.nested_levels:
+            changes.append(' with nested levels')
         if self.in_sequence.blocks:
             changes.append(' learning in sequence in blocks ' + ' '.join(map(str, self.in_sequence.blocks)))
             named = {name: getattr(self.in_sequence, name) for name in ('learning_rate', 'variant', 'bptt')}
@@ -196,7 +200,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     faults_of_environment()
     private_cache()
     find_cluster(args.distributed, args.processes, os.environ, has_tpu())
-    fields = ('vocab_size', 'dtype', 'remat', 'scan_layers', 'dropout')
+    fields = ('vocab_size', 'dtype', 'remat', 'scan_layers', 'dropout', 'nested_levels')
     overrides = {name: getattr(args.model, name) for name in fields if getattr(args.model, name) is not None}
     model_config = preset(args.model.preset, **overrides)
     if args.model.decay_to is not None:

@@ -165,6 +165,8 @@ class ModelConfig:
     # Share of the embeddings and of what mixers and levels add to the residual stream that is dropped (section 5.4, arXiv:1706.03762): in
     # the loss of `training.step.make_loss` when it is trained, nowhere else.
     dropout: float = added(0.0)
+    # Levels updated across steps start anew when the next slower one is updated, from initial states that its period learns (Eq. 72).
+    nested_levels: bool = added(False)
 
     def __post_init__(self):
         _check_choices(self, '')
@@ -184,6 +186,7 @@ class ModelConfig:
         check(len(self.levels) >= 1, 'levels', self.levels, 'at least one level')
         for level in self.levels:
             _check_counts(level, 'levels.', 'hidden_dim', 'period')
+        check(len(self.levels) > 1 or not self.nested_levels, 'nested_levels', True, 'False with one level')
         count = len(self.unit)
         check(self.num_layers % count == 0, 'num_layers', self.num_layers, f'a multiple of {count}, the mixers of {self.mixer!r}')
         if self.in_sequence is None:

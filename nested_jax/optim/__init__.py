@@ -16,6 +16,7 @@ from nested_jax.optim.momentum import (
     scale_by_preconditioned_momentum,
 )
 from nested_jax.optim.muon import muon, scale_by_muon
+from nested_jax.optim.nested import nested
 from nested_jax.optim.orthogonalize import orthogonalize
 from nested_jax.optim.sharding import state_shardings
 
@@ -32,6 +33,7 @@ __all__ = [
     'feature_momentum',
     'm3',
     'muon',
+    'nested',
     'orthogonalize',
     'preconditioned_momentum',
     'scale_by_adagrad_as_memory',

@@ -118,12 +118,12 @@ class _Trainer:
     ):  # fmt: skip
         self.config, self.run_config, self.progress = config, run_config, progress
         self.allow_data_change, self.start_over = allow_data_change, start_over
-        self.folder, self.ledger = pathlib.Path(config.output), ledger
-        self.model = LanguageModel(model)
+        self.folder, self.ledger, self.model = pathlib.Path(config.output), ledger, LanguageModel(model)
         tokens = jnp.zeros((1, config.sequence_length), jnp.int32)
         self.init_params = lambda key: self.model.init(key, tokens)['params']
         self.params_shape = jax.eval_shape(self.init_params, jax.random.key(0))
-        self.optimizer = make_optimizer(config, level_periods(model, config.sequence_length), place.params(self.params_shape))
+        levels = level_periods(model, config.sequence_length)
+        self.optimizer = make_optimizer(config, levels, place.params(self.params_shape), nested_levels=model.nested_levels)
         self.schedule, self.loss_function = warmup_cosine(config), make_loss(self.model)
         self.faults, self.whereabouts = faults_of_environment(jax.process_index()), Whereabouts(os.environ.get(VARIABLE))
         saved = lambda step: self.whereabouts.say(saved=step)

@@ -1,5 +1,8 @@
 """The outer optimizer: AdamW, Muon or M3 with warm-up and cosine, clipping that is safe at zero, and a period for each CMS level."""
 
+import functools
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -10,13 +13,14 @@ from nested_jax.config import ModelConfig
 from nested_jax.optim.levels import by_level, steps_of
 from nested_jax.optim.m3 import scale_by_m3
 from nested_jax.optim.muon import scale_by_muon
+from nested_jax.optim.nested import nested
 from nested_jax.training.config import TrainConfig
 
 PyTree = Any
 
 
 def make_optimizer(
-    config: TrainConfig, level_periods: dict[str, int] | None = None, shardings: PyTree | None = None
+    config: TrainConfig, level_periods: dict[str, int] | None = None, shardings: PyTree | None = None, *, nested_levels: bool = False
 ) -> optax.GradientTransformation:
     """The optimizer as the trainer runs it.
 
@@ -25,14 +29,35 @@ def make_optimizer(
 
     Args:
         config: the run's settings.
-        level_periods: CMS level's name -> tokens between its updates; levels not named, and everything else, are updated every step.
+        level_periods: CMS level's name -> tokens between its updates, the fastest first; levels not named, and everything else, are
+            updated every step.
         shardings: of the parameters, a NamedSharding for each: without them Muon and M3 gather matrices that Auto meshes split.
+        nested_levels: whether each level but the slowest starts anew after its updates within the next slower one's period, from an
+            initial state that is updated as often as that one, by the same rule.
+
+    Raises:
+        ValueError: for nested levels of which one would start anew at each of its updates.
     """
     rule = optax.chain(_scale_by(config, shardings), optax.add_decayed_weights(config.weight_decay, mask=decay_mask))
     steps = {name: steps_of(period, config.tokens_per_step) for name, period in (level_periods or {}).items()}
-    if max(steps.values(), default=1) > 1:
-        rule = by_level(rule, lambda path: next((steps[name] for name in path.split('/') if name in steps), 1))
-    return optax.chain(clip_by_global_norm(config.clip_norm), rule, optax.scale_by_learning_rate(warmup_cosine(config)))
+
+    def every(steps: dict[str, int]) -> optax.GradientTransformation:
+        levels = by_level(rule, functools.partial(_of_level, steps, otherwise=1)) if max(steps.values(), default=1) > 1 else rule
+        return optax.chain(clip_by_global_norm(config.clip_norm), levels, optax.scale_by_learning_rate(warmup_cosine(config)))
+
+    if not nested_levels:
+        return every(steps)
+    if len(steps) < 2 or any(fast >= slow for fast, slow in itertools.pairwise(steps.values())):
+        allowed = f'two periods or more that ascend in steps of {config.tokens_per_step} tokens, for nested levels'
+        raise ValueError(f'level_periods is {level_periods}, allowed is {allowed}')
+    slower = dict(zip(steps, list(steps.values())[1:], strict=False))
+    restarts = {name: steps[name] * math.ceil(slow / steps[name]) for name, slow in slower.items()}
+    return nested(every(steps), every(slower), functools.partial(_of_level, restarts, otherwise=0))
+
+
+def _of_level(values: dict[str, int], path: str, otherwise: int) -> int:
+    """What the level whose name stands in a parameter's path has."""
+    return next((values[name] for name in path.split('/') if name in values), otherwise)
 
 
 def _scale_by(config: TrainConfig, shardings: PyTree | None) -> optax.GradientTransformation:

@@ -74,11 +74,12 @@ def test_rows_of_a_changed_model_have_a_name_of_their_own():
         ['--model.qk-norm'],
         ['--model.dropout', '0.1'],
         ['--model.matrix-memories', 'key', 'value'],
+        ['--model.nested-levels'],
     )
     assert [parse(arguments).model.name.removeprefix('hope-linear-tiny') for arguments in changes] == [
         '', ' without dgd without cms', ' decaying to zero',
         ' with periods 32 64 learning in sequence in blocks 0 2', ' learning in sequence in blocks 1 variant nested bptt 2',
-        ' with QK-norm', ' with dropout 0.1', ' with matrices key value',
+        ' with QK-norm', ' with dropout 0.1', ' with matrices key value', ' with nested levels',
     ]  # fmt: skip
 
 
@@ -112,6 +113,7 @@ def test_levels_that_learn_within_sequences_reach_the_model(texts, tmp_path):
     ('flags', 'message'),
     [
         (['--model.matrix-memories', 'key'], r"memory\.matrix_memories is \('key',\), allowed is none but with"),
+        (['--model.preset', 'transformer-tiny', '--model.nested-levels'], r'nested_levels is True, allowed is False with one level'),
         (['--model.periods', '32'], r'periods is \(32,\), allowed is one for each level: 2'),
         (['--model.in-sequence.bptt', '2'], r'in_sequence\.blocks is \(\), allowed is block numbers'),
         (['--model.in-sequence.blocks', '0', '--model.in-sequence.bptt', '0'], r'in_sequence\.bptt is 0'),

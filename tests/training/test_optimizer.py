@@ -165,3 +165,30 @@ def test_periods_of_a_step_change_nothing():
     plain = _run(make_optimizer(CONFIG), params, gradients)
     levels = _run(make_optimizer(CONFIG, {'level_0': 1, 'level_1': 16}), params, gradients)
     jax.tree.map(np.testing.assert_array_equal, plain[-1], levels[-1])
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_nested_levels_start_anew_from_what_the_slower_period_learns(optimizer):
+    """Levels of 1, 2 and 5 steps: the fastest starts anew every 2 steps, the middle one after its three updates within 5 steps."""
+    # The clipping of initial states and their decay see these alone: left out here, they are those of levels of the slower periods.
+    alone = dict(clip_norm=1e9, weight_decay=0.0)
+    config = TrainConfig(steps=10, warmup_steps=2, batch_size=2, sequence_length=8, optimizer=optimizer, **alone)
+    params, periods = _level_params(), {'level_0': 16, 'level_1': 32, 'level_2': 80}
+    gradients = [jax.tree.map(lambda p, key=key: jax.random.normal(key, p.shape), params) for key in jax.random.split(jax.random.key(0), 7)]
+    found = _run(make_optimizer(config, periods, nested_levels=True), params, gradients)
+    plain = _run(make_optimizer(config, periods), params, gradients)
+    learned = _run(make_optimizer(config, {'level_0': 32, 'level_1': 80}), params, gradients)
+    kernel = lambda history, step, name: history[step]['blocks']['channel'][name]['up']['kernel']
+    same = lambda a, b: bool(jnp.allclose(a, b, rtol=0, atol=1e-6))
+    assert all(same(kernel(found, step, 'level_2'), kernel(plain, step, 'level_2')) for step in range(8))
+    assert all(same(found[step]['head'], plain[step]['head']) for step in range(8))
+    for name, restarts in (('level_0', (2, 4, 6)), ('level_1', (6,))):
+        for step in range(1, 8):
+            assert same(kernel(found, step, name), kernel(learned, step, name)) or step not in restarts, (name, step)
+            assert same(kernel(found, step, name), kernel(plain, step, name)) == (step < restarts[0]), (name, step)
+
+
+@pytest.mark.parametrize('periods', [{'level_0': 16}, {'level_0': 8, 'level_1': 16}, {}])
+def test_nested_levels_need_periods_that_ascend(periods):
+    with pytest.raises(ValueError, match='level_periods is .*, allowed is two periods or more that ascend in steps of 16 tokens'):
+        make_optimizer(CONFIG, periods, nested_levels=True)
