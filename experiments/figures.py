@@ -56,11 +56,14 @@ def draw_ablations(rows: list[dict], path: pathlib.Path) -> None:
 
 
 def draw_levels(rows: list[dict], path: pathlib.Path) -> None:
-    """A line for each slowest period: held-out bits per byte against the number of CMS levels."""
+    """A line for each slowest period and variant: held-out bits per byte against the number of CMS levels."""
     series: dict[str, Points] = {}
     for (_, task), runs in group(rows).items():
-        count, period = task.split(' x ')
-        series.setdefault(f'slowest {int(period):,} tokens', {})[int(count)] = [row['metrics']['heldout_bits_per_byte'] for row in runs]
+        count, end = task.split(' x ')
+        period, nested, _ = end.partition(' ')
+        series.setdefault(f'slowest {int(period):,} tokens{", nested" * bool(nested)}', {})[int(count)] = [
+            row['metrics']['heldout_bits_per_byte'] for row in runs
+        ]
     _draw({'CMS': series}, path, _lines, 'held-out bits per byte', 'levels')
 
 

@@ -3,7 +3,7 @@
 import statistics
 
 from experiments import ablations, context_use, language_modeling
-from experiments.cms_levels import BASE
+from experiments.cms_levels import BASE, NESTED
 from experiments.tables import entry, group
 
 # Table 2, arXiv:2512.24695v1: perplexity on Wikitext at 760M parameters and 30B tokens, and at 1.3B and 100B.
@@ -71,14 +71,16 @@ def probe_table(rows: list[dict]) -> list[str]:
 
 
 def levels_table(rows: list[dict]) -> list[str]:
-    """Lines of the grid of CMS levels, one column for each slowest period; none without rows."""
+    """Lines of the grid of CMS levels, one column for each slowest period and variant; none without rows."""
     if not rows:
         return []
     cells = {task: runs for (_, task), runs in group(rows).items()}
-    counts, periods = (sorted({int(task.split(' x ')[place]) for task in cells}) for place in (0, 1))
-    lines = [f'| {BASE}, levels | {" | ".join(f"slowest {period:,} tokens" for period in periods)} |', '| --- ' * (len(periods) + 1) + '|']
-    for count in counts:
-        found = (entry(map(_bits, cells.get(f'{count} x {period}', ())), 3) for period in periods)
+    counts, ends = ({task.split(' x ')[place] for task in cells} for place in (0, 1))
+    periods = sorted(ends, key=lambda end: (end.endswith(NESTED), int(end.removesuffix(NESTED))))
+    heads = [f'slowest {int(end.removesuffix(NESTED)):,} tokens{", nested" * end.endswith(NESTED)}' for end in periods]
+    lines = [f'| {BASE}, levels | {" | ".join(heads)} |', '| --- ' * (len(periods) + 1) + '|']
+    for count in sorted(counts, key=int):
+        found = (entry(map(_bits, cells.get(f'{count} x {end}', ())), 3) for end in periods)
         lines.append(f'| {count} | {" | ".join(found)} |')
     return lines
 

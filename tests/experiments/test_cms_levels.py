@@ -16,10 +16,12 @@ from nested_jax.evaluation.rows import read_rows
         ('3 x 8192', [512, 2048, 8192]),
         ('4 x 512', [512] * 4),
         ('3 x 2048', [512, 1024, 2048]),
+        ('3 x 8192 nested', [512, 2048, 8192]),
     ],
 )
 def test_periods_lie_in_equal_ratios_from_the_fastest_to_the_slowest(task, periods):
-    assert [level.period for level in level_config(task).levels] == periods
+    config = level_config(task)
+    assert [level.period for level in config.levels] == periods and config.nested_levels is task.endswith('nested')
 
 
 def test_levels_share_out_the_hidden_units():
@@ -28,11 +30,14 @@ def test_levels_share_out_the_hidden_units():
 
 
 def test_one_level_is_run_once_and_seeds_come_last():
-    cells = make_cells(Args(levels=(1, 2), slowest=(2048, 8192), seeds=(0, 1)))
+    assert [cell.task for cell in make_cells(Args(levels=(1, 2), slowest=(512, 2048), seeds=(0,), variants=('nested',)))] == [
+        '2 x 2048 nested'
+    ]
+    cells = make_cells(Args(levels=(1, 2), slowest=(2048, 8192), seeds=(0, 1), variants=('sequential',)))
     assert [cell.task for cell in cells[:3]] == ['1 x 512', '2 x 2048', '2 x 8192'] and [cell.seed for cell in cells] == [0] * 3 + [1] * 3
 
 
-@pytest.mark.parametrize('arguments', [['--levels', '0'], ['--slowest', '1000'], ['--steps', '0'], ['--levels']])
+@pytest.mark.parametrize('arguments', [['--levels', '0'], ['--slowest', '1000'], ['--steps', '0'], ['--levels'], ['--variants', 'both']])
 def test_wrong_input_exits_with_2_and_names_it(arguments, capsys, monkeypatch):
     monkeypatch.setattr(cms_levels, 'open_dataset', lambda *_: pytest.fail('the text is not read before'))
     with pytest.raises(SystemExit) as stop:

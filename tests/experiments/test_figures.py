@@ -63,9 +63,11 @@ def test_text_experiments(drawn):
     arms = [row('hope-linear', arm, 0, heldout_bits_per_byte=bits) for arm, bits in (('whole', 2.0), ('without dgd', 2.2))]
     (axes,) = panels(drawn(draw_ablations, arms))
     assert axes.get_title() == 'hope-linear' and [bar.get_height() for bar in axes.patches] == [2.0, 2.2] and 1.9 < axes.get_ylim()[0] < 2.0
-    levels = [row('hope-linear', f'{count} x {period}', 0, heldout_bits_per_byte=count / 2) for count in (2, 3) for period in (512, 2048)]
+    levels = [
+        row('hope-linear', f'{count} x {period}', 0, heldout_bits_per_byte=count / 2) for count in (2, 3) for period in (512, '2048 nested')
+    ]
     figure = drawn(draw_levels, levels)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['slowest 512 tokens', 'slowest 2,048 tokens']
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['slowest 512 tokens', 'slowest 2,048 tokens, nested']
     (axes,) = panels(drawn(draw_context, [row('hope', 'train', 0, by_position={'0-31': 3.0, '32-4095': 2.0})]))
     np.testing.assert_allclose(axes.containers[0].lines[0].get_xydata(), [[32, 3.0], [4096, 2.0]])
 

@@ -58,12 +58,15 @@ def test_probes_are_flattened_and_averaged():
 
 
 def test_levels_by_slowest_period():
-    rows = [row('hope-linear', task, 0, bits) for task, bits in (('1 x 512', 2.0), ('2 x 2048', 2.1), ('2 x 8192', 2.2))]
+    rows = [
+        row('hope-linear', task, 0, bits)
+        for task, bits in (('1 x 512', 2.0), ('2 x 2048 nested', 2.3), ('2 x 2048', 2.1), ('2 x 8192', 2.2))
+    ]
     assert levels_table(rows) == [
-        '| hope-linear, levels | slowest 512 tokens | slowest 2,048 tokens | slowest 8,192 tokens |',
-        '| --- | --- | --- | --- |',
-        f'| 1 | 2.000 (n = 1) | {NOT_RUN} | {NOT_RUN} |',
-        f'| 2 | {NOT_RUN} | 2.100 (n = 1) | 2.200 (n = 1) |',
+        '| hope-linear, levels | slowest 512 tokens | slowest 2,048 tokens | slowest 8,192 tokens | slowest 2,048 tokens, nested |',
+        '| --- | --- | --- | --- | --- |',
+        f'| 1 | 2.000 (n = 1) | {NOT_RUN} | {NOT_RUN} | {NOT_RUN} |',
+        f'| 2 | {NOT_RUN} | 2.100 (n = 1) | 2.200 (n = 1) | 2.300 (n = 1) |',
     ]
 
 
