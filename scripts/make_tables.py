@@ -186,16 +186,16 @@ def candidates_table(rows: list[dict]) -> list[str]:
 
 
 def decode_table(rows: list[dict]) -> list[str]:
-    """Lines of what a token costs after short and long contexts, the latest of each model, batch and context; none without rows."""
-    found: dict[tuple[str, int], dict[int, dict]] = {}
+    """Lines of what a token costs after short and long contexts, the latest of each model, hardware and batch; none without rows."""
+    found: dict[tuple[str, str, int], dict[int, dict]] = {}
     for row in rows:
-        found.setdefault((row['model'], row['config']['batch']), {})[row['config']['context']] = row['metrics']
+        found.setdefault((row['model'], row['hardware'], row['config']['batch']), {})[row['config']['context']] = row['metrics']
     contexts = sorted({context for each in found.values() for context in each})
-    lines = [f'| decoding, ms a token, after | side by side | {" | ".join(f"{context:,}" for context in contexts)} | ratio |']
-    lines.append('| --- ' * (len(contexts) + 3) + '|')
-    for (model, batch), each in found.items():
+    lines = [f'| decoding, ms a token, after | hardware | side by side | {" | ".join(f"{context:,}" for context in contexts)} | ratio |']
+    lines.append('| --- ' * (len(contexts) + 4) + '|')
+    for (model, hardware, batch), each in found.items():
         cells = [f'{each[context]["ms_per_token"]:.2f}' if context in each else 'not run' for context in contexts]
-        lines.append(f'| {model} | {batch} | {" | ".join(cells)} | {each[max(each)]["ratio_to_1k"]:.2f} |')
+        lines.append(f'| {model} | {hardware} | {batch} | {" | ".join(cells)} | {each[max(each)]["ratio_to_1k"]:.2f} |')
     return lines if found else []
 
 

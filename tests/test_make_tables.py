@@ -115,13 +115,22 @@ def test_compiled_steps_are_the_latest_of_each_mesh(make_tables):
 
 
 def test_decoding_has_a_column_for_each_context(make_tables):
-    def decoded(model: str, context: int, ms: float, batch: int = 1) -> dict:
-        return dict(model=model, config=dict(context=context, batch=batch), metrics=dict(ms_per_token=ms, ratio_to_1k=ms / 2))
+    def decoded(model: str, context: int, ms: float, batch: int = 1, hardware: str = 'cpu') -> dict:
+        metrics = dict(ms_per_token=ms, ratio_to_1k=ms / 2)
+        return dict(model=model, hardware=hardware, config=dict(context=context, batch=batch), metrics=metrics)
 
-    rows = [decoded('a', 1024, 9.0), decoded('a', 1024, 2.0), decoded('a', 65_536, 2.1), decoded('b', 1024, 3.0, batch=64)]
+    rows = [
+        decoded('a', 1024, 0.1, hardware='gpu'),
+        decoded('a', 1024, 9.0),
+        decoded('a', 1024, 2.0),
+        decoded('a', 65_536, 2.1),
+        decoded('b', 1024, 3.0, batch=64),
+    ]
     lines = make_tables.decode_table(rows)
-    assert lines[0] == '| decoding, ms a token, after | side by side | 1,024 | 65,536 | ratio |'
-    assert lines[2:] == ['| a | 1 | 2.00 | 2.10 | 1.05 |', '| b | 64 | 3.00 | not run | 1.50 |']
+    assert lines[0] == '| decoding, ms a token, after | hardware | side by side | 1,024 | 65,536 | ratio |'
+    assert lines[2:] == [
+        '| a | gpu | 1 | 0.10 | not run | 0.05 |', '| a | cpu | 1 | 2.00 | 2.10 | 1.05 |', '| b | cpu | 64 | 3.00 | not run | 1.50 |'
+    ]  # fmt: skip
     assert make_tables.decode_table([]) == []
 
 
