@@ -48,6 +48,8 @@ from experiments.seal_world import (
     Reader,
     Text,
     bootstrap,
+    full_length,
+    in_print,
     model_config,
     pretrain,
     train_config,
@@ -422,9 +424,9 @@ def _picked(earned: np.ndarray, marks: np.ndarray, ties: np.ndarray | None = Non
 
 
 def mark(world: World, text: Text, edit: Edit) -> Rubric:
-    """The rubric of a self-edit in print, a note a line; one of as many words as pre-training's longest has the full length."""
-    words = lambda tokens: ' '.join(world.words[token] for token in tokens)
-    return rubric('\n'.join(words(line) for line in world.lines(edit)), words(text.passage), full_length=6 * world.attributes)
+    """The rubric of a self-edit in print; one of as many words as pre-training's longest has the full length."""
+    tried = in_print(world, text, edit)
+    return rubric(tried.edit, tried.passage, full_length=full_length(world))
 
 
 def _within(marks: np.ndarray, rewards: np.ndarray) -> dict[str, Any] | None:
