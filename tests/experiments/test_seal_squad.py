@@ -19,6 +19,7 @@ from nested_jax.models.sampling import generate
 from nested_jax.seal.buckets import Candidate
 from nested_jax.seal.inner_loop import learn_all
 from nested_jax.seal.lora import merge
+from nested_jax.seal.outer_loop import learning_rates
 from nested_jax.seal.rewards import REWARDS, graded
 from tests.data.test_pretrained_tokenizer import make
 from tests.models.small_models import random_params
@@ -127,6 +128,15 @@ def test_the_writer_learns_what_is_chosen(domain):
         return float(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])[np.arange(len(own)), own].sum())
 
     assert log_prob(learned) > log_prob(params)
+
+
+def test_learning_rates_of_the_updates_are_those_of_the_published_code(folder):
+    """200 passages with five self-edits each are 1,200 sequences, 150 steps of all weights of which 5 rise; 50 winners are 10 steps."""
+    args, steps = arguments(folder), np.arange(150)
+    rates = np.array([float(learning_rates(args.continued, 150)(step)) for step in steps])
+    np.testing.assert_allclose(rates, 7e-5 * np.minimum(steps / 5, (150 - steps) / 145), rtol=1e-5)
+    rates = [float(learning_rates(args.outer('rest-em'), 10)(step)) for step in range(10)]
+    np.testing.assert_allclose(rates, 3e-4 * (1 - np.arange(10) / 10), rtol=1e-5)
 
 
 @pytest.mark.parametrize('setting', ['continued-lora', 'continued-full'])
