@@ -19,9 +19,10 @@ Beside them stand the learner without an update, the uniform policy, the constan
 training tasks, and each task's own best. A policy has learned to configure only where it is above the best constant. Intervals are 95 %
 bootstraps over test tasks, of differences paired.
 
-Rows of 96 tasks and three seeds of the policies: the table took 1,419 s of one core, a seed of the four algorithms 167 to 221 s, other
-work on both. Rows are added to --table and --results, stages stored in --runs: the command given again after Ctrl-C or a kill goes on
-where it stopped.
+Rows of 96 tasks and three seeds of the policies: the table took 1,419 s of one core, a seed of the four algorithms 167 to 221 s, other work
+on both. Rows of other algorithms, as of --algorithms dr-grpo, are more arms of the same table: what a policy learns does not depend on
+which others are run (seed 0, run again in other company, gave the same bits). Rows are added to --table and --results, stages stored in
+--runs: the command given again after Ctrl-C or a kill goes on where it stopped.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The table and the figure of policies over configurations, from the rows of `experiments/seal_arc.py`."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,7 +35,8 @@ def _one_table(runs: list[dict]) -> list[str]:
     lines = [f'| {title} | ' + ' | '.join(heads) + ' |', '| --- ' * (1 + len(heads)) + '|']
     for arm in _arms(runs):
         cells = [_cell(_bounds(runs, split, arm, name)) for split in splits for name in ('vote', 'above_constant')]
-        lines.append(f'| {arm} | ' + ' | '.join(cells) + ' |')
+        having = len(_having(runs, splits, arm))
+        lines.append(f'| {arm}{f" (n = {having})" if having < len(runs) else ""} | ' + ' | '.join(cells) + ' |')
     return lines
 
 
@@ -68,20 +69,41 @@ def _count(row: dict) -> int:
 
 
 def _by_seed(rows: Sequence[dict]) -> list[dict]:
-    """The latest row of each seed, of one configuration."""
+    """A row for each seed, of one configuration, with each arm as the latest of its rows has it.
+
+    These may be of different algorithms: what a policy learns does not depend on which others its row has.
+    """
+    updates, found = {}, {}
     for row in rows:
-        check_same(rows[0]['config'], row['config'], 'seeds of SEAL on grids')
-    return [row for _, row in sorted({row['seed']: row for row in rows}.items())]
+        own = {update['algorithm']: update for update in row['config']['outer']}
+        known, again = (dict(outer={name: each[name] for name in own.keys() & updates}) for each in (updates, own))
+        check_same(rows[0]['config'] | known, row['config'] | again, 'seeds of SEAL on grids')
+        updates |= own
+        found[row['seed']] = _joined(found[row['seed']], row) if row['seed'] in found else row
+    return [row for _, row in sorted(found.items())]
+
+
+def _joined(row: dict, later: dict) -> dict:
+    """The later row, and the arms that it lacks from the other."""
+    splits = {
+        split: part | dict(arms=row['metrics']['splits'][split]['arms'] | part['arms'])
+        for split, part in later['metrics']['splits'].items()
+    }
+    return later | dict(metrics=dict(splits=splits))
 
 
 def _arms(runs: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(arm for row in runs for part in row['metrics']['splits'].values() for arm in part['arms']))
 
 
+def _having(runs: Sequence[dict], splits: Iterable[str], arm: str) -> list[dict]:
+    return [row for row in runs if all(arm in row['metrics']['splits'][split]['arms'] for split in splits)]
+
+
 def _bounds(runs: Sequence[dict], split: str, arm: str, name: str) -> Bounds:
     """In %: over seeds, or over tasks where there is one seed or all agree, as arms without a policy do."""
-    found = [[100 * value for value in row['metrics']['splits'][split]['arms'][arm][name]] for row in runs]
-    if len(runs) == 1 or all(each == found[0] for each in found):
+    found = [[100 * value for value in row['metrics']['splits'][split]['arms'][arm][name]] for row in _having(runs, [split], arm)]
+    if len(found) == 1 or all(each == found[0] for each in found):
         return tuple(found[0])
     mean, half = interval([each[0] for each in found])
     return mean, mean - half, mean + half

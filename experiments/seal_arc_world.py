@@ -24,8 +24,9 @@ from nested_jax.seal.buckets import Batch, Candidate, buckets
 from nested_jax.seal.inner_loop import InnerConfig, make_inner_loop
 from nested_jax.seal.lora import LoraConfig, attach
 from nested_jax.seal.outer_loop import Samples
+from nested_jax.seal.rewards import vote_pass_2
 from nested_jax.seal.self_edits import Configuration
-from nested_jax.seal.voting import IDENTITY, vote
+from nested_jax.seal.voting import IDENTITY
 from nested_jax.training.config import TrainConfig
 
 PyTree = Any
@@ -225,7 +226,7 @@ def _marks(task: Task, tokens: np.ndarray) -> tuple[float, ...]:
             if question.test == index:
                 given.setdefault(question.view, []).append(grid)
         greedy = given[IDENTITY][0]
-        marks.append((float(pair.made in vote(given)), float(greedy == pair.made), _cells(greedy, pair.made)))
+        marks.append((vote_pass_2(given, pair.made), float(greedy == pair.made), _cells(greedy, pair.made)))
     return tuple(np.mean(marks, 0).tolist())
 
 

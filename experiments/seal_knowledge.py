@@ -46,6 +46,8 @@ from experiments.seal_world import (
     Reader,
     Text,
     composition,
+    full_length,
+    in_print,
     model_config,
     pretrain,
     samples,
@@ -58,6 +60,7 @@ from nested_jax.config import as_dict, check
 from nested_jax.data.tasks.biographies import World
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.seal.outer_loop import Algorithm, OuterConfig, make_policy_update
+from nested_jax.seal.rewards import REWARDS, Tried, by_rubric
 from nested_jax.seal.stages import Stages
 
 PyTree = Any
@@ -122,6 +125,8 @@ class People:
         self.reader = Reader(self.model, self.world)
         self.shares = self.reader.shares
         self.learn_and_ask = self.test = self.reader.learn_and_ask
+        one_word = {'right': REWARDS['exact_match'], 'rubric': by_rubric(full_length(self.world))}
+        self.reward = (REWARDS | one_word)[args.reward]
         self._updates = {name: make_policy_update(self.model, OuterConfig(algorithm=name)) for name in args.algorithms}
 
     def start(self, stages: Stages, seed: int) -> PyTree:
@@ -149,6 +154,10 @@ class People:
     def ask(self, params: PyTree, texts: list[Text]) -> Marks:
         """Marks (C, 1)."""
         return self.reader.ask(params, [text.person for text in texts])
+
+    def tried(self, text: Text, edit: Edit) -> Tried:
+        """In words."""
+        return in_print(self.world, text, edit)
 
     def joined(self, edits: np.ndarray) -> Edit:
         """The first one."""

@@ -1,4 +1,4 @@
-"""Five questions about SEAL beside its loop, each with its natural control: `python -m experiments.seal_probes`.
+"""Six questions about SEAL beside its loop, each with its natural control: `python -m experiments.seal_probes`.
 
 All are asked of the Transformer of 0.1M parameters that `experiments/seal_knowledge.py` pre-trains on made-up people, and answered by a
 row for each probe and seed. Intervals are 95 % bootstraps over people, of differences paired; they are of one pre-trained model, so what
@@ -15,6 +15,9 @@ varies between models is not in them.
   each note (`prompted`): of the seven requests only that, and how many notes are asked for, is compared.
 - rubric: the proxy that needs no update (`nested_jax/seal/rewards.py`) against the reward: rank correlation within a passage, and what
   the self-edit that it picks earns beside a random one and one picked by the reward itself, measured with another adapter start.
+- halving: the reward is a mean over three adapter starts, as in the paper. Successive halving gives the second and third to the better
+  half of a passage's self-edits alone (`nested_jax/seal/outer_loop.py`): what does its pick earn, with a fourth start, and how many
+  updates does it take? Against all self-edits with all three starts.
 
 Pre-training and what a probe trains are stages in --runs: the command given again goes on where it stopped. The rows of one seed took 31
 (test-time), 82, 72, 276 and 133 s (rubric) of a shared core, pre-training not counted.
@@ -45,6 +48,8 @@ from experiments.seal_world import (
     Reader,
     Text,
     bootstrap,
+    full_length,
+    in_print,
     model_config,
     pretrain,
     train_config,
@@ -61,6 +66,7 @@ from nested_jax.models.sampling import generate
 from nested_jax.seal.buckets import Batch, Candidate, buckets
 from nested_jax.seal.lora import init_lora
 from nested_jax.seal.modes import make_meta_step, make_test_time_training
+from nested_jax.seal.outer_loop import better_half
 from nested_jax.seal.rewards import Rubric, rubric
 from nested_jax.seal.self_edits import KNOWLEDGE_PROMPTS
 from nested_jax.seal.stages import Stages
@@ -70,7 +76,7 @@ from nested_jax.training.state import TrainState
 from nested_jax.training.step import make_train_step
 
 PyTree = Any
-Name = Literal['test-time', 'meta', 'stacking', 'prompts', 'rubric']
+Name = Literal['test-time', 'meta', 'stacking', 'prompts', 'rubric', 'halving']
 EXPERIMENT = 'seal_probes'
 RESULTS = pathlib.Path(__file__).parent / 'results' / f'{EXPERIMENT}.jsonl'
 BUDGETS = (PROTOTYPE, Budget(1e-2, 32))  # the two that `seal_knowledge` reports
@@ -80,11 +86,12 @@ STREAM = 32 * LENGTH  # tokens of a step of training on
 STACKED = {'stacked': (1, 4), 'stacked, one period': (1, 1)}  # steps between updates of the new level, and of the pre-trained one
 NOTES = {'implications': 4, 'implications-long': 8, 'implications-very-long': 16}
 THOUGHT = 16  # tokens
+STARTS = 3  # adapter starts that a reward is the mean of
 
 
 @dataclasses.dataclass(frozen=True)
 class Args(GridArgs):
-    """Ask five questions about SEAL on the world of made-up people."""
+    """Ask six questions about SEAL on the world of made-up people."""
 
     seeds: tuple[int, ...] = (0,)
     """A pre-trained model and all probes for each."""
@@ -93,7 +100,7 @@ class Args(GridArgs):
     tests: int = 128
     """People of a test."""
     contexts: int = 64
-    """Passages whose self-edits the rubric marks, and people who choose a learning rate."""
+    """Passages whose self-edits the rubric marks or halving tries, and people who choose a learning rate."""
     each: int = 6
     """Self-edits of such a passage."""
     meta_steps: int = 150
@@ -140,6 +147,7 @@ def cell_config(args: Args, cell: Cell) -> dict:
         'stacking': dict(steps=args.stream_steps, rate=stream_config(args).learning_rate, levels=STACKED, tests=args.tests),
         'prompts': dict(notes=NOTES, thought=THOUGHT, budgets=[list(budget) for budget in BUDGETS], tests=args.tests),
         'rubric': dict(contexts=args.contexts, each=args.each, budgets=[list(budget) for budget in BUDGETS]),
+        'halving': dict(contexts=args.contexts, each=args.each, budgets=[list(budget) for budget in BUDGETS], starts=STARTS),
     }
     return dict(probe=cell.task, **own[cell.task], **_pretraining(args, cell.seed), inner=as_dict(INNER))
 
@@ -354,41 +362,71 @@ def _draw(ground: Ground, fronts: list[list[int]], header: int, each: int, room:
 
 def judge_rubric(ground: Ground) -> dict[str, Any]:
     """The rubric's marks of stored self-edits beside their rewards."""
-    args, texts = ground.args, ground.texts('train', ground.args.contexts)
-    edits = ground.stages(
-        ground.stage('rubric', 'edits'), lambda: dict(tokens=write_edits(ground.model, ground.params, texts, args.each, ground.seed))
-    )['tokens']
+    texts, edits = _written(ground, 'rubric')
     scales = [*Rubric._fields, 'total']
     rubrics = [[mark(ground.world, text, edit) for edit in each.tolist()] for text, each in zip(texts, edits, strict=True)]
     marks = np.array([[[*told, told.total] for told in each] for each in rubrics])  # (C, M, scales)
     found = {}
     for budget in BUDGETS:
-        stage = ground.stage('rubric', f'rate-{budget.learning_rate:g}-steps-{budget.steps}')
-        stored = Marks(**ground.stages(stage, lambda budget=budget: _rewards(ground, texts, edits, budget)._asdict()))
-        right, log_prob = (np.asarray(values).reshape(*edits.shape[:2], 2) for values in stored)
+        right, log_prob = _rewards(ground, 'rubric', texts, edits, budget, 2)
         within = {scale: _within(marks[:, :, index], right.mean(2)) for index, scale in enumerate(scales)}
         within['log-probability of one start, reward of the other'] = _within(log_prob[:, :, 0], right[:, :, 1])
         within['reward of one start, reward of the other'] = _within(right[:, :, 0], right[:, :, 1])
-        pick = lambda by, right=right: right[np.arange(len(texts)), by.argmax(1), 1]
         picked = {
             'random': right[:, :, 1].mean(1),
-            'rubric': pick(marks[:, :, -1]),
-            'reward': pick(right[:, :, 0] + 1e-6 * log_prob[:, :, 0]),
+            'rubric': _picked(right[:, :, 1], marks[:, :, -1]),
+            'reward': _picked(right[:, :, 1], right[:, :, 0], log_prob[:, :, 0]),
         }
         found[str(budget)] = dict(rank_correlation=within, picked=compare(picked, 'random'))
     return dict(control='random', budgets=found)
 
 
-def _rewards(ground: Ground, texts: list[Text], edits: np.ndarray, budget: Budget) -> Marks:
-    """Marks (C M, 2) of every self-edit, with two adapter starts."""
+def halve(ground: Ground) -> dict[str, Any]:
+    """What the pick among self-edits earns when all starts are given to all of them, to the better half, or one start to all."""
+    (texts, edits), control, found = _written(ground, 'halving'), 'all starts', {}
+    count, each = edits.shape[:2]
+    for budget in BUDGETS:
+        right, log_prob = _rewards(ground, 'halving', texts, edits, budget, STARTS + 1)
+        kept = better_half(right[:, :, 0], log_prob[:, :, 0])
+        means, ties = (values[:, :, :STARTS].mean(2) for values in (right, log_prob))
+        earned = functools.partial(_picked, right[:, :, STARTS])
+        picked = {
+            'random': right[:, :, STARTS].mean(1),
+            'one start': earned(right[:, :, 0], log_prob[:, :, 0]),
+            'halving': earned(np.where(kept, means, -1.0), ties),
+            control: earned(means, ties),
+        }
+        found[str(budget)] = dict(picked=compare(picked, control))
+    tried = int(kept.sum()) // count
+    updates = {'random': 0, 'one start': each, 'halving': each + tried * (STARTS - 1), control: each * STARTS}
+    return dict(control=control, updates_of_a_passage=updates, budgets=found)
+
+
+def _written(ground: Ground, probe: Name) -> tuple[list[Text], np.ndarray]:
+    """Passages and self-edits (C, M, tokens) about them."""
+    texts = ground.texts('train', ground.args.contexts)
+    write = lambda: dict(tokens=write_edits(ground.model, ground.params, texts, ground.args.each, ground.seed))
+    return texts, ground.stages(ground.stage(probe, 'edits'), write)['tokens']
+
+
+def _rewards(ground: Ground, probe: Name, texts: list[Text], edits: np.ndarray, budget: Budget, starts: int) -> list[np.ndarray]:
+    """Marks (C, M, starts) of every self-edit: shares right, and log-probabilities."""
     rows = [(text, edit) for text, each in zip(texts, edits.tolist(), strict=True) for edit in each]
-    return ground.reader.learn_and_ask(ground.params, *zip(*rows, strict=True), budget, (0, 1))
+    ask = lambda: ground.reader.learn_and_ask(ground.params, *zip(*rows, strict=True), budget, range(starts))
+    stored = ground.stages(ground.stage(probe, f'rate-{budget.learning_rate:g}-steps-{budget.steps}'), lambda: ask()._asdict())
+    return [np.asarray(values).reshape(*edits.shape[:2], starts) for values in Marks(**stored)]
+
+
+def _picked(earned: np.ndarray, marks: np.ndarray, ties: np.ndarray | None = None) -> np.ndarray:
+    """(C,) of what self-edits earned (C, M), that of the highest mark; of equal ones `ties` decide, or the first has it."""
+    best = marks == marks.max(1, keepdims=True)
+    return earned[np.arange(len(earned)), np.where(best, 0.0 if ties is None else ties, -np.inf).argmax(1)]
 
 
 def mark(world: World, text: Text, edit: Edit) -> Rubric:
-    """The rubric of a self-edit in print, a note a line; one of as many words as pre-training's longest has the full length."""
-    words = lambda tokens: ' '.join(world.words[token] for token in tokens)
-    return rubric('\n'.join(words(line) for line in world.lines(edit)), words(text.passage), full_length=6 * world.attributes)
+    """The rubric of a self-edit in print; one of as many words as pre-training's longest has the full length."""
+    tried = in_print(world, text, edit)
+    return rubric(tried.edit, tried.passage, full_length=full_length(world))
 
 
 def _within(marks: np.ndarray, rewards: np.ndarray) -> dict[str, Any] | None:
@@ -401,7 +439,7 @@ def _within(marks: np.ndarray, rewards: np.ndarray) -> dict[str, Any] | None:
 
 
 PROBES: dict[str, Callable[[Ground], dict[str, Any]]] = {
-    'test-time': test_time, 'meta': meta, 'stacking': stacking, 'prompts': prompts, 'rubric': judge_rubric,
+    'test-time': test_time, 'meta': meta, 'stacking': stacking, 'prompts': prompts, 'rubric': judge_rubric, 'halving': halve,
 }  # fmt: skip
 
 

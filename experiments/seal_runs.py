@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import numpy as np
@@ -20,10 +20,11 @@ from experiments.seal_world import Budget, Edit, Marks, bootstrap
 from nested_jax.config import check
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
 from nested_jax.seal.outer_loop import Algorithm, OuterConfig, RewardTable, advantages, better_half, choose, digest
-from nested_jax.seal.rewards import reliability
+from nested_jax.seal.rewards import Reward, Tried, reliability
 from nested_jax.seal.stages import Stages
 
 PyTree = Any
+RewardName = Literal['right', 'log_prob', 'rubric']
 TEST_START, CHOICE_START = 1000, 2000  # seeds of adapters: those of the test, and of the best of several untrained
 
 
@@ -49,6 +50,9 @@ class RunArgs:
     """Passages of the test."""
     algorithms: tuple[Algorithm, ...] = ('rest-em', 'random')
     """Ways to learn from a round's self-edits, each from the start."""
+    reward: RewardName = 'right'
+    """What self-edits are chosen by: the share of the questions that are answered rightly after an update, the mean log-probability of
+    the right answers, or the rubric of their text, which needs no update. What is reported is the share in any case."""
     halving: bool = False
     """Try only the better half of a passage's self-edits, by the first adapter start, from the others: fewer updates, or more starts."""
     smoke: bool = False
@@ -61,12 +65,15 @@ class RunArgs:
         check(bool(self.algorithms), 'algorithms', self.algorithms, 'at least one')
         weighs = [name for name in self.algorithms if not OuterConfig(algorithm=name).imitates]
         check(not (self.halving and weighs), 'halving', self.halving, f'False with {", ".join(weighs)}, which weigh all self-edits')
+        check(self.reward in get_args(RewardName), 'reward', self.reward, f'one of {", ".join(get_args(RewardName))}')
+        check(not (self.halving and self.reward == 'rubric'), 'halving', True, 'False with the reward rubric, which needs no update')
         check(bool(self.seeds) and min(self.seeds) >= 0, 'seeds', self.seeds, 'at least one integer, none below 0')
 
     @property
     def sizes(self) -> dict[str, Any]:
         """What decides the numbers of a seed, by name; rows from before there was a choice keep their digest."""
         chosen = {} if self.algorithms == RunArgs.algorithms else dict(algorithms=list(self.algorithms))
+        chosen |= dict(reward=self.reward) if self.reward != RunArgs.reward else {}
         chosen |= dict(halving=True) if self.halving else {}
         return {name: getattr(self, name) for name in ('rounds', 'contexts', 'each', 'repetitions', 'tests')} | chosen
 
@@ -77,10 +84,12 @@ class Domain(Protocol):
     Attributes:
         shares: real tokens among those computed, of every bucket so far.
         test_edits: self-edits of a text that the test's updates learn from.
+        reward: by which self-edits are chosen; whatever needs an update is in `Marks` already.
     """
 
     shares: list[float]
     test_edits: int
+    reward: Reward
 
     def start(self, stages: Stages, seed: int) -> PyTree:
         """Parameters of the model as it begins."""
@@ -105,6 +114,9 @@ class Domain(Protocol):
 
     def test(self, params: PyTree, texts: list, edits: Sequence[Edit | None], budget: Budget, repetitions: Sequence[int]) -> Marks:
         """The same as the test has it."""
+
+    def tried(self, text: Any, edit: Edit) -> Tried:
+        """What is known of a self-edit without an update."""
 
     def joined(self, edits: np.ndarray) -> Edit:
         """What the test makes of self-edits (M, tokens) of one text."""
@@ -159,6 +171,15 @@ def run_seeds(
     return 0
 
 
+class Earned(NamedTuple):
+    """What the self-edits of a round earn."""
+
+    rewards: np.ndarray  # (C, M)
+    ties: np.ndarray  # (C, M) decide between equal rewards
+    baseline: np.ndarray  # (C,) without a self-edit
+    told: dict[str, Any]  # of all rewards
+
+
 class Run:
     """The stages of one seed."""
 
@@ -199,9 +220,7 @@ class Run:
         """Shares right (tests,) of the arms that need no round."""
         texts, folder = self.test_texts(), _stage_name(budget)
         many = self.edits('test/edits', params, texts, self.args.each, 1)
-        flat, again = [edit for written in many for edit in written], [text for text in texts for _ in range(self.args.each)]
-        choice = self.marks(f'{folder}/test/choice', lambda: self.domain.learn_and_ask(params, again, flat, budget, [CHOICE_START]))
-        order = np.stack([mark.reshape(len(texts), -1) for mark in choice], -1)
+        order = np.stack(self.choice(f'{folder}/test/choice', params, texts, many, budget), -1)
         best = [max(range(self.args.each), key=lambda m: tuple(order[c, m])) for c in range(len(texts))]
         untrained = [self.domain.joined(written) for written in many]
         arms = {
@@ -238,33 +257,62 @@ class Run:
         """The writer after one update, and what its rewards were."""
         texts = self.domain.texts('train', self.args.contexts, self.seed, index)
         edits = self.edits(f'{name}/edits', params, texts, self.args.each, 10 + index)
-        told: dict[str, Any] = {}
-        rewards, ties, baseline = np.zeros(edits.shape[:2]), np.zeros(edits.shape[:2]), np.zeros(len(texts))
+        found = Earned(np.zeros(edits.shape[:2]), np.zeros(edits.shape[:2]), np.zeros(len(texts)), {})
         if algorithm != 'random':
-            marks = self.rewards(f'{name}/rewards', params, texts, edits, budget)
-            baseline = self.domain.ask(params, texts).right[:, 0]
-            # Of those with all repetitions only: the mean of few is the likelier to be the largest by luck.
-            rewards, ties = (np.nan_to_num(mark.mean(2), nan=-np.inf, neginf=-np.inf) for mark in marks)
-            tried = marks.right[np.isfinite(rewards)].reshape(len(texts), -1, self.args.repetitions)
-            mean = float(np.nanmean(marks.right, 2).mean())
-            told = dict(mean=mean, best=float(rewards.max(1).mean()), reliability=reliability(tried)._asdict())
+            earn = functools.partial(self.earned, f'{name}/rewards', params, budget=budget)
+            found = (earn if self.domain.reward.needs_update else self.judged)(texts, edits)
+        rewards, ties, baseline, told = found
         config, rng = OuterConfig(algorithm=algorithm), np.random.default_rng([self.seed, index])
         values = choose(config, rewards, baseline, ties, rng) if config.imitates else advantages(algorithm, rewards)
         update = lambda: self.domain.update(algorithm, params, texts, edits, values.reshape(-1).astype(float), self.seed)
         learned = self.stages.tree(f'{name}/writer', update)
         return self.domain.advance(params, learned), told | dict(trained_on=int(np.count_nonzero(values)))
 
+    def earned(self, name: str, params: Any, texts: list, edits: np.ndarray, *, budget: Budget) -> Earned:
+        """By the model after updates."""
+        marks, ties = self.by_reward(self.rewards(name, params, texts, edits, budget))
+        baseline = self.by_reward(self.domain.ask(params, texts))[0][:, 0]
+        marks = _finite(marks, baseline)
+        # Of those with all repetitions only: the mean of few is the likelier to be the largest by luck.
+        rewards, ties = (np.nan_to_num(mark.mean(2), nan=-np.inf, neginf=-np.inf) for mark in (marks, ties))
+        tried = marks[np.isfinite(rewards)].reshape(len(texts), -1, self.args.repetitions)
+        mean = float(np.nanmean(marks, 2).mean())
+        told = dict(mean=mean, best=float(rewards.max(1).mean()), reliability=reliability(tried)._asdict())
+        return Earned(rewards, ties, baseline, told)
+
+    def judged(self, texts: list, edits: np.ndarray) -> Earned:
+        """By what is known of them without an update."""
+        rewards, nothing = self.read(texts, edits), self.read(texts, [[[]]] * len(texts))
+        return Earned(rewards, np.zeros_like(rewards), nothing[:, 0], dict(mean=float(rewards.mean()), best=float(rewards.max(1).mean())))
+
+    def choice(self, name: str, params: Any, texts: list, edits: np.ndarray, budget: Budget) -> tuple[np.ndarray, np.ndarray]:
+        """Rewards, and what decides between equal ones, (C, M) of self-edits that are updated on once at most."""
+        if not self.domain.reward.needs_update:
+            return self.judged(texts, edits)[:2]
+        flat, again = [edit for written in edits for edit in written], [text for text in texts for _ in range(edits.shape[1])]
+        marks = self.marks(name, lambda: self.domain.learn_and_ask(params, again, flat, budget, [CHOICE_START]))
+        return tuple(mark.reshape(edits.shape[:2]) for mark in self.by_reward(marks))
+
+    def read(self, texts: list, edits: Sequence[Sequence[Edit]]) -> np.ndarray:
+        """(C, M) rewards that need no update, of self-edits (C, M, tokens)."""
+        mark = lambda text, edit: self.domain.reward.mark(self.domain.tried(text, edit))
+        return np.array([[mark(text, edit) for edit in each] for text, each in zip(texts, edits, strict=True)])
+
+    def by_reward(self, marks: Marks) -> tuple[np.ndarray, np.ndarray]:
+        """What is rewarded, and what decides between equal ones."""
+        return (marks.log_prob, marks.right) if self.args.reward == 'log_prob' else (marks.right, marks.log_prob)
+
     def rewards(self, name: str, params: Any, texts: list, edits: np.ndarray, budget: Budget) -> Marks:
         """Marks (C, M, P) of every self-edit; with `halving` NaN where it is not tried again."""
-        earn = functools.partial(self.earned, params=params, texts=texts, edits=edits, budget=budget)
+        earn = functools.partial(self.asked, params=params, texts=texts, edits=edits, budget=budget)
         repetitions, everything = range(self.args.repetitions), np.ones(edits.shape[:2], bool)
         if not self.args.halving:
             return earn(name, everything, repetitions)
         first = earn(f'{name}-first', everything, repetitions[:1])
-        rest = earn(f'{name}-rest', better_half(first.right[..., 0], first.log_prob[..., 0]), repetitions[1:])
+        rest = earn(f'{name}-rest', better_half(*(mark[..., 0] for mark in self.by_reward(first))), repetitions[1:])
         return Marks(*(np.concatenate(marks, 2) for marks in zip(first, rest, strict=True)))
 
-    def earned(
+    def asked(
         self, name: str, tried: np.ndarray, repetitions: Sequence[int], *, params: Any, texts: list, edits: np.ndarray, budget: Budget,
         part: int = 16,
     ) -> Marks:  # fmt: skip
@@ -302,6 +350,16 @@ def progress(what: str) -> Iterator[None]:
     print(f'{what}: {time.monotonic() - began:.1f} s', flush=True)
 
 
+def _finite(marks: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Marks (C, M, P) in which self-edits that nothing can be learned from, of log-probability -inf, earn the least of their passage.
+
+    That is the least of the others and of the baseline (C,): by it no invalid self-edit is better than a valid one, or than none.
+    """
+    invalid = np.isneginf(marks)
+    least = np.fmin(np.fmin.reduce(np.where(invalid, np.nan, marks), (1, 2)), baseline)
+    return np.where(invalid, least[:, None, None], marks)
+
+
 def summary(arms: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Mean and interval of each arm, and of its paired difference from untrained self-edits."""
     untrained = arms['untrained self-edit']
@@ -327,9 +385,10 @@ def report(metrics: dict[str, Any]) -> list[str]:
         for name, index, told in told_of:
             if 'mean' not in told:
                 continue
-            rewards = f'mean reward {told["mean"]:.3f}, best of a passage {told["best"]:.3f}, ICC {told["reliability"]["icc"]:.2f}'
+            rewards = f'mean reward {told["mean"]:.3f}, best of a passage {told["best"]:.3f}'
+            icc = f', ICC {told["reliability"]["icc"]:.2f}' if 'reliability' in told else ''
             after = f'coverage then {told["coverage"]:.2f}, known {told["known"]:.3f}'
-            lines.append(f'  {name}, round {index}: {rewards}, trained on {told["trained_on"]}, {after}')
+            lines.append(f'  {name}, round {index}: {rewards}{icc}, trained on {told["trained_on"]}, {after}')
         lines += [f'  {order(found["arms"])}'] if 'rest-em' in found else []
     return lines
 

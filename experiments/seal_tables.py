@@ -28,8 +28,10 @@ def seal_table(rows: list[dict]) -> list[str]:
     for kind in dict.fromkeys(map(_kind, rows)):
         runs = _by_seed([row for row in rows if _kind(row) == kind])
         chosen = ', '.join(dict.fromkeys(row['metrics']['chosen'] for row in runs))
-        halving = ', successive halving' if runs[0]['config'].get('halving') else ''
-        title = f'SEAL on made-up people, {runs[0]["model"]}{halving}, answers right, %'
+        config = runs[0]['config']
+        chosen_by = f', rewarded by {config["reward"]}' if 'reward' in config else ''
+        halving = ', successive halving' if config.get('halving') else ''
+        title = f'SEAL on made-up people, {runs[0]["model"]}{chosen_by}{halving}, answers right, %'
         lines += [''] if lines else []
         lines += [f'| {title} | at {SETTINGS[0]} ({chosen}) | at {SETTINGS[1]} | the paper |', '| --- ' * 4 + '|']
         for arm in _arms(runs):
@@ -80,9 +82,9 @@ def _draw_phases(axes: Axes, runs: list[dict]) -> None:
     axes.set(title=' minus '.join(COMPARED) + ',\npoints (both, %), development split', xlabel='steps', ylabel='learning rate')
 
 
-def _kind(row: dict) -> tuple[str, str, bool]:
-    """Learner, algorithms and halving: what makes a table of its own."""
-    return row['model'], str(row['config'].get('algorithms')), row['config'].get('halving', False)
+def _kind(row: dict) -> tuple[str, ...]:
+    """Learner, algorithms, reward and halving: what makes a table of its own."""
+    return row['model'], *(str(row['config'].get(name)) for name in ('algorithms', 'reward', 'halving'))
 
 
 def _by_seed(rows: list[dict]) -> list[dict]:

@@ -22,6 +22,7 @@ from nested_jax.seal.buckets import Candidate, buckets, real_share
 from nested_jax.seal.inner_loop import InnerConfig, make_inner_loop
 from nested_jax.seal.lora import LoraConfig, attach
 from nested_jax.seal.outer_loop import Samples
+from nested_jax.seal.rewards import Tried
 from nested_jax.training.config import TrainConfig
 
 PyTree = Any
@@ -186,6 +187,17 @@ class Reader:
         questions = [[world.question(person, attribute) for attribute in attributes] for person in people]
         answers = [[world.answer(person, attribute) for attribute in attributes] for person in people]
         return np.array(questions, np.int32), np.array(answers, np.int32)
+
+
+def in_print(world: World, text: Text, edit: Edit) -> Tried:
+    """A self-edit and its passage in words, a note a line."""
+    words = lambda tokens: ' '.join(world.words[token] for token in tokens)
+    return Tried(words(text.passage), '\n'.join(words(line) for line in world.lines(list(edit))))
+
+
+def full_length(world: World) -> int:
+    """Words of the longest self-edits of pre-training."""
+    return 6 * world.attributes
 
 
 def shuffled(world: World, edit: Edit, seed: int) -> Edit:

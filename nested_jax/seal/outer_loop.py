@@ -10,6 +10,7 @@ Letters in shapes: C contexts, M self-edits of each, N = C M, T tokens.
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -50,6 +51,8 @@ class OuterConfig:
     kl: float = 0.0  # weight of the divergence from the writer before the update; of advantages only
     clip_norm: float = 1.0
     lora: LoraConfig | None = added(None)  # adapters that are trained in place of all parameters
+    schedule: Literal['constant', 'linear'] = added('constant')  # of the learning rate, see `learning_rates`
+    warmup_share: float = added(0.0)  # of the steps, in which a linear schedule rises
 
     def __post_init__(self):
         check(self.algorithm in ALGORITHMS, 'algorithm', self.algorithm, f'one of {", ".join(ALGORITHMS)}')
@@ -59,6 +62,10 @@ class OuterConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), 'a number above 0')
         check(0 < self.top_share <= 1, 'top_share', self.top_share, 'a number above 0 and at most 1')
         check(self.kl >= 0, 'kl', self.kl, 'a number of at least 0')
+        check(self.schedule in ('constant', 'linear'), 'schedule', self.schedule, 'constant or linear')
+        check(0 <= self.warmup_share < 1, 'warmup_share', self.warmup_share, 'a number of at least 0 and below 1')
+        rises = self.schedule == 'linear' or not self.warmup_share
+        check(rises, 'warmup_share', self.warmup_share, '0 where the schedule is constant')
 
     @property
     def imitates(self) -> bool:
@@ -174,6 +181,19 @@ def advantages(algorithm: Algorithm, rewards: np.ndarray) -> np.ndarray:
     return by_algorithm[algorithm]()
 
 
+def learning_rates(config: OuterConfig, steps: int) -> optax.ScalarOrSchedule:
+    """Of an update of so many steps, from step 0 on.
+
+    A linear schedule is the one of the published code (arXiv:2506.10943v2): from 0 it rises by equal amounts to the learning rate, over
+    `warmup_share` of the steps rounded up, and falls by equal amounts so that it would be 0 after the last step.
+    """
+    if config.schedule == 'constant':
+        return config.learning_rate
+    warmup = math.ceil(config.warmup_share * steps)
+    rise, fall = optax.linear_schedule(0.0, config.learning_rate, warmup), optax.linear_schedule(config.learning_rate, 0.0, steps - warmup)
+    return optax.join_schedules([rise, fall], [warmup])
+
+
 def make_policy_update(model: LanguageModel, config: OuterConfig) -> Callable[..., PyTree]:
     """Builds (parameters, samples, values (N,), seed) -> parameters, or with `lora` adapters for `lora.merge`.
 
@@ -182,7 +202,6 @@ def make_policy_update(model: LanguageModel, config: OuterConfig) -> Callable[..
     ('dr-grpo', 'rloo'), plus `kl` times the estimate exp(d) - d - 1 of the divergence, d being how much likelier the writer before the
     update was to write the token.
     """
-    optimizer = optax.chain(clip_by_global_norm(config.clip_norm), optax.adam(config.learning_rate))
     log_probs = functools.partial(_log_probs, model)
 
     def variables(params: PyTree, trained: PyTree) -> PyTree:
@@ -197,6 +216,7 @@ def make_policy_update(model: LanguageModel, config: OuterConfig) -> Callable[..
 
     @jax.jit
     def run(params: PyTree, trained: PyTree, samples: Samples, values: jax.Array, plan: jax.Array) -> PyTree:
+        optimizer = optax.chain(clip_by_global_norm(config.clip_norm), optax.adam(learning_rates(config, len(plan))))
         before = jnp.zeros(samples.tokens.shape) if config.imitates else log_probs(variables(params, trained), samples)
 
         def step(carry: tuple, rows: jax.Array) -> tuple:

@@ -1,18 +1,23 @@
-"""What a self-edit is worth: graders of answers that need no other model, a rubric that needs no update, and how reliable a reward is.
+"""What a self-edit is worth: rewards that need no other model, one of them no update either, and how reliable a reward is.
 
-A grader maps (answer, gold answer) to a mark from 0 to 1; `GRADERS` has them by name. SEAL's reward is the mean mark of the questions of
-a passage after the update (Sec. 3.1, arXiv:2506.10943v2), marked by GPT-4.1; of the graders here `gold_recall` agrees with it best.
+A grader maps (answer, gold answer) to a mark from 0 to 1; `GRADERS` has those of text by name. A `Reward` maps all that is known of a
+self-edit to a number and says whether an update has to come first; `REWARDS` has them by name: the mean mark of each grader, the
+log-probability of the gold answers, the rubric. SEAL's reward is the mean mark of the questions of a passage after the update (Sec. 3.1,
+arXiv:2506.10943v2), marked by GPT-4.1; of the graders here `gold_recall` agrees with it best.
 """
 
 import collections
 import re
 import string
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Grader = Callable[[str, str], float]
+from nested_jax.data.tasks.arc import Grid
+from nested_jax.seal.voting import vote
+
+Grader = Callable[[Any, Any], float]
 _ARTICLES = re.compile(r'\b(a|an|the)\b')
 _PUNCTUATION = str.maketrans('', '', string.punctuation)
 
@@ -49,6 +54,11 @@ def token_f1(answer: str, gold: str) -> float:
     found, wanted = (collections.Counter(normalize(text)) for text in (first_line(answer), gold))
     shared = (found & wanted).total()
     return 2 * shared / (found.total() + wanted.total()) if shared else 0.0
+
+
+def vote_pass_2(answers: Mapping[str, Sequence[Grid | None]], gold: Grid) -> float:
+    """1 when the right grid is one of the two that the views of a task vote for, as SEAL's rewards on ARC are."""
+    return float(gold in vote(answers))
 
 
 GRADERS: dict[str, Grader] = {grader.__name__: grader for grader in (gold_recall, contains, exact_match, token_f1)}
@@ -138,3 +148,38 @@ def rubric(edit: str, passage: str, *, full_length: int = 150) -> Rubric:
         sum(word in known for word in long) / len(long) if long else 0.0,
     )
     return Rubric(*(1 + 4 * share for share in shares))
+
+
+class Tried(NamedTuple):
+    """What is known of a self-edit: its text at once, the rest, by question, when a model has been updated on it and asked."""
+
+    passage: str
+    edit: str = ''
+    golds: Sequence[Any] = ()
+    answers: Sequence[Any] = ()  # texts, or of `vote_pass_2` grids by view
+    log_probs: Sequence[float] = ()  # of the gold answers, nats a token
+
+
+class Reward(NamedTuple):
+    """A way to say what a self-edit earns."""
+
+    mark: Callable[[Tried], float]
+    needs_update: bool = True
+
+
+def graded(grader: Grader) -> Reward:
+    """The mean mark of the answers."""
+    return Reward(lambda tried: float(np.mean([grader(*each) for each in zip(tried.answers, tried.golds, strict=True)])))
+
+
+def by_rubric(full_length: int = 150) -> Reward:
+    """The rubric's total, with so many words as full length."""
+    return Reward(lambda tried: rubric(tried.edit, tried.passage, full_length=full_length).total, needs_update=False)
+
+
+REWARDS: dict[str, Reward] = {name: graded(grader) for name, grader in GRADERS.items()}
+REWARDS |= {
+    'vote_pass_2': graded(vote_pass_2),
+    'log_prob': Reward(lambda tried: float(np.mean(tried.log_probs))),
+    'rubric': by_rubric(),
+}

@@ -15,7 +15,7 @@ from experiments.seal_world import PROTOTYPE, Marks
 from nested_jax.seal.outer_loop import StaleRewardsError, digest
 from nested_jax.seal.stages import Stages
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT, RNG = pathlib.Path(__file__).parents[2], np.random.default_rng(0)
 STAGES = ('edits', 'rewards-0', 'writer', 'test')
 POINTS = (
     ('edits', 'begun'), ('rewards-0', 'begun'), ('rewards-0', 'asked'), ('writer', 'begun'), ('writer', 'written'), ('test', 'begun'),
@@ -253,9 +253,71 @@ def test_halving_tries_only_the_better_half_again_and_chooses_among_it(tmp_path,
         seal_knowledge.Args(halving=True, algorithms=('rest-em', 'grpo'))
 
 
+@pytest.fixture
+def one_round(tmp_path, monkeypatch):
+    """Runs a round of three passages with four self-edits each, the second, third and fourth the oracle of its passage.
+
+    Takes what `learn_and_ask` and `ask` find; returns the values (12,) in the writer's update, and what is told.
+    """
+
+    def make(found: Marks | None, base: Marks | None, **changes) -> tuple[np.ndarray, dict]:
+        args = seal_knowledge.Args(contexts=3, each=4, **changes)
+        people, params, chosen = seal_knowledge.People(args), {'w': np.ones(3)}, {}
+        texts = people.texts('train', 3, 0)
+        written = [[people.world.note(RNG, text.person, 'off-topic') for _ in range(4)] for text in texts]
+        for place, (edits, text) in enumerate(zip(written, texts, strict=True), 1):
+            edits[place] = people.world.oracle(RNG, text.person)
+        longest = max(len(edit) for edits in written for edit in edits)
+        edits = np.array([[edit + [0] * (longest - len(edit)) for edit in edits] for edits in written])
+        monkeypatch.setattr(people, 'learn_and_ask', lambda *_: found)
+        monkeypatch.setattr(people, 'ask', lambda *_: base)
+        monkeypatch.setattr(people, 'update', lambda *given: chosen.update(values=given[-2]) or params)
+        monkeypatch.setattr(people, 'texts', lambda *_: texts)
+        run = seal_runs.Run(people, args, 0, Stages(tmp_path / args.algorithms[0]))
+        monkeypatch.setattr(run, 'edits', lambda *_: edits)
+        told = run.round(params, PROTOTYPE, args.algorithms[0], 1, 'one')[1]
+        return chosen['values'], told
+
+    return make
+
+
+def test_the_likeliest_answers_are_rewarded_and_an_invalid_edit_earns_the_least(one_round):
+    log_prob = np.log(np.array([[2, 3], [4, 1], [9, 1], [1, 1], [1, 2], [9, 8], [8, 8], [3, 3], [5, 5], [4, 4], [6, 6], [7, 7]]) / 10)
+    log_prob[[2, 11]] = -np.inf
+    base = Marks(np.ones((3, 1)), np.log([[0.3], [0.9], [0.2]]))
+    found = Marks(np.arange(24).reshape(12, 2) / 24, log_prob)
+    values, told = one_round(found, base, reward='log_prob')
+    assert np.flatnonzero(values).tolist() == [10] and told['best'] == pytest.approx(np.log([0.06**0.5, 0.72**0.5, 0.6]).mean())
+    values, _ = one_round(found, base, reward='log_prob', algorithms=('dr-grpo',))
+    valid = np.log([0.2, 0.3, 0.4, 0.1, 0.1, 0.1])
+    mean = (valid.sum() / 2 + np.log(0.1)) / 4
+    assert values[2] == pytest.approx(np.log(0.1) - mean) and np.isfinite(values).all()
+    assert values[11] == pytest.approx(np.log(0.2) - np.log([0.5, 0.4, 0.6, 0.2]).mean()), 'no better than no edit at all'
+
+
+def test_the_rubric_chooses_without_an_update(one_round):
+    values, told = one_round(None, None, reward='rubric')
+    assert np.flatnonzero(values).tolist() == [1, 6, 11] and told['best'] > told['mean'] > 4 and 'reliability' not in told
+
+
+def test_what_is_rewarded_is_part_of_the_configuration_where_it_is_not_the_default():
+    assert 'reward' not in seal_knowledge.Args().sizes and seal_knowledge.Args(reward='rubric').sizes['reward'] == 'rubric'
+    with pytest.raises(ValueError, match='halving is True, allowed is False with the reward rubric'):
+        seal_knowledge.Args(halving=True, reward='rubric')
+
+
 @pytest.mark.parametrize(
     ('name', 'value'),
-    [('rounds', 0), ('contexts', 1), ('each', 1), ('repetitions', 1), ('tests', 1), ('seeds', ()), ('pretraining_steps', 1)],
+    [
+        ('reward', 'gold'),
+        ('rounds', 0),
+        ('contexts', 1),
+        ('each', 1),
+        ('repetitions', 1),
+        ('tests', 1),
+        ('seeds', ()),
+        ('pretraining_steps', 1),
+    ],
 )
 def test_bad_arguments_are_named(name, value):
     with pytest.raises(ValueError, match=f'{name} is .*allowed is'):

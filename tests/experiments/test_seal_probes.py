@@ -15,7 +15,7 @@ TEXT = Text(PERSON, WORLD.passage(RNG, PERSON))
 
 PROBES = {
     'test-time': 'prompt, trained on its passage', 'meta': 'meta-learned', 'stacking': 'stacked, one period',
-    'prompts': 'implications-chain-of-thought', 'rubric': 'rubric',
+    'prompts': 'implications-chain-of-thought', 'rubric': 'rubric', 'halving': 'all starts',
 }  # fmt: skip
 # The first is the one that --smoke alone runs.
 SMOKES = [pytest.param(*each, marks=pytest.mark.exhaustive if index else pytest.mark.slow) for index, each in enumerate(PROBES.items())]
@@ -57,6 +57,24 @@ def test_rank_correlation_is_within_passages():
     found = seal_probes._within(marks, rewards)
     assert found['passages'] == 2 and found['mean'] == pytest.approx((1, 1, 1))
     assert seal_probes._within(marks[2:], rewards[2:]) is None
+
+
+def test_halving_picks_among_those_that_the_first_start_keeps(monkeypatch):
+    """By hand: the first start keeps the last two of four, of which all three prefer the third; of all four they prefer the first."""
+    right = np.array([[[0.2, 0.9, 0.9, 0.7], [0.0, 0, 0, 0.1], [0.3, 0.5, 0.5, 0.4], [0.5, 0.1, 0.1, 0.2]]] * 2)
+    monkeypatch.setattr(seal_probes, '_written', lambda *_: ([TEXT] * 2, np.zeros((2, 4, 5), int)))
+    monkeypatch.setattr(seal_probes, '_rewards', lambda *_: [right, -right])
+    found = seal_probes.halve(None)
+    assert found['updates_of_a_passage'] == {'random': 0, 'one start': 4, 'halving': 8, 'all starts': 12}
+    for told in found['budgets'].values():
+        means = {arm: values['right'][0] for arm, values in told['picked'].items()}
+        assert means == pytest.approx({'random': 0.35, 'one start': 0.2, 'halving': 0.4, 'all starts': 0.7})
+        assert told['picked']['halving']['above_control'] == pytest.approx((-0.3,) * 3)
+
+
+def test_of_equal_marks_the_ties_decide_or_the_first_has_it():
+    earned, marks = np.array([[1.0, 2, 3]]), np.array([[0.5, 0.5, 0.25]])
+    assert seal_probes._picked(earned, marks) == 1 and seal_probes._picked(earned, marks, np.array([[0.0, 1, 2]])) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """SEAL with a pre-trained model: a tiny checkpoint from the command line, its parts, and bad input."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -20,6 +19,8 @@ from nested_jax.models.sampling import generate
 from nested_jax.seal.buckets import Candidate
 from nested_jax.seal.inner_loop import learn_all
 from nested_jax.seal.lora import merge
+from nested_jax.seal.outer_loop import learning_rates
+from nested_jax.seal.rewards import REWARDS, graded
 from tests.data.test_pretrained_tokenizer import make
 from tests.models.small_models import random_params
 
@@ -100,9 +101,19 @@ def test_self_edits_and_answers_are_what_the_model_writes(domain, monkeypatch):
     prompt = jnp.asarray([domain._encode(seal_squad.question_prompt(texts[0].title, asked.question))])
     answer = generate(LanguageModel(CONFIG), {'params': params}, prompt, key=jax.random.key(0), max_new_tokens=4, temperature=0.0, stop=290)
     found = domain._text(answer[0].tolist())
-    monkeypatch.setitem(seal_squad.GRADERS, 'heard', lambda said, gold: float(said == found and gold == asked.answer))
-    monkeypatch.setattr(domain, 'args', dataclasses.replace(domain.args, grader='heard'))
+    heard = graded(lambda said, gold: float(said == found and gold == asked.answer))
+    monkeypatch.setattr(domain, '_marks', (heard, domain._marks[1]))
     assert domain.ask(params, texts[:1]).right[0, 0] == 0.5
+
+
+def test_the_reward_is_chosen_by_name(folder, domain, monkeypatch):
+    """The rubric reads an edit beside its passage; a grader and the log-probability are of what an updated model answers."""
+    monkeypatch.setattr(seal_squad, 'load_parameters', lambda *_, **__: {})
+    named = lambda **changes: seal_squad.Passages(arguments(folder, **changes))
+    assert domain.reward is REWARDS['gold_recall'] and named(grader='contains').reward is REWARDS['contains']
+    assert named(reward='log_prob').reward is REWARDS['log_prob'] and named(reward='rubric').reward is REWARDS['rubric']
+    tried = domain.tried(domain.texts('test', 1, 0)[0], np.array([*domain.coder.encode('the fox'), 290, 5]))
+    assert tried == (TEXTS[0], 'the fox', (), (), ())
 
 
 def test_the_writer_learns_what_is_chosen(domain):
@@ -117,6 +128,15 @@ def test_the_writer_learns_what_is_chosen(domain):
         return float(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1])[np.arange(len(own)), own].sum())
 
     assert log_prob(learned) > log_prob(params)
+
+
+def test_learning_rates_of_the_updates_are_those_of_the_published_code(folder):
+    """200 passages with five self-edits each are 1,200 sequences, 150 steps of all weights of which 5 rise; 50 winners are 10 steps."""
+    args, steps = arguments(folder), np.arange(150)
+    rates = np.array([float(learning_rates(args.continued, 150)(step)) for step in steps])
+    np.testing.assert_allclose(rates, 7e-5 * np.minimum(steps / 5, (150 - steps) / 145), rtol=1e-5)
+    rates = [float(learning_rates(args.outer('rest-em'), 10)(step)) for step in range(10)]
+    np.testing.assert_allclose(rates, 3e-4 * (1 - np.arange(10) / 10), rtol=1e-5)
 
 
 @pytest.mark.parametrize('setting', ['continued-lora', 'continued-full'])
@@ -151,7 +171,10 @@ def test_rounds_and_search_have_passages_of_their_own(folder):
         seal_squad.Passages(arguments(folder, tests=9))
 
 
-@pytest.mark.parametrize(('name', 'value'), [('prompt', 'x'), ('grader', 'x'), ('epochs', 0), ('learning_rate', 0.0), ('together', 0)])
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [('prompt', 'x'), ('grader', 'x'), ('reward', 'x'), ('epochs', 0), ('learning_rate', 0.0), ('together', 0)],
+)
 def test_bad_arguments_are_named(folder, name, value):
     with pytest.raises(ValueError, match=f'{name} is .*allowed is'):
         arguments(folder, **{name: value})

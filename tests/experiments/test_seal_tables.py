@@ -39,6 +39,8 @@ def test_one_seed_has_the_interval_over_passages_and_the_latest_row_counts():
 def test_learners_have_tables_of_their_own():
     lines = seal_table([row(0), row(0, size=3) | dict(model='hope-linear')])
     assert len(lines) == 2 * (2 + len(ARMS)) + 1 and lines[6] == '' and 'hope-linear' in lines[7]
+    lines = seal_table([row(0), row(0, reward='log_prob')])
+    assert len(lines) == 2 * (2 + len(ARMS)) + 1 and 'rewarded by' not in lines[0] and 'rewarded by log_prob' in lines[7]
 
 
 def test_configurations_are_not_mixed():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nested_jax.models.language_model import LanguageModel
@@ -17,6 +18,7 @@ from nested_jax.seal.outer_loop import (
     better_half,
     choose,
     digest,
+    learning_rates,
     make_policy_update,
 )
 from tests.models.small_models import random_params, small
@@ -98,6 +100,39 @@ def test_imitation_is_the_mean_loss_of_the_chosen():
         np.testing.assert_allclose(a[clear], b[clear], rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ('share', 'steps', 'expected'),
+    [
+        (0.0, 4, [1, 0.75, 0.5, 0.25]),
+        (0.3, 7, [0, 1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        (0.03, 150, [0, 0.2, 0.4, 0.6, 0.8, *(1 - np.arange(145) / 145)]),
+        (0.03, 1, [0]),
+    ],
+)
+def test_the_learning_rate_of_each_step(share, steps, expected):
+    config = OuterConfig(learning_rate=7e-5, schedule='linear', warmup_share=share)
+    found = jax.vmap(learning_rates(config, steps))(jnp.arange(steps))
+    np.testing.assert_allclose(found, 7e-5 * np.array(expected), rtol=1e-5, atol=1e-12)
+    assert learning_rates(OuterConfig(learning_rate=7e-5), steps) == 7e-5
+
+
+def test_an_update_takes_its_steps_at_the_scheduled_rates():
+    """Five steps, the first two of which rise, against Adam with a rate set by hand before each step."""
+    config = OuterConfig(learning_rate=1e-2, epochs=5, batch_size=6, clip_norm=1e9, schedule='linear', warmup_share=0.4)
+    adam = optax.scale_by_adam()
+
+    @jax.jit
+    def step(params, state, rate):
+        direction, state = adam.update(jax.grad(lambda params: -_sum(params, samples()) / 24)(params), state)
+        return jax.tree.map(lambda leaf, each: leaf - rate * each, params, direction), state
+
+    params, state = PARAMS, jax.jit(adam.init)(PARAMS)
+    for rate in (0.0, 5e-3, 1e-2, 2e-2 / 3, 1e-2 / 3):
+        params, state = step(params, state, rate)
+    found = make_policy_update(MODEL, config)(PARAMS, samples(), np.ones(6), 0)
+    np.testing.assert_allclose(log_prob(found, samples()), log_prob(params, samples()), rtol=1e-3)
+
+
 def _sum(params, batch):
     logits, _ = MODEL.apply({'params': params}, batch.tokens)
     return (jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0] * batch.weights).sum()
@@ -139,7 +174,7 @@ def test_the_writer_learns_by_adapters():
     ('field', 'value'),
     [
         ('algorithm', 'ppo'), ('epochs', 0), ('batch_size', 0), ('learning_rate', 0.0), ('clip_ratio', 0.0), ('clip_norm', 0.0),
-        ('top_share', 0.0), ('top_share', 1.1), ('kl', -0.1),
+        ('top_share', 0.0), ('top_share', 1.1), ('kl', -0.1), ('schedule', 'cosine'), ('warmup_share', 1.0), ('warmup_share', 0.1),
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(field, value):

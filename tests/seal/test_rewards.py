@@ -1,4 +1,4 @@
-"""Graders against hand-made cases and GPT-4.1's verdicts, reliability against known components, and the rubric."""
+"""Graders against hand-made cases and GPT-4.1's verdicts, rewards, reliability against known components, and the rubric."""
 
 import json
 import lzma
@@ -6,7 +6,20 @@ import lzma
 import numpy as np
 import pytest
 
-from nested_jax.seal.rewards import GRADERS, agreement, contains, exact_match, gold_recall, reliability, rubric, token_f1
+from nested_jax.seal.rewards import (
+    GRADERS,
+    REWARDS,
+    Tried,
+    agreement,
+    by_rubric,
+    contains,
+    exact_match,
+    gold_recall,
+    reliability,
+    rubric,
+    token_f1,
+)
+from nested_jax.seal.voting import IDENTITY
 
 
 @pytest.mark.parametrize(
@@ -25,6 +38,21 @@ from nested_jax.seal.rewards import GRADERS, agreement, contains, exact_match, g
 def test_graders(answer, gold, recall, inside, exact, f1):
     marks = [grader(answer, gold) for grader in (gold_recall, contains, exact_match, token_f1)]
     assert marks == [recall, inside, exact, pytest.approx(f1)]
+
+
+def test_rewards_are_told_all_that_is_known_and_only_the_rubric_needs_no_update():
+    passage, edit = 'Tesla was born in 1856.', 'Tesla was born in 1856.\nIn 1856.'
+    tried = Tried(passage, edit, golds=['1856', 'iron'], answers=['In 1856', 'Iron'], log_probs=np.array([-1.0, -4.0]))
+    expected = dict(gold_recall=1, contains=1, exact_match=0.5, token_f1=(2 / 3 + 1) / 2, log_prob=-2.5, rubric=rubric(edit, passage).total)
+    assert {name: REWARDS[name].mark(tried) for name in expected} == pytest.approx(expected)
+    assert {name for name, reward in REWARDS.items() if not reward.needs_update} == {'rubric'}
+    assert REWARDS['rubric'].mark(Tried(passage)) == 4 < by_rubric(6).mark(Tried(passage, edit))
+    right, wrong, other = ((1, 2),), ((2, 1),), ((3, 3),)
+    views = [{IDENTITY: [wrong, right], 'flip': [right]}, {IDENTITY: [wrong, None], 'flip': [other, other, right]}]
+    assert REWARDS['vote_pass_2'].mark(Tried('', golds=[right, right], answers=views)) == 0.5
+    assert set(REWARDS) == {*expected, 'vote_pass_2'}
+    with pytest.raises(ValueError, match='longer'):
+        REWARDS['contains'].mark(tried._replace(answers=['1856']))
 
 
 def test_gold_recall_agrees_with_the_published_verdicts(shared_data):
