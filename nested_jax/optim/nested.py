@@ -1,5 +1,16 @@
-"""Nested levels across steps: parameters that start anew from an initial state which a slower level learns (Eq. 72, arXiv:2512.24695v1)."""
+r"""Nested levels across steps: parameters that start anew from an initial state which a slower level learns.
 
+In the nested variant of the Continuum Memory System a level's initial state belongs to the next slower level, which learns it over its
+own, longer context, and when that context is over the level returns to it (Eq. 72, arXiv:2512.24695v1):
+
+.. math::
+  \theta_0^{(s+1)} = \arg\min_\Phi \mathbb{E}_{T \sim C^{(s)}} \ell(\Theta, T; \Phi)
+
+Here the initial state takes the gradients at the parameters as they are, which is first order: what happened to them since the last
+restart counts as a constant that was added.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,21 +35,11 @@ class NestedState(NamedTuple):
 def nested(
     inner: optax.GradientTransformation, initial: optax.GradientTransformation, restarts: PyTree | Callable[[str], int]
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Let parameters start anew, every so many steps, from an initial state that another optimizer learns.
-
-    In the nested variant of the Continuum Memory System a level's initial state belongs to the next slower level, which learns it over
-    that level's own, longer context (Eq. 72):
-
-    .. math::
-      \theta_0^{(s+1)} = \arg\min_\Phi \mathbb{E}_{T \sim C^{(s)}} \ell(\Theta, T; \Phi)
-
-    and when that context is over the level returns to it. Here `initial` takes the gradients at the parameters as they are, which is first
-    order: what `inner` did since the last restart counts as a constant that was added. `by_level` gives `initial` the slower level's
-    period. The state of `inner` is not started anew.
+    """Let parameters start anew, every so many steps, from an initial state that another optimizer learns.
 
     Args:
-        inner: updates all parameters, learning rate included.
-        initial: updates the initial states of those that start anew, learning rate included.
+        inner: updates all parameters, learning rate included; its own state goes on.
+        initial: updates the initial states of those that start anew, learning rate included; `by_level` gives it the slower period.
         restarts: steps between two restarts, 0 for parameters that never do: a pytree of integers that is a prefix of the parameters', or
             a function of a parameter's path, such as 'blocks/channel/level_1/up'.
 
@@ -77,14 +78,16 @@ def nested(
         moves, initial_state = initial.update(_masked(updates, restarts), state.initial_state, state.initial, **extra_args)
         start = optax.apply_updates(state.initial, moves)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-
-        def step(every, update, param, start):
-            return update if not every else jnp.where(count % every == 0, (start - param).astype(update.dtype), update)
-
-        updates = jax.tree.map(step, _restarts_of(updates, restarts), updates, params, start)
+        back = functools.partial(_back, count)
+        updates = jax.tree.map(back, _restarts_of(updates, restarts), updates, params, start)
         return updates, NestedState(count, inner_state, start, initial_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _back(count: jax.Array, every: int, update: jax.Array, param: jax.Array, start: jax.Array | optax.MaskedNode) -> jax.Array:
+    """The update of a leaf, or when it is due the way back to its initial state."""
+    return jnp.where(count % every == 0, (start - param).astype(update.dtype), update) if every else update
 
 
 def _copy(leaf: jax.Array) -> jax.Array:
