@@ -20,6 +20,7 @@ from nested_jax.optim import (
     feature_momentum,
     m3,
     muon,
+    nested,
     preconditioned_momentum,
     state_shardings,
 )
@@ -260,10 +261,11 @@ def test_mesh_axes_move_one_at_a_time(shape, names, along, padded, expected):
         m3(0.1, shardings=SHARDINGS),
         optax.adamw(0.1),
         by_level(optax.adamw(0.1), lambda path: 1 + (path == 'up')),
+        nested(optax.adamw(0.1), optax.sgd(0.1), lambda path: 2 * (path == 'up')),
         optax.adafactor(0.1, min_dim_size_to_factor=4),
         deep_momentum(0.1, 8),
     ],
-    ids=['muon', 'm3', 'adamw', 'by_level', 'adafactor', 'deep_momentum'],
+    ids=['muon', 'm3', 'adamw', 'by_level', 'nested', 'adafactor', 'deep_momentum'],
 )
 def test_state_shardings_are_kept_by_init_and_update(optimizer):
     _, params, shardings = make_params(make_mesh('auto'))
