@@ -17,7 +17,8 @@ and 2 decide nothing; the reference chooses by bins 0 and 1.
 
 All languages have rows of all but hope with MLP memories, which has one, of parity. A run (one seed, both rates) takes a core of two, the
 other in use, 142 to 260 s for hope-linear-chunk-1, 116 to 206 for srwm, 89 to 216 for hope-linear with and without delta gradient descent,
-53 to 110 for deltanet, and 22 to 82 for the Transformer, linear attention and the LSTM, and took hope 642 s. Small models leave a second core idle, so two processes share the grid and go on where they stopped:
+53 to 110 for deltanet, and 22 to 82 for the Transformer, linear attention and the LSTM; hope took 642 s. Small models leave a second core
+idle, so two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.formal_languages --minutes 40 --languages parity abab-star counter-3
     taskset -c 1 python -m experiments.formal_languages --minutes 40 --languages aa-star counter-2 shuffle-2

@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,6 +28,7 @@ from scripts.benchmarks.timing import Settings
 
 SUITES = ('cpu', 'optim', 'decode', 'seal', 'scaling', 'checkpoint', 'gpu')
 WITH_SMOKE = ('optim', 'seal', 'scaling', 'checkpoint', 'gpu')
+Part = Callable[[Settings], Iterator[dict]]  # settings -> metrics of each figure
 # Of a row's metrics: what says which figure it is.
 SETTINGS = ('what', 'curve', 'model', 'place', 'cost', 'tree', 'batch', 'length', 'devices', 'context', 'candidates', 'bptt')
 
@@ -37,8 +39,20 @@ def use_large_pages() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'})
 
 
-def run_suite(name: str, settings: Settings, output: pathlib.Path) -> None:
-    """Runs a suite, printing and storing a row for each figure as soon as it is there."""
+def parts_of(name: str, chosen: list[str] | None) -> list[Part]:
+    """The parts of a suite, or those chosen by name.
+
+    Raises:
+        ValueError: naming what the suite does not have.
+    """
+    parts = {part.__name__: part for part in importlib.import_module(f'scripts.benchmarks.{name}').PARTS}
+    if chosen is not None and not set(chosen) <= set(parts):
+        raise ValueError(f'--parts is {" ".join(chosen)}, allowed with --suite {name} is some of {", ".join(parts)}')
+    return [part for title, part in parts.items() if chosen is None or title in chosen]
+
+
+def run_suite(name: str, settings: Settings, output: pathlib.Path, chosen: list[str] | None = None) -> None:
+    """Runs a suite or parts of it, printing and storing a row for each figure as soon as it is there."""
     suite = importlib.import_module(f'scripts.benchmarks.{name}')
     if name == 'gpu':  # in processes of its own, each of which wants the card
         suite.run(settings, output)
@@ -46,7 +60,7 @@ def run_suite(name: str, settings: Settings, output: pathlib.Path) -> None:
     if name in ('cpu', 'seal'):
         devices_for_cores()
     hardware = hardware_name(jax.devices())
-    for part in suite.PARTS:
+    for part in parts_of(name, chosen):
         begun = time.perf_counter()
         for metrics in part(settings):
             wall, begun = time.perf_counter() - begun, time.perf_counter()
@@ -68,11 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--repeats', type=int, default=5, help='runs each figure is the median of')
     parser.add_argument('--smoke', action='store_true', help=f'smallest sizes, whose numbers mean nothing: {", ".join(WITH_SMOKE)}')
     parser.add_argument('--output', type=pathlib.Path, help='file of rows; default experiments/results/bench_<suite>.jsonl')
+    parser.add_argument('--parts', nargs='+', help='of the suite: run these alone, as lengths or chunks of scaling')
     parser.add_argument('--cells', nargs='+', help='of the suite gpu: run these alone, in this process')
     parser.add_argument('--prepare', action='store_true', help='with --cells: compile alone, into the cache of programs')
     args = parser.parse_args(arguments)
+    if args.parts and args.suite == 'gpu':
+        parser.error('--parts is given with --suite gpu, which has --cells')
     try:
         private_cache()
+        if args.parts:
+            parts_of(args.suite, args.parts)
     except ValueError as error:
         parser.error(str(error))
     if args.repeats < 1:
@@ -89,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         gpu.work(args.cells, Settings(args.repeats, args.smoke, args.prepare), output)
         return
-    run_suite(args.suite, Settings(args.repeats, args.smoke), output)
+    run_suite(args.suite, Settings(args.repeats, args.smoke), output, args.parts)
 
 
 if __name__ == '__main__':

@@ -144,17 +144,21 @@ def parameters(settings: Settings) -> Iterator[dict]:
 CURVES = (lengths, chunks, widths, levels, candidates, parameters)
 
 
-def scaling(settings: Settings) -> Iterator[dict]:
-    """All curves, each followed by its slopes."""
-    for curve in CURVES:
+def with_slopes(curve: Callable[[Settings], Iterator[dict]]) -> Callable[[Settings], Iterator[dict]]:
+    """The curve, followed by its slopes."""
+
+    @functools.wraps(curve)
+    def part(settings: Settings) -> Iterator[dict]:
         points = []
         for row in curve(settings):
             points.append(row)
             yield row
         yield from fits(points)
 
+    return part
 
-PARTS = (scaling,)
+
+PARTS = tuple(map(with_slopes, CURVES))
 
 
 def climb(curve: str, model: str, places: Sequence[int], point: Point, settings: Settings, error: float | None = None) -> Iterator[dict]:

@@ -120,16 +120,22 @@ def test_rows_and_picture_of_a_suite(tmp_path, monkeypatch):
         yield dict(what='point', curve='length', model='a', place=1, seconds=1.0, fastest_s=1.0, slowest_s=1.0, temporary_mib=2.0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scaling, 'PARTS', (part,))
+    def other(settings: Settings):
+        raise AssertionError('not chosen')
+
+    monkeypatch.setattr(scaling, 'PARTS', (other, part))
     output = tmp_path / 'rows.jsonl'
     with pytest.raises(KeyboardInterrupt):
-        bench.main(['--suite', 'scaling', '--smoke', '--repeats', '3', '--output', str(output)])
+        bench.main(['--suite', 'scaling', '--smoke', '--repeats', '3', '--parts', 'part', '--output', str(output)])
     (row,) = map(json.loads, output.read_text().splitlines())  # written before the interrupt
     assert row['experiment'] == 'bench_scaling' and row['config'] == dict(what='point', curve='length', model='a', place=1, repeats=3)
     assert row['hardware'].startswith(f'{len(jax.devices())} x ')
 
 
-@pytest.mark.parametrize('arguments', [['--repeats', '0'], ['--suite', 'cpu', '--smoke'], ['--suite', 'scaling', '--smoke']])
+@pytest.mark.parametrize(
+    'arguments',
+    [['--repeats', '0'], ['--suite', 'cpu', '--smoke'], ['--suite', 'scaling', '--smoke'], ['--suite', 'scaling', '--parts', 'depths']],
+)
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         bench.main(arguments)
