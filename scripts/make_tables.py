@@ -63,6 +63,7 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'seal_matched': matched_table(rows('seal_continual')),
         'bench_seal': candidates_table(rows('bench_seal')),
         'bench_decode': decode_table(rows('bench_decode')),
+        'bench_scaling': scaling_table(rows('bench_scaling')),
         'compile_for_tpu': tpu_table(rows('compile_for_tpu')),
         'reliability': reliability_table(rows('reliability')),
     }
@@ -197,6 +198,28 @@ def decode_table(rows: list[dict]) -> list[str]:
         cells = [f'{each[context]["ms_per_token"]:.2f}' if context in each else 'not run' for context in contexts]
         lines.append(f'| {model} | {hardware} | {batch} | {" | ".join(cells)} | {each[max(each)]["ratio_to_1k"]:.2f} |')
     return lines if found else []
+
+
+def scaling_table(rows: list[dict]) -> list[str]:
+    """Lines of how costs grow, the latest slopes of each hardware, curve and model; none without rows."""
+    places, slopes = collections.defaultdict(set), collections.defaultdict(dict)
+    for row in rows:
+        found = row['metrics']
+        key = row['hardware'], found['curve'], found['model']
+        if found['what'] == 'point':
+            places[key].add(found['place'])
+        else:
+            slopes[key][found['cost']] = found
+    heads = ('slope of log cost', 'hardware', 'of', 'from', 'to', 'seconds', 'of the last three points', 'temporary memory')
+    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    for (hardware, curve, model), found in slopes.items():
+        seconds, memory = found['seconds'], found.get('temporary_mib')
+        half = (seconds['high'] - seconds['low']) / 2
+        ends = [f'{end(places[hardware, curve, model]):,}' for end in (min, max)]
+        grown = f'{memory["slope"]:.2f}' if memory else ''
+        cells = (curve, hardware, model, *ends, f'{seconds["slope"]:.2f} ± {half:.2f}', f'{seconds["recent"]:.2f}', grown)
+        lines.append(f'| {" | ".join(cells)} |')
+    return lines if slopes else []
 
 
 def tpu_table(rows: list[dict]) -> list[str]:

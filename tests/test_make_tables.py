@@ -134,6 +134,17 @@ def test_decoding_has_a_column_for_each_context(make_tables):
     assert make_tables.decode_table([]) == []
 
 
+def test_slopes_are_the_latest_of_each_curve(make_tables):
+    def of(what: str, **metrics) -> dict:
+        return dict(hardware='cpu', metrics=dict(what=what, curve='length', model='a', **metrics))
+
+    fit = lambda cost, slope, **rest: of('fit', cost=cost, slope=slope, low=slope - 0.1, high=slope + 0.1, **rest)
+    points = [of('point', place=place, seconds=1.0) for place in (2048, 1024, 4096)]
+    rows = [*points, fit('seconds', 3.0, recent=3.0), fit('seconds', 1.0, recent=1.5), fit('temporary_mib', 0.5)]
+    assert make_tables.scaling_table(rows)[2:] == ['| length | cpu | a | 1,024 | 4,096 | 1.00 ± 0.10 | 1.50 | 0.50 |']
+    assert make_tables.scaling_table([]) == [] == make_tables.scaling_table(points)
+
+
 def test_candidates_are_the_latest_of_each_number(make_tables):
     def updated(count: int, **metrics) -> dict:
         return dict(model='a', hardware='x', commit='0123456789', config=dict(candidates=count), metrics=dict(ratio=2.0) | metrics)
