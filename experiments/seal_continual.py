@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments.arguments import parse_arguments
 from experiments.grid import Cell, Grid, GridArgs, Train, make_cells, run_grid
-from experiments.seal_streams import ARMS, STEPS, Player, Streams, arm_config, lay_out, stream_metrics, stream_texts, update_flops
+from experiments.seal_streams import ARMS, Player, Streams, arm_config, lay_out, stream_metrics, stream_texts, update_flops, update_steps
 from experiments.seal_world import INNER, model_config, pretrain, train_config, write_edits
 from nested_jax.config import as_dict
 from nested_jax.data.tasks.biographies import World
@@ -76,10 +76,9 @@ class Args(GridArgs):
         self.check('streams', self.streams >= 2, 'an integer of at least 2')
         self.check('pretraining_steps', self.pretraining_steps >= 2, 'an integer of at least 2')
 
-    @property
-    def steps(self) -> int:
+    def steps(self, learner: str, method: str) -> int:
         """Of an edit's update."""
-        return 2 if self.smoke else STEPS
+        return 2 if self.smoke else update_steps(World(), learner, METHODS[method], self.length)
 
     def rates(self, learner: str) -> tuple[float, ...]:
         """Learning rates tried."""
@@ -111,8 +110,9 @@ def cell_config(args: Args, cell: Cell) -> dict:
     world, arm = World(), ARMS[cell.model]
     return dict(
         task=dict(name=cell.task, **as_dict(METHODS[cell.task])), model=as_dict(arm_config(world, cell.model)), moved=arm.moved,
-        world=as_dict(world), pretraining=as_dict(train_config(args.pretraining_steps)), inner=as_dict(INNER), steps=args.steps,
-        rates=list(args.rates(cell.model)), target=TARGET, edits=args.edits, length=args.length, streams=args.streams, seed=cell.seed,
+        world=as_dict(world), pretraining=as_dict(train_config(args.pretraining_steps)), inner=as_dict(INNER),
+        steps=args.steps(cell.model, cell.task), rates=list(args.rates(cell.model)), target=TARGET, edits=args.edits, length=args.length,
+        streams=args.streams, seed=cell.seed,
     )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def prepare(args: Args, learner: str, method: str) -> Train:
     """What runs the seeds of a learner and a method."""
     world, arm = World(), ARMS[learner]
     config = arm_config(world, learner)
-    player = Player(world, config, arm.moved, METHODS[method], args.steps)
+    player = Player(world, config, arm.moved, METHODS[method], args.steps(learner, method))
 
     def run(seeds: Sequence[int]) -> list[dict]:
         return [run_seed(args, player, learner, seed) for seed in seeds]
@@ -158,7 +158,7 @@ def run_seed(args: Args, player: Player, learner: str, seed: int) -> dict[str, A
         of = lambda index, places=places: answers.of(places + index * len(streams.texts))
         found[split] = {f'{rate:g}': stream_metrics(of(index)) for index, rate in enumerate(rates)}
     learned = {rate: metrics['learning_accuracy'] for rate, metrics in found['dev'].items()}
-    flops = update_flops(player.model.config, base, player.method, ARMS[learner].moved, args.length, args.steps)
+    flops = update_flops(player.model.config, base, player.method, ARMS[learner].moved, args.length, player.steps)
     return dict(chosen=nearest(learned), **found, update_flops=flops, routed=answers.routed)
 
 

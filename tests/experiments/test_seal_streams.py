@@ -6,7 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.seal_streams import ARMS, GRID, OWN, ROW, Answers, Player, arm_config, lay_out, stream_metrics, stream_texts, update_flops
+from experiments.seal_streams import (
+    ARMS,
+    GRID,
+    OWN,
+    ROW,
+    Answers,
+    Player,
+    arm_config,
+    lay_out,
+    stream_metrics,
+    stream_texts,
+    update_flops,
+    update_steps,
+)
 from nested_jax.data.tasks.biographies import END, World
 from nested_jax.models.language_model import LanguageModel
 from nested_jax.seal.continual import METHODS
@@ -72,6 +85,19 @@ def test_operations_of_an_update():
     assert flops('sequential', 'levels') == 16 * OWN * ROW * (4 * weights + 2 * mlp)
     assert flops('sequential') < flops('lwf') < flops('replay of edits') == flops('a-gem') < flops('joint') == 4.5 * flops('sequential')
     assert flops('ewc') > flops('ewc of base') == flops('sequential') == flops('o-lora')
+
+
+@pytest.mark.parametrize('learner', ['hope-attention', 'hope-linear', 'transformer'])
+def test_arms_of_equal_flops_take_equal_flops(learner):
+    config = arm_config(WORLD, learner)
+    params, arms = shapes(LanguageModel(config)), [f'{learner}, equal FLOPs', f'{learner}, equal FLOPs, levels']
+    assert [ARMS[arm].moved for arm in arms] == ['adapters', 'levels'] and all(arm_config(WORLD, arm) == config for arm in arms)
+    for name in ('sequential', 'replay of edits', 'ewc', 'lwf'):  # the others cost what one of these does, or a multiple
+        method = METHODS[name]
+        steps = [update_steps(WORLD, arm, method, 8) for arm in arms]
+        adapters, levels = (update_flops(config, params, method, ARMS[arm].moved, 8, count) for arm, count in zip(arms, steps, strict=True))
+        assert abs(adapters / levels - 1) < (0.025 if name == 'lwf' else 0.02) and steps[0] > steps[1] == 16
+    assert update_steps(WORLD, learner, METHODS['sequential'], 8) == 16
 
 
 @pytest.mark.slow
