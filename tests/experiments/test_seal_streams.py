@@ -15,6 +15,7 @@ from experiments.seal_streams import (
     Player,
     arm_config,
     lay_out,
+    make_part,
     stream_metrics,
     stream_texts,
     update_flops,
@@ -22,7 +23,7 @@ from experiments.seal_streams import (
 )
 from nested_jax.data.tasks.biographies import END, World
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.seal.continual import METHODS
+from nested_jax.seal.continual import METHODS, Stream, make_stream
 from tests.models.small_models import random_params, shapes
 
 WORLD = World()
@@ -98,6 +99,21 @@ def test_arms_of_equal_flops_take_equal_flops(learner):
         adapters, levels = (update_flops(config, params, method, ARMS[arm].moved, 8, count) for arm, count in zip(arms, steps, strict=True))
         assert abs(adapters / levels - 1) < (0.025 if name == 'lwf' else 0.02) and steps[0] > steps[1] == 16
     assert update_steps(WORLD, learner, METHODS['sequential'], 8) == 16
+
+
+@pytest.mark.slow
+def test_flops_of_arms_are_equal_by_the_compilers_count():
+    """Which has attention's scores, the optimizer and all that is elementwise; a loop's body counts once."""
+    config = dataclasses.replace(arm_config(WORLD, 'hope-attention'), scan_layers=False)
+    model, method, found = LanguageModel(config), METHODS['sequential'], []
+    for arm in ('hope-attention, equal FLOPs', 'hope-attention, equal FLOPs, levels'):
+        _, learn = make_stream(model, make_part(config, ARMS[arm].moved), method, OWN)
+        steps, rows = update_steps(WORLD, arm, method, 3), lay_out(WORLD, TEXTS, ORACLE).rows
+        plans, lanes = np.zeros((2, steps, OWN), np.int32), [np.zeros(2, dtype) for dtype in (np.float32, np.int32, np.uint32)]
+        batch, params = rows._replace(rows=plans, **dict(zip(('learning_rate', 'steps', 'seed'), lanes, strict=True))), shapes(model)
+        stream = Stream(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), params), None, None)
+        found.append(steps * learn.lower(params, stream, batch, np.int32(0)).cost_analysis()['flops'])
+    assert found[0] == pytest.approx(found[1], rel=0.03)
 
 
 @pytest.mark.slow
