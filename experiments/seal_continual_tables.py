@@ -1,5 +1,6 @@
 """The table and the figure of streams of self-edits, from the rows of `experiments/seal_continual.py`."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ PUBLISHED = (
     (18.94, 21.90, 16.41, 23.72, 22.06, 27.45, 33.49, 33.97),
 )
 LEVELS = ', levels'  # of the name of a learner that learns by them
+EQUAL = ', equal FLOPs'  # of the name of a learner whose updates cost the same by adapters and by levels
 MEASURES = {
     'learned': 'learning_accuracy',
     'at the end': 'average_accuracy',
@@ -80,17 +82,28 @@ def matched_table(rows: list[dict]) -> list[str]:
 def forgotten_more(levels: dict, adapters: dict) -> tuple[float, float] | None:
     """The highest learning accuracy that two rows both reach on the test's streams, and what the first forgets more there, in points.
 
-    Between learning rates both are interpolated; None where their ranges of learning accuracy do not meet.
+    Between neighbouring learning rates both are interpolated, and the lowest that reaches it counts; None where their ranges of learning
+    accuracy do not meet.
     """
-    curves = [
-        np.array(sorted((each['learning_accuracy'], each['forgetting']) for each in run['metrics']['test'].values())).T
-        for run in (levels, adapters)
-    ]
-    learned = min(curve[0].max() for curve in curves)
-    if learned < max(curve[0].min() for curve in curves):
+    curves = [_by_rate(run) for run in (levels, adapters)]
+    learned = min(curve[:, 0].max() for curve in curves)
+    if learned < max(curve[:, 0].min() for curve in curves):
         return None
-    mine, other = (np.interp(learned, *curve) for curve in curves)
+    mine, other = (_forgotten_at(learned, curve) for curve in curves)
     return 100 * learned, 100 * (mine - other)
+
+
+def _by_rate(run: dict) -> np.ndarray:
+    """(rates, 2): learning accuracy and forgetting on the test's streams, the lowest learning rate first."""
+    by_rate = sorted(run['metrics']['test'].items(), key=lambda item: float(item[0]))
+    return np.array([(found['learning_accuracy'], found['forgetting']) for _, found in by_rate])
+
+
+def _forgotten_at(learned: float, curve: np.ndarray) -> float:
+    """Forgetting at a learning accuracy that the curve reaches."""
+    reach = next(index for index, pair in enumerate(itertools.pairwise(curve[:, 0])) if min(pair) <= learned <= max(pair))
+    ends = curve[reach : reach + 2]
+    return float(np.interp(learned, *ends[np.argsort(ends[:, 0])].T))
 
 
 def _gap(gaps: Iterable[tuple[float, float]]) -> str:
@@ -140,22 +153,25 @@ def _columns(runs: dict[int, dict], joint: dict[int, dict]) -> list[list[float]]
 
 
 def draw_continual(rows: list[dict], path: pathlib.Path) -> None:
-    """A panel for each method: forgetting against learning accuracy, a line of learning rates for each learner; then gains by lag."""
-    cells = group(rows)
-    methods, learners = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
-    columns = min(4, len(methods) + 1)
-    lines = math.ceil((len(methods) + 1) / columns)
+    """A panel for each method, one more where adapters and levels take equal FLOPs: forgetting against learning accuracy, a line of
+    learning rates for each learner; then gains by lag.
+    """
+    panels: dict[str, dict[str, dict[int, dict]]] = {}
+    for (method, learner), runs in group(rows).items():
+        panels.setdefault(method + EQUAL * (EQUAL in learner), {})[learner.replace(EQUAL, '')] = runs
+    learners = list(dict.fromkeys(learner for by_learner in panels.values() for learner in by_learner))
+    columns = min(4, len(panels) + 1)
+    lines = math.ceil((len(panels) + 1) / columns)
     figure = Figure(figsize=(3.6 * columns + 2.4, 3.2 * lines), layout='constrained')
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, method in zip(grid, methods, strict=False):
-        for index, learner in enumerate(learners):
-            if (method, learner) in cells:
-                _rates(axes, list(cells[method, learner].values()), learner, f'C{index}')
-        axes.set(title=method, xlabel='learned, %', ylabel='forgotten, %', xlim=(0, 100), ylim=(-10, 75))
+    for axes, (title, by_learner) in zip(grid, panels.items(), strict=False):
+        for learner in sorted(by_learner, key=learners.index):
+            _rates(axes, list(by_learner[learner].values()), learner, f'C{learners.index(learner)}')
+        axes.set(title=title, xlabel='learned, %', ylabel='forgotten, %', xlim=(0, 100), ylim=(-10, 75))
         axes.grid(alpha=0.3)
-    first = methods[0]
-    _lags(grid[len(methods)], {learner: cells[first, learner] for learner in learners if (first, learner) in cells}, learners, first)
-    for axes in grid[len(methods) + 1 :]:
+    first = next(iter(panels))
+    _lags(grid[len(panels)], panels[first], learners, first)
+    for axes in grid[len(panels) + 1 :]:
         axes.set_axis_off()
     handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc='outside right upper', fontsize='small')

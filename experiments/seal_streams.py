@@ -3,8 +3,9 @@
 Letters in shapes: K streams, E edits, A attributes, R rows of a stream, S steps, Q questions.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ class Arm(NamedTuple):
     learner: Learner
     moved: Moved
     rates: tuple[float, ...]  # learning rates tried
+    equal_flops: bool = False  # adapters take as many steps as cost what `STEPS` of the same model's levels do
 
 
 ADAPTER_RATES, LEVEL_RATES = (2e-3, 4e-3, 8e-3), (1e-3, 2e-3, 4e-3)
@@ -45,6 +47,10 @@ ARMS = {
     # A control: one level, updated at every step.
     'transformer, levels': Arm('transformer', 'levels', LEVEL_RATES),
 }
+EQUAL_FLOPS_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+for _learner in get_args(Learner):
+    ARMS[f'{_learner}, equal FLOPs'] = Arm(_learner, 'adapters', EQUAL_FLOPS_RATES, equal_flops=True)
+    ARMS[f'{_learner}, equal FLOPs, levels'] = Arm(_learner, 'levels', EQUAL_FLOPS_RATES)
 
 
 class Streams(NamedTuple):
@@ -235,6 +241,18 @@ def update_flops(config: ModelConfig, params: PyTree, method: Method, moved: Mov
     fisher = 8 * weights * OWN * ROW if method.elastic and method.elastic_of == 'edits' else 0
     repeats = (edits + 1) / 2 if method.keep == 'joint' else 1
     return steps * repeats * (step * read + teachers * read) + fisher
+
+
+@functools.cache
+def update_steps(world: World, name: str, method: Method, edits: int) -> int:
+    """Steps of an arm's update: `STEPS`, or as many as come nearest to the operations of so many steps of levels."""
+    arm, config = ARMS[name], arm_config(world, name)
+    if not arm.equal_flops:
+        return STEPS
+    params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+    flops = functools.partial(update_flops, config, params, method, edits=edits)
+    of_a_step = lambda moved: flops(moved=moved, steps=1) - flops(moved=moved, steps=0)
+    return round(STEPS * of_a_step('levels') / of_a_step(arm.moved))
 
 
 def arm_config(world: World, name: str) -> ModelConfig:

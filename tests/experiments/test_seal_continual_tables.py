@@ -50,6 +50,8 @@ def test_forgetting_is_compared_at_equal_learning():
     assert forgotten_more(run((0.5, 0.3), (0.1, 0.1)), adapters) == pytest.approx((50, 5))  # 0.25 there between 0.1 and 0.3
     assert forgotten_more(run((0.4, 0.3), (0.9, 0.8)), adapters) == pytest.approx((60, 20))
     assert forgotten_more(run((0.7, 0.3), (0.9, 0.8)), adapters) is None
+    overshot = run((0.2, 0.1), (0.5, 0.2), (0.4, 0.9))  # of the two rates that learn 0.4 the lower counts
+    assert forgotten_more(overshot, run((0.1, 0.0), (0.4, 0.1))) == pytest.approx((40, 100 * (0.1 + 0.2 / 3) - 10))
 
     rows = [row('sequential', learner, seed, 0.6) for learner in ('a', 'a, levels') for seed in (0, 1)]
     lines = matched_table([*rows, row('o-lora', 'a', 0)])

@@ -6,10 +6,24 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.seal_streams import ARMS, GRID, OWN, ROW, Answers, Player, arm_config, lay_out, stream_metrics, stream_texts, update_flops
+from experiments.seal_streams import (
+    ARMS,
+    GRID,
+    OWN,
+    ROW,
+    Answers,
+    Player,
+    arm_config,
+    lay_out,
+    make_part,
+    stream_metrics,
+    stream_texts,
+    update_flops,
+    update_steps,
+)
 from nested_jax.data.tasks.biographies import END, World
 from nested_jax.models.language_model import LanguageModel
-from nested_jax.seal.continual import METHODS
+from nested_jax.seal.continual import METHODS, Stream, make_stream
 from tests.models.small_models import random_params, shapes
 
 WORLD = World()
@@ -72,6 +86,34 @@ def test_operations_of_an_update():
     assert flops('sequential', 'levels') == 16 * OWN * ROW * (4 * weights + 2 * mlp)
     assert flops('sequential') < flops('lwf') < flops('replay of edits') == flops('a-gem') < flops('joint') == 4.5 * flops('sequential')
     assert flops('ewc') > flops('ewc of base') == flops('sequential') == flops('o-lora')
+
+
+@pytest.mark.parametrize('learner', ['hope-attention', 'hope-linear', 'transformer'])
+def test_arms_of_equal_flops_take_equal_flops(learner):
+    config = arm_config(WORLD, learner)
+    params, arms = shapes(LanguageModel(config)), [f'{learner}, equal FLOPs', f'{learner}, equal FLOPs, levels']
+    assert [ARMS[arm].moved for arm in arms] == ['adapters', 'levels'] and all(arm_config(WORLD, arm) == config for arm in arms)
+    for name in ('sequential', 'replay of edits', 'ewc', 'lwf'):  # the others cost what one of these does, or a multiple
+        method = METHODS[name]
+        steps = [update_steps(WORLD, arm, method, 8) for arm in arms]
+        adapters, levels = (update_flops(config, params, method, ARMS[arm].moved, 8, count) for arm, count in zip(arms, steps, strict=True))
+        assert abs(adapters / levels - 1) < (0.025 if name == 'lwf' else 0.02) and steps[0] > steps[1] == 16
+    assert update_steps(WORLD, learner, METHODS['sequential'], 8) == 16
+
+
+@pytest.mark.slow
+def test_flops_of_arms_are_equal_by_the_compilers_count():
+    """Which has attention's scores, the optimizer and all that is elementwise; a loop's body counts once."""
+    config = dataclasses.replace(arm_config(WORLD, 'hope-attention'), scan_layers=False)
+    model, method, found = LanguageModel(config), METHODS['sequential'], []
+    for arm in ('hope-attention, equal FLOPs', 'hope-attention, equal FLOPs, levels'):
+        _, learn = make_stream(model, make_part(config, ARMS[arm].moved), method, OWN)
+        steps, rows = update_steps(WORLD, arm, method, 3), lay_out(WORLD, TEXTS, ORACLE).rows
+        plans, lanes = np.zeros((2, steps, OWN), np.int32), [np.zeros(2, dtype) for dtype in (np.float32, np.int32, np.uint32)]
+        batch, params = rows._replace(rows=plans, **dict(zip(('learning_rate', 'steps', 'seed'), lanes, strict=True))), shapes(model)
+        stream = Stream(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), params), None, None)
+        found.append(steps * learn.lower(params, stream, batch, np.int32(0)).cost_analysis()['flops'])
+    assert found[0] == pytest.approx(found[1], rel=0.03)
 
 
 @pytest.mark.slow
