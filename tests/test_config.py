@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from nested_jax.config import AttentionConfig, LevelConfig, ModelConfig, RopeScaling, added, as_dict, redacted
+from nested_jax.config import AttentionConfig, LevelConfig, MemoryConfig, ModelConfig, RopeScaling, added, as_dict, redacted
 from nested_jax.models.presets import preset
 from nested_jax.training.config import TrainConfig
 
@@ -37,7 +37,12 @@ def test_other_fields_are_those_of_the_dataclass():
     config = dataclasses.replace(preset('hope-tiny'), levels=(LevelConfig(8, 2), LevelConfig(8, 4)))
     for value in (config, TrainConfig()):
         told, whole = as_dict(value), dataclasses.asdict(value)
-        later = {field.name for part in (value, AttentionConfig()) for field in dataclasses.fields(part) if field.metadata.get('added')}
+        later = {
+            field.name
+            for part in (value, AttentionConfig(), MemoryConfig())
+            for field in dataclasses.fields(part)
+            if field.metadata.get('added')
+        }
         assert told == drop(whole, later)
     assert ModelConfig.from_dict(as_dict(config)) == config
 
