@@ -8,7 +8,7 @@ across sequences, a step being 512, and lie in equal ratios between 512 and the 
 paper reports nothing, a level starts anew whenever the next slower one is updated, from an initial state that is learned at that one's
 period. Bits per byte of held-out text after 0.41M tokens.
 
-No rows yet: the grid has been tried for a few steps only.
+Rows: five cells of seed 0, one of each number of levels among them, which took 281 to 514 s of half a core.
 """
 
 import dataclasses
