@@ -28,7 +28,7 @@ class NestedState(NamedTuple):
 
     count: jax.Array  # shape=(), dtype=int32: steps
     inner_state: optax.OptState
-    initial: optax.Params  # of the parameters that start anew; `optax.MaskedNode` for the others
+    initial: optax.Params  # of the parameters that start anew, float32 at least; `optax.MaskedNode` for the others
     initial_state: optax.OptState
 
 
@@ -87,12 +87,13 @@ def nested(
 
 def _back(count: jax.Array, every: int, update: jax.Array, param: jax.Array, start: jax.Array | optax.MaskedNode) -> jax.Array:
     """The update of a leaf, or when it is due the way back to its initial state."""
-    return jnp.where(count % every == 0, (start - param).astype(update.dtype), update) if every else update
+    return jnp.where(count % every == 0, (start - param.astype(start.dtype)).astype(update.dtype), update) if every else update
 
 
 def _copy(leaf: jax.Array) -> jax.Array:
     """Another buffer, for steps that donate parameters and state; of an abstract array zeros, as optax's states have."""
-    return jnp.zeros_like(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf)
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    return jnp.zeros_like(leaf, dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf, dtype)
 
 
 def _masked(tree: PyTree, restarts: PyTree | Callable[[str], int]) -> PyTree:

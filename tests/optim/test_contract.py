@@ -70,7 +70,7 @@ VARIANTS = {
     'delta_momentum_printed': Case(delta_momentum, 1e-3),
     'delta_momentum_normalised': Case(functools.partial(delta_momentum, form='normalised'), 1e-3),
     'preconditioned_momentum': Case(preconditioned_momentum, 1e-4, 40_000),
-    'nested': Case(lambda learning_rate: nested(optax.adam(learning_rate), by_level(muon(learning_rate), 2), 2)),
+    'nested': Case(lambda learning_rate: nested(muon(learning_rate), by_level(muon(learning_rate), 2), 2)),
     'feature_momentum': Case(feature_momentum, 1e-4, 40_000),
     'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 3e-3, 40_000),
     'delta_gradient_descent': Case(functools.partial(delta_gradient_descent, exact=False), 1e-3, 40_000),
