@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from nested_jax.optim import by_level, nested
+from tests.optim.test_levels import make_gradients, run
 
 RESTARTS = {'fast': 4, 'slow': 0}
 
@@ -14,23 +15,6 @@ RESTARTS = {'fast': 4, 'slow': 0}
 def make_params(dtype=jnp.float64):
     draw = np.random.default_rng(0).normal
     return {name: {'w': jnp.asarray(draw(size=(3, 2)), dtype), 'b': jnp.asarray(draw(size=2), dtype)} for name in RESTARTS}
-
-
-def make_gradients(steps, params):
-    draw = np.random.default_rng(1).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=(steps, *leaf.shape)), leaf.dtype), params)
-
-
-def run(optimizer, params, gradients):
-    """(parameters after each step, last state), compiled and scanned."""
-
-    def step(carry, gradient):
-        updates, state = optimizer.update(gradient, carry[1], carry[0])
-        params = optax.apply_updates(carry[0], updates)
-        return (params, state), params
-
-    (_, state), history = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), gradients))(params)
-    return history, state
 
 
 def test_equals_a_loop_over_steps_in_numpy(x64):
