@@ -19,12 +19,13 @@ from types import FrameType
 from typing import BinaryIO
 
 from nested_jax.config import check
-from nested_jax.training.cluster import LOCAL
+from nested_jax.training.cluster import FAILED, LOCAL
 
 VARIABLE = 'NESTED_JAX_WHEREABOUTS'  # file of a process
 _LISTEN = 'JAX_COORDINATOR_BIND_ADDRESS'  # which JAX reads; it lets in whoever reaches it, from other machines too unless told otherwise
 SAME_STEP = 3  # times in a row that end a run
 _POLL_S = 0.05
+_SETTLE_S = 1.0  # in which a process whose end made others fail is seen to have ended too
 
 
 class Whereabouts:
@@ -149,7 +150,8 @@ class Supervisor:
         codes = self._wait()
         self._kill()
         tee.join()
-        bad = next(((index, code) for index, code in enumerate(codes) if code), (-1, 0))
+        # Whoever failed may have done so since another one had ended: processes that say more than that come first.
+        bad = min(((index, code) for index, code in enumerate(codes) if code), key=lambda end: end[1] == FAILED, default=(-1, 0))
         where = [read_whereabouts(file) for file in files]
         code = 128 - bad[1] if bad[1] < 0 else bad[1]
         asked = bad[1] in (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -163,9 +165,13 @@ class Supervisor:
 
     def _wait(self) -> list[int | None]:
         """Exit codes when all have ended, or one badly: None for those that then still run."""
+        settled = None
         while True:
             codes = [process.poll() for process in self._processes]
-            if any(codes) or None not in codes:
+            bad = {code for code in codes if code}
+            if bad == {FAILED} and settled is None:
+                settled = time.monotonic() + _SETTLE_S
+            if None not in codes or (bad and (bad != {FAILED} or time.monotonic() > settled)):
                 return codes
             time.sleep(_POLL_S)
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from nested_jax.training.cluster import FAILED
 from nested_jax.training.supervisor import Supervisor, Whereabouts, read_whereabouts
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -92,6 +93,23 @@ def test_one_bad_end_starts_all_again_at_once(tmp_path, end, code):
     assert time.monotonic() - began < 30  # the other one would wait for a minute
     ports = {re.search(r'localhost:(\d+)', path.read_text())[1] for path in (tmp_path / 'logs').glob('*.log')}
     assert len(ports) == 2  # one for each attempt
+
+
+@pytest.mark.parametrize('later_s', [0, 0.3])
+def test_a_process_that_another_one_made_fail_is_not_the_one_that_is_named(tmp_path, later_s):
+    """On a busy machine process 0's collective has failed, and its program ended, before process 1 is seen to be killed."""
+    ends = f'sys.exit({FAILED}) if index == 0 else (time.sleep({later_s}), os.kill(os.getpid(), signal.SIGKILL))'
+    both = "while not all(counted.with_name(f'attempts-{other}').exists() for other in (0, 1)):\n        time.sleep(0.01)"
+    code, said, attempts = supervise(tmp_path, f'where.say(7, 5)\nif attempt == 1:\n    {both}\n    {ends}\n')
+    assert (code, attempts) == (0, [2, 2])
+    assert said[0].startswith('attempt 1: process 1 ended with code 137 at step 7')
+
+
+def test_a_process_that_failed_by_itself_is_named(tmp_path):
+    program = f'where.say(7, 5)\nif attempt == 1:\n    {OTHERS_WAIT.strip()}\n    sys.exit({FAILED})\n'
+    code, said, attempts = supervise(tmp_path, program)
+    assert (code, attempts) == (0, [2, 2])
+    assert said[0].startswith(f'attempt 1: process 1 ended with code {FAILED} at step 7')
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
