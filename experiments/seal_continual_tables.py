@@ -3,7 +3,7 @@
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def _forgotten_at(learned: float, curve: np.ndarray) -> float:
     return float(np.interp(learned, *ends[np.argsort(ends[:, 0])].T))
 
 
-def _gap(gaps: Iterable[tuple[float, float]]) -> str:
+def _gap(gaps: Collection[tuple[float, float]]) -> str:
     """Of the seeds that have one."""
     learned, more = zip(*gaps, strict=True) if gaps else ((), ())
     if len(more) < 2:
