@@ -307,15 +307,21 @@ def stored_transformer(args: Args, digest: str, folder: pathlib.Path = RESULTS) 
 
 
 def sample(data: 'Dataset', result: 'Result', prompt_tokens: int = 64, new_tokens: int = 256) -> str:
-    """The beginning of the first held-out document, gone on by the model."""
+    """The beginning of the first held-out document, gone on by the model; where one device has all parameters, by the first alone."""
+    import jax
     import numpy as np
 
     from nested_jax.models.sampling import generate
+    from nested_jax.training.distributed import is_first
     from nested_jax.training.state import step_key
 
     prompt = np.asarray(data.heldout.read(0, 0, prompt_tokens), np.int32)[None]
-    variables, key = {'params': result.state.params}, step_key(result.state)
-    tokens = generate(result.model, variables, prompt, key=key, max_new_tokens=new_tokens, temperature=0.8, top_p=0.95)
+    params, key = result.state.params, step_key(result.state)
+    if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+        if not is_first():
+            return ''
+        params, key = jax.tree.map(lambda leaf: leaf.addressable_data(0), (params, key))
+    tokens = generate(result.model, {'params': params}, prompt, key=key, max_new_tokens=new_tokens, temperature=0.8, top_p=0.95)
     show = lambda ids: data.tokenizer.decode(ids).decode(errors='replace')
     return f'{show(prompt[0])}|{show(np.asarray(tokens)[0])}'
 

@@ -8,12 +8,19 @@ import resource
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments import hope_pretrain
 from nested_jax.config import InSequenceConfig
 from nested_jax.evaluation.rows import read_rows
+from nested_jax.models import sampling
 from nested_jax.training import loop
 from nested_jax.training.config import lock_folder
 from nested_jax.training.metrics import read_metrics
@@ -342,6 +349,23 @@ def test_run_that_diverges_is_one_line_exit_code_1_and_no_checkpoint(forty_steps
     assert code == 1 and complained == 'error: at step 3 the loss is nan and the norm of the gradient nan; the step is not saved\n'
     assert [line['step'] for line in read_metrics(tmp_path / 'metrics.jsonl')] == [1, 2]
     assert not list((tmp_path / 'checkpoints').iterdir())
+
+
+@pytest.mark.parametrize('spec, asked', [(P(), 1), (P('data'), 8)], ids=['whole', 'split'])
+def test_a_sample_is_made_on_one_device_where_it_has_all_parameters(monkeypatch, spec, asked):
+    mesh, used = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,)), []
+
+    def generate(model, variables, prompt, *, key, **options):
+        used.extend(len(array.sharding.device_set) for array in (variables['params'], key))
+        return np.zeros((1, 3), np.int32)
+
+    monkeypatch.setattr(sampling, 'generate', generate)
+    place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
+    state = SimpleNamespace(params=place(jnp.ones(8), spec), key=place(jax.random.key(0), P()), step=place(jnp.zeros((), int), P()))
+    tokenizer = SimpleNamespace(decode=lambda ids: bytes(list(ids)))
+    data = SimpleNamespace(heldout=SimpleNamespace(read=lambda *place: [104, 105]), tokenizer=tokenizer)
+    said = hope_pretrain.sample(data, SimpleNamespace(model=None, state=state))
+    assert said == 'hi|\0\0\0' and set(used) == {asked}
 
 
 def test_stored_transformer_is_found_by_digest_and_nearest_budget(tmp_path):

@@ -151,7 +151,7 @@ def ending(rng, kind, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('minutes', 'apart_s'), [(2, 15), pytest.param(10, 50, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(('minutes', 'apart_s'), [(1, 12), pytest.param(10, 50, marks=pytest.mark.exhaustive)])
 def test_random_kills(launch, texts, tmp_path, record_property, minutes, apart_s):
     """Steps take a second each, so that the run lasts as long as it says and more. Its second and third end are a flipped bit and a full
     disk, all others SIGKILL: before a step, as the first, in any phase of a save, or by the clock.
