@@ -16,7 +16,7 @@ The whole model also answers what critics asked (`probe` in its row):
     memories    how far each meta-learned memory moves in a context, as a share of its initial state, and what text costs when memories
                 are only read
 
-Rows: hope-linear, all arms with three seeds, chunks of 64 with two; hope, whole with one and matrix projections with two. A run took 126
+Rows: hope-linear, all arms with three seeds, chunks of 64 with two; hope, whole with one and matrix projections with three. A run took 126
 to 684 s of a core, other work on both. Going on: `taskset -c 0 python -m experiments.ablations --base hope --minutes 40`.
 """
 
