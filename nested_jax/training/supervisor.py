@@ -6,6 +6,7 @@ times in a row will do so a fourth time. There is a budget of restarts, given an
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -164,14 +165,17 @@ class Supervisor:
             return subprocess.Popen(self.command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
     def _wait(self) -> list[int | None]:
-        """Exit codes when all have ended, or one badly: None for those that then still run."""
-        settled = None
+        """Exit codes when all have ended, or one badly: None for those that then still run.
+
+        One that failed is not taken for the first at once: whoever made it fail may be seen to have ended a moment later.
+        """
+        until = math.inf
         while True:
             codes = [process.poll() for process in self._processes]
             bad = {code for code in codes if code}
-            if bad == {FAILED} and settled is None:
-                settled = time.monotonic() + _SETTLE_S
-            if None not in codes or (bad and (bad != {FAILED} or time.monotonic() > settled)):
+            if bad:
+                until = min(until, time.monotonic() + _SETTLE_S)
+            if None not in codes or bad - {FAILED} or time.monotonic() >= until:
                 return codes
             time.sleep(_POLL_S)
 
