@@ -225,7 +225,7 @@ def prepare(args: Args) -> tuple[ModelConfig, 'Dataset', dict]:
     check_model(args.train, model_config, data.tokenizer.vocab_size)
 
     from nested_jax.training import distributed
-    from nested_jax.training.sharding import batch_shares, choose_mesh, count_slices, parse_axes
+    from nested_jax.training.mesh_sizes import batch_shares, choose_mesh, count_slices, parse_axes
 
     if args.mesh is not None:
         parse_axes(args.mesh)

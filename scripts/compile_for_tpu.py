@@ -36,8 +36,9 @@ from nested_jax.evaluation.rows import append_row, commit, make_row
 from nested_jax.models import LanguageModel, preset
 from nested_jax.training.compiled import REMATERIALISED, matrix_flops, report
 from nested_jax.training.config import OptimizerName, TrainConfig, check_devices, check_model, private_cache
+from nested_jax.training.mesh_sizes import batch_shares, choose_mesh, count_slices
 from nested_jax.training.optimizer import level_periods, make_optimizer
-from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, count_slices, make_mesh
+from nested_jax.training.sharding import Placement, make_mesh
 from nested_jax.training.state import init_state
 from nested_jax.training.step import make_loss, make_train_step
 

@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 
 # Mesh axes that the rows of a batch are split over, outermost first.
 BATCH_AXES = ('replica', 'data', 'fsdp')
+SEQUENCE_AXIS = 'sequence'  # that stretches of sequences are split over, by hand
 
 
 def axis_size(name: str, kind: AxisType) -> int:

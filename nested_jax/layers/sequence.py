@@ -33,20 +33,19 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from nested_jax.layers.common import Context
-from nested_jax.layers.mesh import axis_size, batch_axes
+from nested_jax.layers.mesh import SEQUENCE_AXIS, axis_size, batch_axes
 
 PyTree = Any
-AXIS = 'sequence'
 
 
 def is_split() -> bool:
     """Whether this is traced inside of `split`."""
-    return axis_size(AXIS, AxisType.Manual) > 1
+    return axis_size(SEQUENCE_AXIS, AxisType.Manual) > 1
 
 
 def stretches() -> int:
     """Devices that a call of `split` would share its sequences over; 1 without such an axis and inside of `split`."""
-    return axis_size(AXIS, AxisType.Auto)
+    return axis_size(SEQUENCE_AXIS, AxisType.Auto)
 
 
 def split(function: Callable[[PyTree, PyTree], PyTree], params: PyTree, rows: PyTree, *, grid: int) -> PyTree:
@@ -63,18 +62,18 @@ def split(function: Callable[[PyTree, PyTree], PyTree], params: PyTree, rows: Py
     """
     count, length = stretches(), jax.tree.leaves(rows)[0].shape[1]
     if length % (count * grid):
-        raise ValueError(f'the rows have {length} tokens, allowed is a multiple of {AXIS} x grid = {count} x {grid} on this mesh')
-    total = lambda params, rows: jax.lax.psum(function(params, rows), AXIS)
-    specs = (jax.P(), jax.P(None, AXIS))
+        raise ValueError(f'the rows have {length} tokens, allowed is a multiple of {SEQUENCE_AXIS} x grid = {count} x {grid} on this mesh')
+    total = lambda params, rows: jax.lax.psum(function(params, rows), SEQUENCE_AXIS)
+    specs = (jax.P(), jax.P(None, SEQUENCE_AXIS))
     # Unchecked: memories start from zeros, which the check takes for the same on all devices, and go on as what is not.
-    return jax.shard_map(total, in_specs=specs, out_specs=jax.P(), axis_names={AXIS}, check_vma=False)(params, rows)
+    return jax.shard_map(total, in_specs=specs, out_specs=jax.P(), axis_names={SEQUENCE_AXIS}, check_vma=False)(params, rows)
 
 
 def gather(rows: PyTree) -> PyTree:
     """Whole rows (B, T, ...) of the stretches (B, T / n, ...); as they are outside of `split`."""
     if not is_split():
         return rows
-    whole = lambda rows: jax.tree.map(lambda x: jax.lax.all_gather(x, AXIS, axis=1, tiled=True), rows)
+    whole = lambda rows: jax.tree.map(lambda x: jax.lax.all_gather(x, SEQUENCE_AXIS, axis=1, tiled=True), rows)
     names, tensor = batch_axes(jax.tree.leaves(rows)[0].shape[0]), axis_size('tensor', AxisType.Auto)
     # What is split over other axes, the batch and heads (B, T / n, H, D), is by hand as well: XLA would make it whole first.
     heads = lambda x: 'tensor' if tensor > 1 and x.ndim == 4 and x.shape[2] % tensor == 0 else None
@@ -85,7 +84,7 @@ def gather(rows: PyTree) -> PyTree:
 
 def first_token(length: int) -> jax.Array:
     """() int32 tokens of the sequence before this device's stretch of `length`. Only inside of `split`."""
-    return jax.lax.axis_index(AXIS) * length
+    return jax.lax.axis_index(SEQUENCE_AXIS) * length
 
 
 def stretch(rows: jax.Array, length: int) -> jax.Array:
@@ -100,7 +99,7 @@ def tokens_before(x: jax.Array, segment_ids: jax.Array | None, count: int) -> ja
         ValueError: for stretches of fewer tokens.
     """
     if x.shape[1] < count:
-        raise ValueError(f'a device along {AXIS} has {x.shape[1]} tokens, allowed are at least {count} before a convolution')
+        raise ValueError(f'a device along {SEQUENCE_AXIS} has {x.shape[1]} tokens, allowed are at least {count} before a convolution')
     if segment_ids is None:
         return _to_the_right(x[:, -count:])
     before, ids = _to_the_right((x[:, -count:], segment_ids[:, -count:]))
@@ -134,7 +133,7 @@ def pass_state(call: Callable, params: PyTree, rows: PyTree, segment_ids: jax.Ar
 
 def _rounds(call: Callable, params: PyTree, rows: PyTree, segment_ids: jax.Array | None) -> PyTree:
     """`pass_state` of the rows of a device."""
-    index, count = jax.lax.axis_index(AXIS), axis_size(AXIS, AxisType.Manual)
+    index, count = jax.lax.axis_index(SEQUENCE_AXIS), axis_size(SEQUENCE_AXIS, AxisType.Manual)
     num_rows, length = jax.tree.leaves(rows)[0].shape[:2]
     of_row = lambda row: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1) if x.ndim else x, (rows, segment_ids))
 
@@ -161,5 +160,5 @@ def _continued(received: PyTree, segment_ids: jax.Array) -> PyTree:
 
 def _to_the_right(tree: PyTree) -> PyTree:
     """Each device gets what its left neighbour holds, the first one zeros."""
-    count = axis_size(AXIS, AxisType.Manual)
-    return jax.lax.ppermute(tree, AXIS, [(device, device + 1) for device in range(count - 1)])
+    count = axis_size(SEQUENCE_AXIS, AxisType.Manual)
+    return jax.lax.ppermute(tree, SEQUENCE_AXIS, [(device, device + 1) for device in range(count - 1)])

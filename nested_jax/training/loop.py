@@ -29,9 +29,10 @@ from nested_jax.training.distributed import check_same, first_then_others, is_fi
 from nested_jax.training.faults import faults_of_environment
 from nested_jax.training.goodput import Ledger, summary
 from nested_jax.training.guard import DivergedError, GoBack, Skips, all_finite, guarded
+from nested_jax.training.mesh_sizes import batch_shares, choose_mesh, count_slices
 from nested_jax.training.metrics import LossWindow, MetricLog, Progress, loss_curve, read_metrics
 from nested_jax.training.optimizer import level_periods, make_optimizer, warmup_cosine
-from nested_jax.training.sharding import Placement, batch_shares, choose_mesh, count_slices, make_mesh, process_rows
+from nested_jax.training.sharding import Placement, make_mesh, process_rows
 from nested_jax.training.signals import StopSignals
 from nested_jax.training.state import TrainState, init_state
 from nested_jax.training.step import make_eval_step, make_loss, make_train_step

@@ -77,7 +77,8 @@ import json, sys, time
 import jax
 from nested_jax.models.presets import preset
 from nested_jax.training.config import TrainConfig
-from nested_jax.training.sharding import Placement, choose_mesh, make_mesh
+from nested_jax.training.mesh_sizes import choose_mesh
+from nested_jax.training.sharding import Placement, make_mesh
 from scripts.compile_for_tpu import trace_step
 
 begun = time.process_time()  # other processes' work is none of the program's

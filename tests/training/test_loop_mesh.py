@@ -14,8 +14,8 @@ import rich.console
 from nested_jax.config import LevelConfig, ModelConfig, as_dict
 from nested_jax.training import loop
 from nested_jax.training.config import TrainConfig
+from nested_jax.training.mesh_sizes import choose_mesh
 from nested_jax.training.metrics import read_metrics
-from nested_jax.training.sharding import choose_mesh
 
 # Two levels, of which one is updated every second step: the sums of its gradients are state that is split as well.
 MODEL = ModelConfig('attention', num_layers=2, width=16, num_heads=2, head_dim=8, levels=(LevelConfig(16, 64), LevelConfig(16, 128)))

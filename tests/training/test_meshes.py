@@ -17,8 +17,9 @@ from nested_jax.models.loss import model_loss
 from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.compiled import collectives
 from nested_jax.training.config import TrainConfig
+from nested_jax.training.mesh_sizes import choose_mesh, count_slices
 from nested_jax.training.optimizer import level_periods, make_optimizer
-from nested_jax.training.sharding import Placement, choose_mesh, count_slices, make_mesh
+from nested_jax.training.sharding import Placement, make_mesh
 from nested_jax.training.state import init_state
 from nested_jax.training.step import make_loss, make_train_step
 from tests.models.small_models import small

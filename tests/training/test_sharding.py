@@ -18,8 +18,9 @@ from nested_jax.models.presets import preset, preset_names
 from nested_jax.training.checkpoints import Checkpoints
 from nested_jax.training.compiled import collectives, report
 from nested_jax.training.config import TrainConfig, check_model
+from nested_jax.training.mesh_sizes import choose_mesh, parse_mesh
 from nested_jax.training.optimizer import make_optimizer
-from nested_jax.training.sharding import Placement, ShardingRules, choose_mesh, make_mesh, parse_mesh, process_rows, recipe
+from nested_jax.training.sharding import Placement, ShardingRules, make_mesh, process_rows, recipe
 from nested_jax.training.state import init_state
 from nested_jax.training.step import make_eval_step, make_train_step
 from tests.models.small_models import small
