@@ -72,9 +72,8 @@ def train(
 
     SIGINT or SIGTERM ends the run after the step in hand, with a checkpoint; a second one ends the process at once.
 
-    In a run of several processes (`distributed.join`), all of them call this with the same arguments, and `config.output` is a folder that
-    they share. Each reads its rows of every batch and writes its part of every checkpoint; all take the same decisions, which follow
-    from sums over all of them. The first alone writes and prints the rest.
+    In a run of several processes (`distributed.join`) all call this with the same arguments and share `config.output`, a folder. Each reads
+    its rows of a batch and writes its part of a checkpoint; decisions follow from sums over all. The first writes and prints the rest.
 
     Args:
         config: the run's settings.
