@@ -4,6 +4,9 @@ import collections
 import dataclasses
 import functools
 import math
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,7 @@ from nested_jax.training.state import init_state
 from nested_jax.training.step import make_loss, make_train_step
 from tests.models.small_models import small
 
+ROOT = pathlib.Path(__file__).parents[2]
 TRAIN = TrainConfig(steps=3, batch_size=8, sequence_length=16, warmup_steps=1)
 # The second level is updated every second step: the sums of its gradients are state too.
 LEVELS = LevelConfig(16, TRAIN.tokens_per_step), LevelConfig(16, 2 * TRAIN.tokens_per_step)
@@ -219,3 +223,9 @@ def test_a_checkpoint_goes_from_one_mesh_to_the_next(tmp_path):
             np.testing.assert_allclose(nats / count, expected.setdefault(dtype, nats / count), rtol=tolerance)
         checkpoints.save(number + 1, state, config={}, data={})
     checkpoints.wait()
+
+
+def test_sizes_are_checked_without_a_model():
+    """Wrong ones are said within two seconds, of which flax and the families would take a third."""
+    program = 'import sys; import nested_jax.training.mesh_sizes; print(*sorted({"flax", "optax"} & sys.modules.keys()))'
+    assert subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, check=True).stdout == '\n'
