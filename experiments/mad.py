@@ -14,11 +14,12 @@ Cut to what a CPU affords, and therefore not the paper's numbers: 600 steps of 1
 reference: 200 passes in batches of 128), two learning rates, one weight decay, tests of 500 sequences. Each run chooses its learning rate
 by 200 validation sequences; the reference chooses that, and when to stop, by the test.
 
-A run (one seed, both learning rates, compiling included) at length 127 takes a core of two, the other in use, 221 s for transformer and
-304 for gated-deltanet, selective copying 686 and 1,064, compression 116 and 169, memorization 81 to 234 (transformer, gated-deltanet,
-titans, hope-linear). Of ten steps, multiplied: hope-linear 345 s, titans 235 at length 127; hope takes three times hope-linear on formal
-languages. The 126 runs come to some 14 hours of one core, a little under half of them hope's, with rwkv7 and comba taken to be like titans;
-ten have rows, all of one seed. Two processes share the grid and go on where they stopped:
+A run (one seed, both learning rates) at length 127 takes of one CPU core, measured over ten steps on a busy machine and multiplied:
+hope-linear 345 s, titans 235, gated-deltanet 195, transformer 145; hope was not measured here and takes three times hope-linear on formal
+languages. Selective copying takes twice that and compression and memorization a quarter; so the 126 runs come to about 11 hours of one
+core, 5 of them hope's, with rwkv7 and comba taken to be like titans. Ten have rows, all of one seed, whole runs with compiling and other
+work on the same core: in-context recall by transformer and gated-deltanet took 221 and 304 s, selective copying 686 and 1,064, compression
+116 and 168, memorization 81 and 154, which would make 16 hours. Two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.mad --minutes 40 --tasks compression in-context-recall noisy-in-context-recall
     taskset -c 1 python -m experiments.mad --minutes 40 --tasks memorization fuzzy-in-context-recall selective-copying

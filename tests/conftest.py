@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Modules and tests stay for good: garbage collections that pass over them, and come seldom, take up to a fifth off tracing."""
+    """Modules and tests stay for good: garbage collections that pass over them, and come seldom, save a tenth where much is traced."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
