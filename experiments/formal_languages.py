@@ -17,8 +17,9 @@ and 2 decide nothing; the reference chooses by bins 0 and 1.
 
 All languages have rows, three seeds each, of all models but hope-chunk-1, which has parity alone. A run (one seed, both rates) takes a
 core of two, the other in use, 984 to 1,244 s for hope-chunk-1, 464 to 645 for hope (795 and 1,117 beside further work), 142 to 260 for
-hope-linear-chunk-1, 116 to 206 for srwm, 89 to 216 for hope-linear with and without delta gradient descent, 53 to 110 for deltanet, 22 to 82 for the Transformer, linear
-attention and the LSTM. Small models leave a second core idle, so two processes share the grid and go on where they stopped:
+hope-linear-chunk-1, 116 to 206 for srwm, 89 to 216 for hope-linear with and without delta gradient descent, 53 to 110 for deltanet, 22
+to 82 for the Transformer, linear attention and the LSTM. Small models leave a second core idle, so two processes share the grid and go on
+where they stopped:
 
     taskset -c 0 python -m experiments.formal_languages --minutes 40 --languages parity abab-star counter-3
     taskset -c 1 python -m experiments.formal_languages --minutes 40 --languages aa-star counter-2 shuffle-2

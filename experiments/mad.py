@@ -19,7 +19,7 @@ hope-linear 345 s, titans 235, gated-deltanet 195, transformer 145; hope was not
 languages. Selective copying takes twice that and compression and memorization a quarter; so the 126 runs come to about 11 hours of one
 core, 5 of them hope's, with rwkv7 and comba taken to be like titans. Ten have rows, all of one seed, whole runs with compiling and other
 work on the same core: in-context recall by transformer and gated-deltanet took 221 and 304 s, selective copying 686 and 1,064, compression
-116 and 168, memorization 81 and 154, which would make 16 hours. Two processes share the grid and go on where they stopped:
+116 and 168, memorization 81 and 154: in sum twice that estimate. Two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.mad --minutes 40 --tasks compression in-context-recall noisy-in-context-recall
     taskset -c 1 python -m experiments.mad --minutes 40 --tasks memorization fuzzy-in-context-recall selective-copying
