@@ -118,7 +118,7 @@ _MOMENTUM, _M3 = dict(knob='decay', knobs=(0.9, 0.8, 0.95)), dict(rate=1e-2, kno
 OPTIMIZERS = {
     'adamw': Optimizer(functools.partial(_adamw, 1), 3e-3, 'b2', (0.999, 0.95, 0.99)),
     'muon': Optimizer(_muon, 1e-2, 'beta', (0.95, 0.9, 0.98)),
-    'm3': Optimizer(functools.partial(_m3, (SLOW_PERIOD,)), **_M3),
+    'm3': Optimizer(functools.partial(_m3, (SLOW_PERIOD,)), **_M3, period=SLOW_PERIOD),
     'm3-fast': Optimizer(functools.partial(_m3, ()), **_M3),
     'sgd': Optimizer(_sgd, 0.1, **_MOMENTUM),
     'delta-momentum': Optimizer(_delta_momentum, 0.1, **_MOMENTUM),
@@ -246,7 +246,7 @@ def _open(args: Args, name: str) -> tuple[Task, Callable[[Optimizer, str], Runs 
 
 def _enter(args: Args, runs: Runs | ImageRuns, name: str) -> tuple[dict, float]:
     began, optimizer = time.monotonic(), runs.optimizer
-    trials = search(lambda settings: runs([SEARCH_SEED] * len(settings), settings).search, optimizer, extra=name == 'adamw')
+    trials = search(lambda settings: runs([SEARCH_SEED] * len(settings), settings, curve=False).search, optimizer, extra=name == 'adamw')
     metrics = measure(runs, trials.best, range(args.seeds)) | runs.costs()
     shifted = [trials.best._replace(rate=trials.best.rate * factor) for factor in SENSITIVITY]
     few = range(2)

@@ -30,11 +30,10 @@ import numpy as np
 from PIL import Image
 
 from experiments.race_tasks import VisionTransformer
-from experiments.racing import POINTS, TIMED_STEPS, Losses, Optimizer, Setting, Task, begin, learn, sizes
+from experiments.racing import POINTS, TIMED_STEPS, Losses, Optimizer, Setting, Task, begin, learn, mean_flops, sizes
 from nested_jax.data import batch_iterator
 from nested_jax.data.corpora import tfds_folder
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
-from nested_jax.training.compiled import matrix_flops
 
 RUNS = 'optimizer_race_runs'  # the file of finished runs
 MODELS = {
@@ -178,23 +177,23 @@ class ImageRuns:
         self.step = compiled(self._step, donate_argnums=0)
         self.loss = compiled(task.loss)
 
-    def __call__(self, seeds: Sequence[int], settings: Sequence[Setting]) -> Losses:
-        """Losses, stacked, one for each pair of a seed and a setting; finished runs are read back."""
-        runs = [self._run(seed, setting) for seed, setting in zip(seeds, settings, strict=True)]
+    def __call__(self, seeds: Sequence[int], settings: Sequence[Setting], *, curve: bool = True) -> Losses:
+        """Losses, stacked, one for each pair of a seed and a setting, without `curve` no points of one; finished runs are read back."""
+        runs = [self._run(seed, setting, curve) for seed, setting in zip(seeds, settings, strict=True)]
         return Losses(*(np.array(part) for part in zip(*runs, strict=True)))
 
-    def train(self, seed: int, setting: Setting) -> Losses:
+    def train(self, seed: int, setting: Setting, *, curve: bool = True) -> Losses:
         """One run from its initial values to its last step, whatever is stored."""
         setting = Setting(*map(np.float32, setting))
-        carry, curve, previous = self.begin(np.uint32(seed), setting), [], np.int32(0)
+        carry, points, previous = self.begin(np.uint32(seed), setting), [], np.int32(0)
         batches = self.data.training(seed)
         for index in range(self.task.steps):
             carry, done = self.step(carry, setting, np.int32(index), self._placed(next(batches)))
             jax.block_until_ready(previous)  # two steps in flight at most: their batches wait on the device
             previous = done
-            if (index + 1) % (self.task.steps // POINTS) == 0:
-                curve.append(self.evaluate(carry[0], 1))
-        return Losses(self.evaluate(carry[0], 0), curve)
+            if curve and (index + 1) % (self.task.steps // POINTS) == 0:
+                points.append(self.evaluate(carry[0], 1))
+        return Losses(self.evaluate(carry[0], 0), points)
 
     def evaluate(self, params: Any, part: int) -> float:
         """Mean held-out loss; that of knowing nothing where the run has diverged."""
@@ -208,7 +207,7 @@ class ImageRuns:
         """As `racing.costs`, of one step on all devices; its seconds are by the wall clock, which is what an accelerator is paid by."""
         setting = Setting(*map(np.float32, (self.optimizer.rate, 0.0, self.optimizer.knobs[0])))
         carry, batch = self.begin(np.uint32(0), setting), self._placed(next(self.data.training(0)))
-        flops = matrix_flops(jax.make_jaxpr(self._step)(carry, setting, np.int32(0), batch))
+        flops = mean_flops(jax.make_jaxpr(self._step)(carry, setting, np.int32(0), batch), self.optimizer)
         kept = sizes(*carry)  # before the first step takes the carry's memory
         carry, _ = jax.block_until_ready(self.step(carry, setting, np.int32(0), batch))  # which may compile
         began = time.perf_counter()
@@ -218,14 +217,15 @@ class ImageRuns:
         seconds = (time.perf_counter() - began) / TIMED_STEPS
         return dict(step_seconds=seconds, flops=flops) | kept
 
-    def _run(self, seed: int, setting: Setting) -> Losses:
-        config = self.data.settings.config() | dict(steps=self.task.steps, source=self.task.source, **setting._asdict())
+    def _run(self, seed: int, setting: Setting, curve: bool) -> Losses:
+        what = dict(steps=self.task.steps, source=self.task.source, curve=curve)
+        config = self.data.settings.config() | what | setting._asdict()
         key = self.label, seed, config_digest(config)
         for row in read_rows(self.stored) if self.stored else ():
             if (row['model'], row['seed'], row['config_digest']) == key:
                 return Losses(**row['metrics'])
         began = time.monotonic()
-        losses = self.train(seed, setting)
+        losses = self.train(seed, setting, curve=curve)
         if self.stored and jax.process_index() == 0:
             made = dict(experiment=RUNS, model=self.label, seed=seed, config=config, metrics=losses._asdict())
             append_row(self.stored, make_row(**made, hardware=hardware_name(jax.devices()), wall_s=time.monotonic() - began))

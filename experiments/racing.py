@@ -22,9 +22,10 @@ WARMUP_SHARE = 0.1  # of the steps
 GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and around the best
 MAX_EXTENSIONS = 8  # of the learning rates' grid, and of the other grids
 FINE, AROUND = (-2, -1, 1, 2), (-4, -1, 1, 4)  # fine steps from the best learning rate, at first and in each round; four are a step
-MAX_ROUNDS = 5
-PLATEAU = 1e-3  # of the grid's range of losses; an edge that gains less is none: delta gradient descent has no largest useful rate
+BUDGET, EXTRA = 32, 4  # settings tried for every optimizer, and more for the baseline
+PLATEAU = 0.01  # of the loss; an edge that gains less is none: delta gradient descent has no largest useful rate
 WEIGHT_DECAYS, DECAY_STEP = (0.0, 0.01, 0.1), 10
+OTHERS = ('weight_decay', 'knob')  # what is searched beside the rate
 HORIZON_STEP = 2  # between the steps, 1 / (1 - decay), that a momentum remembers
 DEVIATIONS = 3.09  # one-sided p = 0.001 of a normal distribution
 P_LIMIT = 0.01  # of the paired t-test
@@ -64,6 +65,7 @@ class Optimizer:
     rate: float  # in the middle of the first grid
     knob: str  # name of its own hyper-parameter, the decay of a moment
     knobs: tuple[float, ...]  # the default, then what is tried in its place
+    period: int = 1  # steps of which one takes the dearer branch of its conditionals
     delta: bool = False  # delta gradient descent: the gradient of linear layers is that of the cheap form
 
 
@@ -88,24 +90,31 @@ class Runs:
     def __init__(self, task: Task, optimizer: Optimizer, lanes: int):
         self.task, self.optimizer, self.lanes = task, optimizer, lanes
         one = functools.partial(train_one, task, optimizer)
-        self._together = jax.jit(jax.vmap(one, (None, 0, Setting(0, 0, 0))))
+        self._together = jax.jit(jax.vmap(one, (None, 0, Setting(0, 0, 0), None)))
 
-    def __call__(self, seeds: Sequence[int], settings: Sequence[Setting]) -> Losses:
-        """Losses, stacked, one for each pair of a seed and a setting; a last call of too few is filled up with its last run."""
+    def __call__(self, seeds: Sequence[int], settings: Sequence[Setting], *, curve: bool = True) -> Losses:
+        """Losses, stacked, one for each pair of a seed and a setting; a last call of too few is filled up with its last run.
+
+        Without `curve`, which on recall costs a fifth of a run, it has no points.
+        """
         parts = []
         for start in range(0, len(seeds), self.lanes):
             chosen = [min(index, len(seeds) - 1) for index in range(start, start + self.lanes)]
             stacked = Setting(*(np.array([settings[index][field] for index in chosen], np.float32) for field in range(3)))
-            parts.append(self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked))
-        return jax.tree.map(lambda *part: np.concatenate(part)[: len(seeds)].astype(float), *parts)
+            parts.append(self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked, curve))
+        losses = jax.tree.map(lambda *part: np.concatenate(part)[: len(seeds)].astype(float), *parts)
+        return losses if curve else losses._replace(curve=losses.curve[:, :0])
 
     def costs(self) -> dict[str, float]:
         """What one step of one run costs: see `costs`."""
         return costs(self.task, self.optimizer)
 
 
-def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting) -> Losses:
-    """One run from its initial values to its last step; its loss is that of knowing nothing where it has diverged."""
+def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting, curve: jax.Array) -> Losses:
+    """One run from its initial values to its last step; its loss is that of knowing nothing where it has diverged.
+
+    Without `curve` that has NaN.
+    """
     for_search, for_comparison = task.heldout(data, jax.random.key(seed))
 
     def loss(params, batch):
@@ -115,11 +124,11 @@ def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, s
     def to_next_point(carry, indices):
         step = lambda carry, index: (advance(task, optimizer, data, seed, setting, carry, index), None)
         carry, _ = jax.lax.scan(step, carry, indices)
-        return carry, loss(carry[0], for_comparison)
+        return carry, jax.lax.cond(curve, lambda: loss(carry[0], for_comparison), lambda: jnp.nan)
 
     indices = jnp.arange(task.steps).reshape(POINTS, -1)
-    (params, _), curve = jax.lax.scan(to_next_point, begin(task, optimizer, seed, setting), indices)
-    return Losses(loss(params, for_search), curve)
+    (params, _), points = jax.lax.scan(to_next_point, begin(task, optimizer, seed, setting), indices)
+    return Losses(loss(params, for_search), points)
 
 
 def begin(task: Task, optimizer: Optimizer, seed: jax.Array, setting: Setting) -> tuple[PyTree, PyTree]:
@@ -157,53 +166,55 @@ def rate_schedule(task: Task, rate: jax.Array) -> optax.Schedule:
 
 
 def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Optimizer, *, extra: bool = False) -> Trials:
-    """The best setting, within a budget that is the same for every optimizer.
+    """The best of as many settings for every optimizer.
 
     Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off, and four around
-    the best. Then rounds, until one moves the best no more, or by nothing that counts: two weight decays and two values of the
-    optimizer's own hyper-parameter, each alone, and four learning rates, near and a step away, around the best of these. The grids of the
-    former two are extended by two as well, except below zero: no weight decay and a moment that forgets at once are ends of what there is.
+    the best. Then rounds, until one leaves the best where it was: two weight decays and two values of the optimizer's own
+    hyper-parameter, each alone, and four learning rates, near and a step away, around the best of these. The grids of the former two are
+    extended by two as well, except below zero: no weight decay and a moment that forgets at once are ends of what there is. Settings that
+    are left then are rates ever nearer to the best.
 
     Args:
         evaluate: settings -> losses.
         optimizer: whose settings are tried.
-        extra: their four combinations too in the first round, for the baseline.
+        extra: EXTRA settings more, for the baseline: the four combinations of decay and hyper-parameter too in the first round.
     """
     losses: dict[Setting, float] = {}
+    budget = BUDGET + EXTRA * extra
     best = lambda: min(losses, key=losses.get)
-    first = Setting(optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0])
 
     def measure(settings: list[Setting]) -> None:
-        new = [setting for setting in dict.fromkeys(settings) if setting not in losses]
+        new = [setting for setting in dict.fromkeys(settings) if setting not in losses][: budget - len(losses)]
         losses.update(zip(new, map(float, evaluate(new) if new else []), strict=True))
 
-    grid = [-2, -1, 0, 1, 2]
+    first, grid = Setting(optimizer.rate, WEIGHT_DECAYS[0], optimizer.knobs[0]), [-2, -1, 0, 1, 2]
     measure(_rates(first, GRID_STEP, grid))
-    while (edge := _edge(losses, _rates(first, GRID_STEP, sorted(grid)))) and len(grid) < 5 + 2 * MAX_EXTENSIONS:
+    while (edge := _edge(losses, _rate_line(losses, first))) and len(grid) < 5 + 2 * MAX_EXTENSIONS:
         beyond = [min(grid) - 2, min(grid) - 1] if edge < 0 else [max(grid) + 1, max(grid) + 2]
         grid += beyond
         measure(_rates(first, GRID_STEP, beyond))
     measure(_rates(best(), FINE_STEP, FINE))
-    for turn in range(MAX_ROUNDS):
-        before = best()
+    before, rounds = None, 0
+    while best() != before:
+        before, rounds = best(), rounds + 1
         others = [before._replace(weight_decay=value) for value in WEIGHT_DECAYS]
         measure(others + [before._replace(knob=value) for value in optimizer.knobs])
-        if extra and turn == 0:
+        if extra and rounds == 1:
             measure([other._replace(knob=value) for other in others for value in optimizer.knobs])
-        beyond = _extend(losses, measure)
+        for _ in range(MAX_EXTENSIONS):
+            measure([setting for field in OTHERS for setting in _past_edge(losses, field)])
         measure(_rates(best(), FINE_STEP, AROUND))
-        moving = losses[before] - losses[best()] > PLATEAU * (max(losses.values()) - losses[best()])
-        if not moving:
-            break
-    return Trials(best(), losses, (*(['rate'] if edge or moving else []), *beyond))
+    step = FINE_STEP
+    while len(losses) < budget and step > 1 + 1e-4:
+        step **= 0.5
+        measure(_rates(best(), step, (-1, 1)))
+    at_edge = ['rate'] if _edge(losses, _rate_line(losses, best())) else []
+    return Trials(best(), losses, (*at_edge, *(field for field in OTHERS if _past_edge(losses, field))))
 
 
-def _extend(losses: dict[Setting, float], measure: Callable[[list[Setting]], None]) -> dict[str, list[Setting]]:
-    """Measures beyond the grids of weight decay and knob while the best is at their edge; what lies beyond those where it still is."""
-    past_edges = lambda: {field: beyond for field in ('weight_decay', 'knob') if (beyond := _past_edge(losses, field))}
-    for _ in range(MAX_EXTENSIONS):
-        measure([setting for settings in past_edges().values() for setting in settings])
-    return past_edges()
+def _rate_line(losses: dict[Setting, float], setting: Setting) -> list[Setting]:
+    """What was tried with a setting's weight decay and knob, by rate."""
+    return sorted(other for other in losses if other[1:] == setting[1:])
 
 
 def _past_edge(losses: dict[Setting, float], field: str) -> list[Setting]:
@@ -229,8 +240,8 @@ def _further(field: str, direction: int, value: float) -> float:
 def _edge(losses: dict[Setting, float], grid: list[Setting]) -> int:
     """-1 where the lowest rate of a grid is the best, or all have diverged; 1 where the highest is; 0 where one between is as good."""
     ordered = [losses[setting] for setting in grid]
-    lowest, highest, scale = ordered[0], ordered[-1], max(ordered) - min(ordered)
-    if scale > 0 and min(ordered[1:-1]) - min(lowest, highest) <= PLATEAU * scale:
+    lowest, highest, between = ordered[0], ordered[-1], min(ordered[1:-1], default=math.inf)
+    if between - min(lowest, highest) <= PLATEAU * abs(between) and len(set(ordered)) > 1:
         return 0
     return 1 if highest < lowest else -1
 
@@ -320,11 +331,17 @@ def costs(task: Task, optimizer: Optimizer) -> dict[str, float]:
 
 
 def step_flops(task: Task, optimizer: Optimizer) -> float:
-    """`matrix_flops` of one step of one run."""
+    """`mean_flops` of one step of one run."""
     setting, index = _first_setting(optimizer), jnp.int32(0)
     carry = jax.eval_shape(functools.partial(begin, task, optimizer), jnp.uint32(0), setting)
     batch = jax.eval_shape(task.draw, task.data, jax.random.key(0), index)
-    return matrix_flops(jax.make_jaxpr(functools.partial(learn, task, optimizer))(setting, carry, index, batch))
+    return mean_flops(jax.make_jaxpr(functools.partial(learn, task, optimizer))(setting, carry, index, batch), optimizer)
+
+
+def mean_flops(step: Any, optimizer: Optimizer) -> float:
+    """`matrix_flops` of a traced step, the mean over the optimizer's period."""
+    usual, dearest = (matrix_flops(step, branch) for branch in (min, max))
+    return usual + (dearest - usual) / optimizer.period
 
 
 def sizes(params: PyTree, state: PyTree) -> dict[str, float]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,24 +66,26 @@ def collectives(text: str) -> list[Collective]:
     return [max(whole, key=often) if whole else min(parts, key=often) for whole, parts in channels.values()]
 
 
-def matrix_flops(jaxpr: Any) -> float:
+def matrix_flops(jaxpr: Any, branch: Callable[..., float] = max) -> float:
     """Operations of the matrix products and QR decompositions that a traced function's results need, two for a multiplication and a sum.
 
-    Loops count as often as they run and of branches the dearest. XLA's own count takes a loop's body once, and a scan over 24 blocks and
+    Loops count as often as they run. XLA's own count takes a loop's body once, and a scan over 24 blocks and
     256 chunks is all body; nor does it see into LAPACK.
 
     Args:
         jaxpr: as of `jax.jit(function).trace(...)`; of a step it has what the backward pass computes again too.
+        branch: of a conditional that counts, by their operations; the dearest by default, `min` for the cheapest. Of what is written for
+            several platforms the dearest always.
     """
     jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
-    return _needed_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return _needed_flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], branch)
 
 
-def _needed_flops(jaxpr: Any) -> float:
-    return sum(map(_flops, jaxpr.eqns))
+def _needed_flops(jaxpr: Any, branch: Callable[..., float]) -> float:
+    return sum(_flops(equation, branch) for equation in jaxpr.eqns)
 
 
-def _flops(equation: Any) -> float:
+def _flops(equation: Any, branch: Callable[..., float]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general':
         contracted = params['dimension_numbers'][0][0]
@@ -91,8 +94,10 @@ def _flops(equation: Any) -> float:
         *batch, rows, columns = equation.invars[0].aval.shape
         return math.prod(batch) * (4 * rows - 4 * columns / 3) * columns**2  # the factor and its orthonormal columns
     parts = [part for value in params.values() for part in (value if isinstance(value, tuple | list) else (value,))]
-    bodies = [_needed_flops(body) for part in parts if hasattr(body := getattr(part, 'jaxpr', part), 'eqns')]
-    return max(bodies, default=0) if name == 'cond' else sum(bodies) * (params['length'] if name == 'scan' else 1)
+    bodies = [_needed_flops(body, branch) for part in parts if hasattr(body := getattr(part, 'jaxpr', part), 'eqns')]
+    if name == 'cond':
+        return (max if params.get('branches_platforms') else branch)(bodies, default=0)
+    return sum(bodies) * (params['length'] if name == 'scan' else 1)
 
 
 def report(compiled: jax.stages.Compiled) -> dict:

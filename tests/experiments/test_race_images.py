@@ -235,9 +235,9 @@ def trained(monkeypatch):
     """Seeds and settings of the runs that were not read back."""
     done, train = [], ImageRuns.train
 
-    def counted(self, seed, setting):
+    def counted(self, seed, setting, *, curve):
         done.append((self.label, seed, setting))
-        return train(self, seed, setting)
+        return train(self, seed, setting, curve=curve)
 
     monkeypatch.setattr(ImageRuns, 'train', counted)
     return done
@@ -283,7 +283,7 @@ def test_smoke_run_searches_and_stores_nothing(settings, tmp_path, trained, caps
 
 def test_a_run_is_read_back_only_for_the_same_settings(settings, tmp_path, monkeypatch):
     trained = []
-    losses = lambda self, seed, setting: trained.append(seed) or race_images.Losses(float(len(trained)), [0.5] * 10)
+    losses = lambda self, seed, setting, *, curve: trained.append(seed) or race_images.Losses(float(len(trained)), [0.5] * 10)
     monkeypatch.setattr(ImageRuns, 'train', losses)
     others = [dict(heldout=5), dict(steps=20), dict(dtype='float32'), dict(threads=2)]
     for changes in ({}, {}, *others):

@@ -48,6 +48,7 @@ def test_flops_count_loops_by_their_length_and_the_dearest_branch():
     either = lambda x: jax.lax.cond(x[0, 0] > 0, loop, product, x)
     count = lambda function, shape=(4, 4): matrix_flops(jax.make_jaxpr(function)(jnp.ones(shape)))
     assert [count(product), count(loop), count(either), count(jax.jit(jax.vmap(product)), (3, 4, 4))] == [128, 640, 640, 384]
+    assert matrix_flops(jax.make_jaxpr(either)(jnp.ones((4, 4))), min) == 128
     assert count(lambda x: jnp.linalg.qr(x)[0], (6, 4)) == pytest.approx(4 * 6 * 16 - 4 / 3 * 64)
 
 
