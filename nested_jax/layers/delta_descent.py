@@ -2,6 +2,7 @@
 
 Linear layers are `nn.Dense` and our own `Projection`. All else keeps its own gradient: `nn.DenseGeneral`, `nn.Einsum`, `nn.Embed`,
 convolutions, a `Projection` with a LoRA adapter, and kernels that a model multiplies by itself, such as the head of `LanguageModel`.
+For those, and for functions that are no modules, see `nested_jax.optim.delta_products`, which goes by products and not by layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence

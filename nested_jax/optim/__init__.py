@@ -3,6 +3,7 @@
 from nested_jax.optim.as_memory import adagrad_as_memory, adam_as_memory, scale_by_adagrad_as_memory, scale_by_adam_as_memory
 from nested_jax.optim.deep_momentum import deep_momentum, scale_by_deep_momentum
 from nested_jax.optim.delta_descent import delta_gradient_descent, scale_by_delta_gradient_descent, with_delta
+from nested_jax.optim.delta_products import delta_products, with_inputs
 from nested_jax.optim.levels import Level, by_level, steps_of
 from nested_jax.optim.m3 import m3, scale_by_m3
 from nested_jax.optim.matrix_specs import BlockSpec, MatrixSpec
@@ -30,6 +31,7 @@ __all__ = [
     'deep_momentum',
     'delta_gradient_descent',
     'delta_momentum',
+    'delta_products',
     'feature_momentum',
     'm3',
     'muon',
@@ -49,4 +51,5 @@ __all__ = [
     'state_shardings',
     'steps_of',
     'with_delta',
+    'with_inputs',
 ]

@@ -9,7 +9,7 @@ schedules through `stretch`, to have them follow the global step. Extra argument
 updates: the inputs that delta gradient descent takes, for one, and not the sum of a period's.
 
 The inner update runs under one `jax.lax.cond` for each period above 1: the steps in between cost an addition, whatever the optimizer
-does (Newton-Schulz, say).
+does (Newton-Schulz, say). That is lost under a `jax.vmap` over states, whose counts may differ: it computes every update every step.
 """
 
 import dataclasses

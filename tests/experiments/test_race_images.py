@@ -257,10 +257,10 @@ def test_a_killed_race_goes_on_where_it_stopped(settings, tmp_path, trained, mon
     monkeypatch.setattr(optimizer_race, 'search', few_rates)
     stored, train, killed_at = tmp_path / 'optimizer_race_runs.jsonl', ImageRuns.train, 9
 
-    def killed(self, seed, setting):
+    def killed(self, seed, setting, *, curve):
         if len(trained) == killed_at:
             raise KeyboardInterrupt
-        return train(self, seed, setting)
+        return train(self, seed, setting, curve=curve)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ImageRuns, 'train', killed)

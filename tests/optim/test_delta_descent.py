@@ -267,6 +267,7 @@ def test_sharded_kernels(axis_type):
         (lambda: delta_gradient_descent(0.1, 'max'), "reduction is 'max', allowed is one of 'mean', 'sum'"),
         (lambda: with_delta(jnp.matmul, -0.1), 'learning_rate is -0.1'),
         (lambda: with_delta(jnp.matmul, 0.1, 'max'), "reduction is 'max'"),
+        (lambda: with_delta(jnp.matmul, 0.1)(jnp.ones((2, 2)) * 1j, jnp.ones((2, 2))), 'parameter input has dtype complex64'),
         (lambda: delta_gradient_descent(0.1).init({'w': jnp.zeros((2, 2), jnp.complex64)}), 'parameter w has dtype complex64'),
         (lambda: update(jnp.ones((3, 2)), None, jnp.ones((4, 3))), 'params is None, allowed is a pytree like the updates'),
         (lambda: update(jnp.ones((3, 2)), jnp.ones((3, 2)), None), 'inputs is None, allowed is a pytree like the updates'),
