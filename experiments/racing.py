@@ -23,7 +23,7 @@ GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and a
 MAX_EXTENSIONS = 8  # of the learning rates' grid, and of the other grids
 FINE, AROUND = (-2, -1, 1, 2), (-4, -1, 1, 4)  # fine steps from the best learning rate, at first and in each round; four are a step
 BUDGET, EXTRA = 32, 4  # settings tried for every optimizer, and more for the baseline
-PLATEAU = 0.01  # of the loss; an edge that gains less is none: delta gradient descent has no largest useful rate
+PLATEAU = 0.01  # of the loss; a gain below counts for nothing, so an edge is none there: delta gradient descent has no largest useful rate
 WEIGHT_DECAYS, DECAY_STEP = (0.0, 0.01, 0.1), 10
 OTHERS = ('weight_decay', 'knob')  # what is searched beside the rate
 HORIZON_STEP = 2  # between the steps, 1 / (1 - decay), that a momentum remembers
@@ -169,7 +169,7 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     """The best of as many settings for every optimizer.
 
     Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off, and four around
-    the best. Then rounds, until one leaves the best where it was: two weight decays and two values of the optimizer's own
+    the best. Then rounds, until one gains nothing that counts: two weight decays and two values of the optimizer's own
     hyper-parameter, each alone, and four learning rates, near and a step away, around the best of these. The grids of the former two are
     extended by two as well, except below zero: no weight decay and a moment that forgets at once are ends of what there is. Settings that
     are left then are rates ever nearer to the best.
@@ -194,22 +194,23 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
         grid += beyond
         measure(_rates(first, GRID_STEP, beyond))
     measure(_rates(best(), FINE_STEP, FINE))
-    before, rounds = None, 0
-    while best() != before:
-        before, rounds = best(), rounds + 1
-        others = [before._replace(weight_decay=value) for value in WEIGHT_DECAYS]
-        measure(others + [before._replace(knob=value) for value in optimizer.knobs])
+    moving, rounds = True, 0
+    while moving:
+        center, rounds = best(), rounds + 1
+        others = [center._replace(weight_decay=value) for value in WEIGHT_DECAYS]
+        measure(others + [center._replace(knob=value) for value in optimizer.knobs])
         if extra and rounds == 1:
             measure([other._replace(knob=value) for other in others for value in optimizer.knobs])
         for _ in range(MAX_EXTENSIONS):
-            measure([setting for field in OTHERS for setting in _past_edge(losses, field)])
+            measure([setting for field in OTHERS for setting in _past_edge(losses, best(), field)])
         measure(_rates(best(), FINE_STEP, AROUND))
+        moving = losses[center] - losses[best()] > PLATEAU * abs(losses[best()])
+    at_edge = [field for field in OTHERS if _past_edge(losses, center, field)]
     step = FINE_STEP
     while len(losses) < budget and step > 1 + 1e-4:
         step **= 0.5
         measure(_rates(best(), step, (-1, 1)))
-    at_edge = ['rate'] if _edge(losses, _rate_line(losses, best())) else []
-    return Trials(best(), losses, (*at_edge, *(field for field in OTHERS if _past_edge(losses, field))))
+    return Trials(best(), losses, (*(['rate'] if _edge(losses, _rate_line(losses, best())) else []), *at_edge))
 
 
 def _rate_line(losses: dict[Setting, float], setting: Setting) -> list[Setting]:
@@ -217,9 +218,8 @@ def _rate_line(losses: dict[Setting, float], setting: Setting) -> list[Setting]:
     return sorted(other for other in losses if other[1:] == setting[1:])
 
 
-def _past_edge(losses: dict[Setting, float], field: str) -> list[Setting]:
-    """The best setting with the next two values of a field; none where the best is between values that were tried, or at zero."""
-    best = min(losses, key=losses.get)
+def _past_edge(losses: dict[Setting, float], best: Setting, field: str) -> list[Setting]:
+    """The best setting with the next two values of a field; none where it is between values that were tried, or at zero."""
     tried, here = sorted({getattr(setting, field) for setting in losses}), getattr(best, field)
     if here not in (tried[0], tried[-1]) or here == 0:
         return []
