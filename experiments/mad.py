@@ -14,12 +14,12 @@ Cut to what a CPU affords, and therefore not the paper's numbers: 600 steps of 1
 reference: 200 passes in batches of 128), two learning rates, one weight decay, tests of 500 sequences. Each run chooses its learning rate
 by 200 validation sequences; the reference chooses that, and when to stop, by the test.
 
-A run (one seed, both learning rates) at length 127 takes of one CPU core, measured over ten steps on a busy machine and multiplied:
-hope-linear 345 s, titans 235, gated-deltanet 195, transformer 145; hope was not measured here and takes three times hope-linear on formal
-languages. Selective copying takes twice that and compression and memorization a quarter; so the 126 runs come to about 11 hours of one
-core, 5 of them hope's, with rwkv7 and comba taken to be like titans. Ten have rows, all of one seed, whole runs with compiling and other
-work on the same core: in-context recall by transformer and gated-deltanet took 221 and 304 s, selective copying 686 and 1,064, compression
-116 and 168, memorization 81 and 154: in sum twice that estimate. Two processes share the grid and go on where they stopped:
+A run (one seed, both learning rates) takes of one CPU core, in seconds by transformer, gated-deltanet, comba, titans, rwkv7 and hope: of
+memorization 35 to 81, 87 to 154, 49 to 80, 70 to 202, 80 to 298 and 266 to 361; of compression 32 to 116, 55 to 168, 50 to 70, 58 to 92 and
+72 to 119, hope not measured; of in-context recall 206 to 364, 208 to 304, 175 to 225, titans and hope not measured, and 329 to 550. The
+first of three seeds compiles, and other work ran beside most of them, so that the smallest figures are the nearest to an empty machine's.
+Selective copying, on sequences twice as long, took 686 and 1,064 by the first two. The three recall tasks cost the same. 48 of the 126 runs
+have rows. Two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.mad --minutes 40 --tasks compression in-context-recall noisy-in-context-recall
     taskset -c 1 python -m experiments.mad --minutes 40 --tasks memorization fuzzy-in-context-recall selective-copying

@@ -336,6 +336,15 @@ def shares_to_reach(metrics: dict, adamw: dict) -> dict[str, float] | None:
     return dict(steps=steps) | {cost: steps * metrics[cost] / adamw[cost] for cost in ('step_seconds', 'flops')}
 
 
+def losses_at_equal_cost(metrics: dict, adamw: dict) -> dict[str, float]:
+    """Of the mean curve, straight between its points, when adamw's whole run is paid; the last loss where the whole run costs less.
+
+    The learning rate has not fallen to zero there.
+    """
+    places = np.arange(1, len(metrics['curve']) + 1) / len(metrics['curve'])
+    return {cost: float(np.interp(adamw[cost] / metrics[cost], places, metrics['curve'])) for cost in ('step_seconds', 'flops')}
+
+
 def _verdict(result: dict | None) -> str:
     return '-' if result is None else f'{result["verdict"]} {result["wins"]}'
 

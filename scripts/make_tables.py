@@ -15,6 +15,7 @@ import pathlib
 import re
 import statistics
 import sys
+from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,8 +37,8 @@ PLACE = re.compile(r'(?<=<!-- table: )([a-z_]+)( -->\n).*?(?=<!-- end -->)', re.
 
 
 def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
-    """Lines of every table by its name, none where nothing was run; but for 'probes', 'race_costs' and 'seal_matched' the name is that of
-    its file of rows.
+    """Lines of every table by its name, none where nothing was run; but for 'probes', 'seal_matched' and what starts with 'race_' the
+    name is that of its file of rows.
     """
     rows = lambda name: read_rows(results / f'{name}.jsonl')
     return {
@@ -57,6 +58,8 @@ def tables(results: pathlib.Path = RESULTS) -> dict[str, list[str]]:
         'babilong': babilong_table(rows('babilong')),
         'optimizer_race': race_table(rows('optimizer_race')),
         'race_costs': race_costs_table(rows('optimizer_race')),
+        'race_equal_costs': race_equal_costs_table(rows('optimizer_race')),
+        'race_rates': race_rates_table(rows('optimizer_race')),
         'seal_knowledge': seal_table(rows('seal_knowledge')),
         'seal_arc': arc_table(rows('seal_arc')),
         'seal_continual': continual_table(rows('seal_continual')),
@@ -141,13 +144,33 @@ def race_table(rows: list[dict]) -> list[str]:
 
 def race_costs_table(rows: list[dict]) -> list[str]:
     """Lines of what it costs to come to adamw's last loss: steps, CPU seconds and FLOPs, over those of adamw's whole run."""
+
+    def cell(metrics, adamw):
+        shares = optimizer_race.shares_to_reach(metrics, adamw)
+        return 'not reached' if shares is None else ' · '.join(f'{share:.2f}' for share in shares.values())
+
+    return _by_task("steps, CPU seconds, FLOPs to adamw's loss", rows, cell)
+
+
+def race_equal_costs_table(rows: list[dict]) -> list[str]:
+    """Lines of the mean losses when adamw's CPU seconds and when its FLOPs are spent."""
+    cell = lambda metrics, adamw: ' · '.join(f'{loss:.4g}' for loss in optimizer_race.losses_at_equal_cost(metrics, adamw).values())
+    return _by_task("loss at adamw's CPU seconds, FLOPs", rows, cell)
+
+
+def race_rates_table(rows: list[dict]) -> list[str]:
+    """Lines of the mean losses of two seeds around the best learning rate."""
+    cell = lambda metrics, adamw: ' · '.join(f'{loss:.4g}' for loss in metrics['sensitivity'])
+    return _by_task('loss at 1/3, 1, 3 of the rate', rows, cell)
+
+
+def _by_task(head: str, rows: list[dict], cell: Callable[[dict, dict], str]) -> list[str]:
+    """Lines with a cell for each optimizer and task, of the latest rows: of its metrics and adamw's."""
     tasks = list(dict.fromkeys(row['config']['task'] for row in rows))
-    lines = [f"| steps, CPU seconds, FLOPs to adamw's loss | {' | '.join(tasks)} |", '| --- ' * (len(tasks) + 1) + '|']
-    for name in optimizer_race.OPTIMIZERS:
-        cells = []
-        for entries in (optimizer_race.latest(rows, task) for task in tasks):
-            shares = optimizer_race.shares_to_reach(entries[name], entries['adamw']) if name in entries else {}
-            cells.append('not reached' if shares is None else ' · '.join(f'{share:.2f}' for share in shares.values()))
+    entries = [optimizer_race.latest(rows, task) for task in tasks]
+    lines = [f'| {head} | {" | ".join(tasks)} |', '| --- ' * (len(tasks) + 1) + '|'] if rows else []
+    for name in optimizer_race.OPTIMIZERS if rows else ():
+        cells = [cell(of_task[name], of_task['adamw']) if name in of_task else '' for of_task in entries]
         lines.append(f'| {name} | {" | ".join(cells)} |')
     return lines
 

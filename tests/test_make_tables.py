@@ -70,6 +70,16 @@ def test_race_costs_are_shares_of_adamws_whole_run(make_tables):
     assert '| sgd | not reached |' in lines and '| m3 |  |' in lines
 
 
+def test_race_at_equal_costs_and_around_the_rate(make_tables):
+    entry = lambda name, curve, seconds: dict(
+        model=name, config=dict(task='a'), metrics=dict(curve=curve, step_seconds=seconds, flops=2.0, sensitivity=[3.0, curve[-1], 1234.5])
+    )
+    rows = [entry('adamw', [4.0, 3.0], 1.0), entry('muon', [3.0, 1.0], 4 / 3)]
+    assert make_tables.race_equal_costs_table(rows)[2:4] == ['| adamw | 3 · 3 |', '| muon | 2 · 1 |']
+    assert make_tables.race_rates_table(rows)[2:5] == ['| adamw | 3 · 3 · 1234 |', '| muon | 3 · 1 · 1234 |', '| m3 |  |']
+    assert make_tables.race_rates_table([]) == []
+
+
 def test_gpu_has_rules_and_models(make_tables):
     rule = dict(what='delta rule', model='kernel', batch=2, time=64, heads=3, dim=64, forward_ms=1.234, both_ms=2.0, temporary_mib=512)
     model = dict(what='training', model='hope', batch=4, length=32, chunk_size=64, tokens_per_second=1234.5, mfu=0.25, device_peak_gib=3.0)

@@ -27,6 +27,9 @@ def state_shardings(optimizer: optax.GradientTransformation, params: PyTree, par
       state of stacked layers stays with its layer. Each mesh axis that is left goes to the first of the other axes that it divides.
     - State of no parameter, such as a step count, is replicated.
 
+    The second is for memory. What an update multiplies whole, a learned preconditioner or the weights of `deep_momentum`, it then gathers;
+    left where `init` puts it on an Explicit mesh, with few or none of its axes split, it does not.
+
     Args:
         optimizer: any.
         params: arrays or `jax.ShapeDtypeStruct`.

@@ -331,6 +331,13 @@ def test_costs_to_adamw_s_loss_are_shares_of_its_run():
     assert optimizer_race.shares_to_reach(entry | dict(curve=[9.0, 5.0]), adamw) is None
 
 
+def test_losses_at_equal_cost_are_of_the_curve():
+    adamw = dict(curve=[6.0, 4.0], step_seconds=1.0, flops=10.0)
+    entry = dict(curve=[4.0, 1.0], step_seconds=4 / 3, flops=5.0)  # three quarters of the run, and twice
+    assert optimizer_race.losses_at_equal_cost(entry, adamw) == dict(step_seconds=2.5, flops=1.0)
+    assert optimizer_race.losses_at_equal_cost(adamw, adamw) == dict(step_seconds=4.0, flops=4.0)
+
+
 def test_the_latest_row_of_an_optimizer_counts():
     assert optimizer_race.latest([row('sgd', [1]), row('sgd', [2])], 'stream')['sgd']['losses'] == [2.0]
 

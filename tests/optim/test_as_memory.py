@@ -91,6 +91,34 @@ def test_equals_optax_adam(x64, options):
     assert_close(alias, run(optax.adamw(0.1, weight_decay=0.2, **options), gradients))
 
 
+@pytest.mark.parametrize('target', ['root', 'square'])
+def test_ten_steps_of_adam_against_numpy(x64, target):
+    """With weight decay on one leaf of three."""
+    gradients, mask = make_gradients(), {'w': True, 'b': False, 'scalar': False}
+    optimizer = adam_as_memory(0.1, 0.8, 0.9, 0.01, 0.02, 0.3, mask, target=target)
+    updates = run(optimizer, gradients)
+    for name, gradient in gradients.items():
+        first = second = 0.0
+        for step, each in enumerate(np.asarray(gradient), 1):
+            first, second = 0.8 * first + 0.2 * each, 0.9 * second + 0.1 * each**2
+            mean, square = first / (1 - 0.8**step), second / (1 - 0.9**step) + 0.02
+            wanted = np.sqrt(square) if target == 'root' else square
+            # Eq. (102): P M / (H + the penalty), which for the root is M / (sqrt(H + eps_root) + eps).
+            direction = wanted * mean / (square + 0.01 * np.sqrt(square))
+            np.testing.assert_allclose(updates[name][step - 1], -0.1 * (direction + 0.3 * mask[name]), rtol=1e-12, atol=1e-14)
+
+
+def test_ten_steps_of_adagrad_against_numpy_with_weight_decay_on_one_leaf(x64):
+    gradients, mask = make_gradients(), {'w': True, 'b': False, 'scalar': False}
+    updates = run(adagrad_as_memory(0.1, 0.2, 0.05, 0.3, mask), gradients)
+    for name, gradient in gradients.items():
+        total = 0.2
+        for step, each in enumerate(np.asarray(gradient)):
+            total = total + each**2
+            expected = -0.1 * (each / np.sqrt(total + 0.05) + 0.3 * mask[name])
+            np.testing.assert_allclose(updates[name][step], expected, rtol=1e-12, atol=1e-14)
+
+
 def test_each_step_of_adam_is_the_minimum_of_its_objective(x64):
     gradients, eps, eps_root = make_gradients()['w'], 0.1, 0.02
     updates = run(scale_by_adam_as_memory(0.9, 0.99, eps, eps_root), {'w': gradients})['w']

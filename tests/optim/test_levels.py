@@ -90,6 +90,23 @@ def test_gradient_descent_takes_the_sum(x64):
         np.testing.assert_allclose(after[5], before - 0.1 * gradient.sum(0), rtol=1e-12)
 
 
+@pytest.mark.parametrize('average', [False, True])
+def test_ten_steps_against_numpy(x64, average):
+    """Of heavy ball, each level at its period: what is left over when the steps end stays unused."""
+    params = make_params(jnp.float64)
+    gradients = make_gradients(10, params)
+    history, _ = run(by_level(optax.sgd(0.1, momentum=0.9), PERIODS, average=average), params, gradients)
+    for name, period in PERIODS.items():
+        for leaf, gradient, found in zip(*(jax.tree.leaves(tree[name]) for tree in (params, gradients, history)), strict=True):
+            value, trace, total = np.array(leaf), np.zeros(leaf.shape), np.zeros(leaf.shape)
+            for step, each in enumerate(np.asarray(gradient), 1):
+                total = total + each
+                if step % period == 0:
+                    trace = 0.9 * trace + total / (period if average else 1)
+                    value, total = value - 0.1 * trace, 0 * total
+                np.testing.assert_allclose(found[step - 1], value, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize('name', INNER)
 def test_average_equals_multi_steps(x64, name):
     inner, params = INNER[name](0.1), make_params(jnp.float64)

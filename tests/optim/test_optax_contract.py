@@ -40,6 +40,10 @@ def muon_every_two_steps(learning_rate, average=False):
     return optim.by_level(optim.muon(learning_rate), 2, average=average)
 
 
+def nested_every_two_steps(learning_rate):
+    return optim.nested(optim.muon(learning_rate), muon_every_two_steps(learning_rate), 2)
+
+
 def are_matrices(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
@@ -53,6 +57,7 @@ OURS = {
     'muon': (optim.muon, 1e-2),
     'm3': (decayed(optim.m3), 1e-2),
     'by_level': (fixing(muon_every_two_steps), 1e-2),
+    'nested': (fixing(nested_every_two_steps), 1e-2),
     'delta_momentum': (functools.partial(optim.delta_momentum, form='proximal'), 1e-3),
     'preconditioned_momentum': (optim.preconditioned_momentum, 3e-4),
     'feature_momentum': (optim.feature_momentum, 3e-4),

@@ -132,6 +132,19 @@ def test_nothing_is_gathered(name, kind):
         assert set(collectives(optimizer, params)) == {'all-to-all', 'collective-permute'}
 
 
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize('name', some([*ELEMENTWISE, 'nested'], 'deep_momentum'))
+def test_no_stack_is_gathered_by_the_others(name, kind):
+    """On an Auto mesh deep momentum gathers the first layer of its memory, a quarter of the smallest stack here."""
+    mesh = make_mesh(kind)
+    _, params, shardings = make_params(mesh)
+    told = None if kind == 'explicit' else shardings
+    slow = nested(muon(0.1, labels=fused, shardings=told), optax.sgd(0.1), lambda path: 2 * (path == 'up'))
+    with jax.set_mesh(mesh):
+        found = collectives(slow if name == 'nested' else make_optimizer(name), params)
+    assert found.get('all-gather', 0) <= (1024 if (name, kind) == ('deep_momentum', 'auto') else 0)
+
+
 # (shape, how it is split), each axis by what divides it: stacks that are dealt out, and what no device has a share of.
 ODD = {
     'stack': ((8, 16, 32), (None, 'data', 'model')),
