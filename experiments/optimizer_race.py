@@ -246,7 +246,8 @@ def _open(args: Args, name: str) -> tuple[Task, Callable[[Optimizer, str], Runs 
 
 def _enter(args: Args, runs: Runs | ImageRuns, name: str) -> tuple[dict, float]:
     began, optimizer = time.monotonic(), runs.optimizer
-    trials = search(lambda settings: runs([SEARCH_SEED] * len(settings), settings, curve=False).search, optimizer, extra=name == 'adamw')
+    evaluate = lambda settings: runs([SEARCH_SEED] * len(settings), settings, curve=False).search
+    trials = search(evaluate, optimizer, runs.task.budget, extra=name == 'adamw')
     metrics = measure(runs, trials.best, range(args.seeds)) | runs.costs()
     shifted = [trials.best._replace(rate=trials.best.rate * factor) for factor in SENSITIVITY]
     few = range(2)
@@ -276,7 +277,7 @@ def measure(runs: Runs | ImageRuns, setting: Setting, seeds: Sequence[int]) -> d
 
 
 def _stored(args: Args, task_name: str, label: str, task: Task, metrics: dict, wall_s: float) -> dict:
-    fixed = dict(steps=task.steps, decay_share=task.decay_share, source=task.source)
+    fixed = dict(steps=task.steps, budget=task.budget, decay_share=task.decay_share, source=task.source)
     how = dict(lanes=args.lanes) if args.scale == 'cpu' else dict(images=args.images.config())
     config = dict(task=task_name, optimizer=label, seeds=args.seeds) | how | fixed
     row = make_row(

@@ -22,7 +22,7 @@ WARMUP_SHARE = 0.1  # of the steps
 GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and around the best
 MAX_EXTENSIONS = 8  # of the learning rates' grid, and of the other grids
 FINE, AROUND = (-2, -1, 1, 2), (-4, -1, 1, 4)  # fine steps from the best learning rate, at first and in each round; four are a step
-BUDGET, EXTRA = 32, 4  # settings tried for every optimizer, and more for the baseline
+EXTRA = 4  # settings tried for the baseline beyond those of the others
 PLATEAU = 0.01  # of the loss; a gain below counts for nothing, so an edge is none there: delta gradient descent has no largest useful rate
 WEIGHT_DECAYS, DECAY_STEP = (0.0, 0.01, 0.1), 10
 OTHERS = ('weight_decay', 'knob')  # what is searched beside the rate
@@ -54,6 +54,7 @@ class Task:
     loss: Callable[[PyTree, PyTree], jax.Array]  # parameters, batch -> scalar
     ceiling: float  # the loss of knowing nothing, with which a diverged run counts
     decay_share: float  # of the steps, at the end, over which the learning rate falls to zero
+    budget: int = 32  # settings tried for every optimizer
     source: str = ''  # digest of data that are not the same everywhere
 
 
@@ -165,8 +166,8 @@ def rate_schedule(task: Task, rate: jax.Array) -> optax.Schedule:
     return lambda count: rate * jnp.minimum(1.0, (count + 1) / warmup) * ending(count)
 
 
-def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Optimizer, *, extra: bool = False) -> Trials:
-    """The best of as many settings for every optimizer.
+def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Optimizer, budget: int, *, extra: bool = False) -> Trials:
+    """The best of a number of settings.
 
     Five learning rates, extended by two wherever the best is at an edge, until it is not or the losses have levelled off, and four around
     the best. Then rounds, until one gains nothing that counts: two weight decays and two values of the optimizer's own
@@ -177,10 +178,11 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     Args:
         evaluate: settings -> losses.
         optimizer: whose settings are tried.
+        budget: how many.
         extra: EXTRA settings more, for the baseline: the four combinations of decay and hyper-parameter too in the first round.
     """
     losses: dict[Setting, float] = {}
-    budget = BUDGET + EXTRA * extra
+    budget += EXTRA * extra
     best = lambda: min(losses, key=losses.get)
 
     def measure(settings: list[Setting]) -> None:

@@ -18,6 +18,7 @@ from nested_jax.layers import delta_descent
 from nested_jax.optim import with_delta
 
 DUMMY = Optimizer(lambda *_: None, 1e-2, 'beta', (0.9, 0.8, 0.95))
+BUDGET = 32
 
 
 # --- lanes and costs
@@ -107,7 +108,7 @@ def bowl(best: float, **others):
 
 def test_search_refines_around_the_best_and_tries_decay_and_knob():
     evaluate, asked = bowl(1.7e-2, weight_decay=0.01, knob=0.9)
-    trials = racing.search(evaluate, DUMMY)
+    trials = racing.search(evaluate, DUMMY, BUDGET)
     assert trials.best == Setting(pytest.approx(1.7e-2, rel=0.02), 0.01, 0.9) and trials.at_edge == ()
     counts = [len(settings) for settings in asked if settings]
     assert counts[:5] == [5, 4, 4, 4, 2]  # the last two: rates at that decay, and what is around the best
@@ -121,7 +122,7 @@ def test_search_comes_back_to_the_rate():
         decays, high = setting.weight_decay == 0.01, setting.rate > 0.05
         return abs(math.log10(setting.rate) + 2 - decays) + 2 * (not decays) + abs(setting.knob - (0.95 if high else 0.9))
 
-    trials = racing.search(lambda settings: list(map(loss, settings)), DUMMY)
+    trials = racing.search(lambda settings: list(map(loss, settings)), DUMMY, BUDGET)
     assert trials.best == Setting(pytest.approx(0.1, rel=1e-5), 0.01, 0.95) and trials.at_edge == ()
 
 
@@ -132,24 +133,22 @@ def test_search_goes_on_while_the_best_moves():
         halvings, rate = math.log2((1 - setting.knob) / 0.1), math.log10(setting.rate) + 2
         return 1e3 if rate > 1.7 else 1e-3 * (0.1 + abs(rate - halvings / 2) + abs(halvings - 2))
 
-    trials = racing.search(lambda settings: list(map(loss, settings)), DUMMY)
+    trials = racing.search(lambda settings: list(map(loss, settings)), DUMMY, BUDGET)
     assert trials.best == Setting(pytest.approx(0.1, rel=1e-5), 0.0, 0.6) and trials.at_edge == ()
 
 
-def test_search_says_that_its_last_step_ended_at_the_edge(monkeypatch):
+def test_search_says_that_its_last_step_ended_at_the_edge():
     """A budget that ends before the other side of the best is tried; diverged runs, a thousand times the loss, do not hide it."""
     evaluate = lambda settings: [1e3 if setting.rate > 1 else 1 / setting.rate for setting in settings]
-    monkeypatch.setattr(racing, 'BUDGET', 7)
-    assert 'rate' in racing.search(evaluate, DUMMY).at_edge
-    monkeypatch.undo()
-    trials = racing.search(evaluate, DUMMY)
+    assert 'rate' in racing.search(evaluate, DUMMY, 7).at_edge
+    trials = racing.search(evaluate, DUMMY, BUDGET)
     assert trials.at_edge == () and max(setting.rate for setting in trials.losses) > 1 >= trials.best.rate > 0.9
 
 
 @pytest.mark.parametrize('best', [1e-5, 3e-1, 40.0])
 def test_search_extends_the_grid_until_the_best_is_inside(best):
     evaluate, asked = bowl(best)
-    trials = racing.search(evaluate, DUMMY)
+    trials = racing.search(evaluate, DUMMY, BUDGET)
     rates = sorted(setting.rate for setting in trials.losses)
     assert not trials.at_edge and rates[0] < trials.best.rate < rates[-1]
     assert abs(math.log10(trials.best.rate / best)) < 0.07
@@ -157,8 +156,8 @@ def test_search_extends_the_grid_until_the_best_is_inside(best):
 
 
 def test_search_says_that_the_best_is_still_at_the_edge():
-    trials = racing.search(lambda settings: [math.log(setting.rate) for setting in settings], DUMMY)
-    assert trials.at_edge == ('rate',) and len(trials.losses) == racing.BUDGET
+    trials = racing.search(lambda settings: [math.log(setting.rate) for setting in settings], DUMMY, BUDGET)
+    assert trials.at_edge == ('rate',) and len(trials.losses) == BUDGET
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_search_says_that_the_best_is_still_at_the_edge():
 )
 def test_search_extends_the_other_grids(others, found):
     """The best is between values that were tried, or at zero, of which there is no other side."""
-    trials = racing.search(bowl(1e-2, **others)[0], DUMMY)
+    trials = racing.search(bowl(1e-2, **others)[0], DUMMY, BUDGET)
     assert trials.at_edge == () and trials.best._replace(rate=0) == Setting(0, **found)
     for name, value in found.items():
         tried = [getattr(setting, name) for setting in trials.losses]
@@ -182,37 +181,37 @@ def test_search_extends_the_other_grids(others, found):
 def test_search_extends_from_the_best_of_the_combinations():
     """Weight decay and hyper-parameter both end at an edge, which neither does alone."""
     evaluate = lambda settings: [abs(math.log10(s.rate / 1e-2)) - 5 * s.weight_decay * (s.knob == 0.95) for s in settings]
-    assert racing.search(evaluate, DUMMY, extra=True).best.weight_decay > 0.1
-    assert racing.search(evaluate, DUMMY).best.weight_decay == 0
+    assert racing.search(evaluate, DUMMY, BUDGET, extra=True).best.weight_decay > 0.1
+    assert racing.search(evaluate, DUMMY, BUDGET).best.weight_decay == 0
 
 
 def test_search_says_what_is_still_at_the_edge():
     """A decay whose losses fall by as much for each halving of its distance from 1."""
-    trials = racing.search(lambda settings: [abs(math.log10(s.rate / 1e-2)) + math.log(1 - s.knob) for s in settings], DUMMY)
+    trials = racing.search(lambda settings: [abs(math.log10(s.rate / 1e-2)) + math.log(1 - s.knob) for s in settings], DUMMY, BUDGET)
     assert trials.at_edge == ('knob',) and len({setting.knob for setting in trials.losses}) > 3 + racing.MAX_EXTENSIONS
 
 
 def test_search_ends_where_a_decay_levels_off():
-    trials = racing.search(lambda settings: [1 + abs(math.log10(s.rate / 1e-2)) + (1 - s.knob) ** 2 for s in settings], DUMMY)
+    trials = racing.search(lambda settings: [1 + abs(math.log10(s.rate / 1e-2)) + (1 - s.knob) ** 2 for s in settings], DUMMY, BUDGET)
     assert trials.at_edge == () and 0.9 < trials.best.knob < 1 and len({setting.knob for setting in trials.losses}) < 6
 
 
 def test_search_stops_where_losses_have_levelled_off():
-    trials = racing.search(lambda settings: [1 + 1 / (1 + 100 * setting.rate) for setting in settings], DUMMY)
+    trials = racing.search(lambda settings: [1 + 1 / (1 + 100 * setting.rate) for setting in settings], DUMMY, BUDGET)
     rates = sorted(setting.rate for setting in trials.losses)
     assert not trials.at_edge and 30 < trials.best.rate <= rates[-1] < 1e3
 
 
 def test_search_goes_down_where_everything_has_diverged():
     evaluate = lambda settings: [min(2.0, abs(math.log10(setting.rate / 1e-6))) for setting in settings]
-    assert racing.search(evaluate, DUMMY).best.rate == pytest.approx(1e-6, rel=1e-5)
+    assert racing.search(evaluate, DUMMY, BUDGET).best.rate == pytest.approx(1e-6, rel=1e-5)
 
 
 @pytest.mark.parametrize('best', [1e-9, 1e-2, 3e5])
 def test_budgets_are_equal_and_the_baseline_s_larger(best):
     """However far the grid has to be extended."""
-    counts = [len(racing.search(bowl(best, knob=0.93)[0], DUMMY, extra=extra).losses) for extra in (False, True)]
-    assert counts == [racing.BUDGET, racing.BUDGET + racing.EXTRA]
+    counts = [len(racing.search(bowl(best, knob=0.93)[0], DUMMY, BUDGET, extra=extra).losses) for extra in (False, True)]
+    assert counts == [BUDGET, BUDGET + racing.EXTRA]
     assert all(len(set(optimizer.knobs)) == 3 for optimizer in optimizer_race.OPTIMIZERS.values())
 
 

@@ -243,7 +243,7 @@ def trained(monkeypatch):
     return done
 
 
-def few_rates(evaluate, optimizer, *, extra=False):
+def few_rates(evaluate, optimizer, budget, *, extra=False):
     """The race's search is tested elsewhere; here it has two runs."""
     from experiments.racing import Trials
 
