@@ -170,7 +170,7 @@ def stream(steps: int) -> Task:
         return jnp.mean(jnp.square(model.apply({'params': params}, inputs) - targets))
 
     init = lambda key: model.init(key, jnp.zeros((1, size)))['params']
-    return Task(steps, {}, init, draw, heldout, loss, ceiling=2.0, decay_share=0.0, budget=64)
+    return Task(steps, {}, init, draw, heldout, loss, ceiling=2.0, decay_share=0.0, budget=40)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {'char-lm': char_lm, 'digits': digits, 'recall': associative_recall, 'stream': stream}
