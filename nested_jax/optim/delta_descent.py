@@ -209,12 +209,12 @@ def with_delta(dense: Dense, learning_rate: ArrayLike, reduction: str = 'mean') 
         return backward(gradient)[0], weight_bar / (1 + rate * energy).astype(weight_bar.dtype), jnp.zeros_like(rate)
 
     apply.defvjp(forward, backward)
+    return lambda x, weight: apply(*_real(x, weight), jnp.asarray(learning_rate, working_dtype(x)))
 
-    def call(x, weight):
-        check_real(dict(input=x, weight=weight))
-        return apply(x, weight, jnp.asarray(learning_rate, working_dtype(x)))
 
-    return call
+def _real(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    check_real(dict(input=x, weight=weight))
+    return x, weight
 
 
 def _share(x: jax.Array, reduction: str) -> float:
