@@ -69,8 +69,8 @@ def collectives(text: str) -> list[Collective]:
 def matrix_flops(jaxpr: Any, branch: Callable[..., float] = max) -> float:
     """Operations of the matrix products and QR decompositions that a traced function's results need, two for a multiplication and a sum.
 
-    Loops count as often as they run. XLA's own count takes a loop's body once, and a scan over 24 blocks and
-    256 chunks is all body; nor does it see into LAPACK.
+    Loops count as often as they run. XLA's own count takes a loop's body once, and a scan over 24 blocks and 256 chunks is all body; nor
+    does it see into LAPACK.
 
     Args:
         jaxpr: as of `jax.jit(function).trace(...)`; of a step it has what the backward pass computes again too.
