@@ -77,8 +77,8 @@ def with_inputs(function: Function) -> Function:
 
     Examples:
         >>> import jax, jax.numpy as jnp
-        >>> loss = lambda params, x: jnp.mean(x @ params['w'] + params['b'])
-        >>> params, x = {'w': jnp.ones((3, 2)), 'b': jnp.zeros(2)}, jnp.ones((4, 5, 3))
+        >>> loss = lambda params, x: jnp.mean(x @ params['w']) + params['b']
+        >>> params, x = {'w': jnp.ones((3, 2)), 'b': jnp.zeros(())}, jnp.ones((4, 5, 3))
         >>> gradients, inputs = jax.grad(with_inputs(loss), has_aux=True)(params, x)
         >>> inputs['w'].shape, inputs['b']
         ((20, 3), None)
