@@ -18,8 +18,8 @@ A run (one seed, both learning rates) takes of one CPU core, in seconds by trans
 memorization 35 to 81, 87 to 154, 49 to 80, 70 to 202, 80 to 298 and 266 to 361; of compression 32 to 116, 55 to 168, 50 to 70, 58 to 92 and
 72 to 119, hope not measured; of in-context recall 206 to 364, 208 to 304, 175 to 225, titans and hope not measured, and 329 to 550. The
 first of three seeds compiles, and other work ran beside most of them, so that the smallest figures are the nearest to an empty machine's.
-Selective copying, on sequences twice as long, took 686 and 1,064 by the first two. The three recall tasks cost the same. 48 of the 126 runs
-have rows. Two processes share the grid and go on where they stopped:
+Selective copying, on sequences twice as long, took 686 and 1,064 by the first two. The other recall tasks are as long as the first. 48 of
+the 126 runs have rows. Two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.mad --minutes 40 --tasks compression in-context-recall noisy-in-context-recall
     taskset -c 1 python -m experiments.mad --minutes 40 --tasks memorization fuzzy-in-context-recall selective-copying

@@ -96,7 +96,7 @@ class Runs:
     def __call__(self, seeds: Sequence[int], settings: Sequence[Setting], *, curve: bool = True) -> Losses:
         """Losses, stacked, one for each pair of a seed and a setting; a last call of too few is filled up with its last run.
 
-        Without `curve`, which on recall costs a fifth of a run, it has no points.
+        Without `curve`, whose losses take longer than many steps, it has no points.
         """
         parts = []
         for start in range(0, len(seeds), self.lanes):

@@ -109,7 +109,8 @@ def test_projections_of_attention_have_it_too():
 
 OTHERS = {
     'sum of products': lambda w, x: jnp.sum(w[None, None] * x[..., None], -2),
-    'batch axes': lambda w, x: jnp.einsum('io,bti->bto', 2 * w, x),
+    'scaled': lambda w, x: x @ (2 * w),
+    'batch axes': lambda w, x: jnp.einsum('io,bti->bito', w, x),
     'both parameters': lambda w, x: w.T @ w,
     'convolution': lambda w, x: jax.lax.conv_general_dilated(x, w[None], (1,), 'SAME', dimension_numbers=('NWC', 'WIO', 'NWC')),
     'branch': lambda w, x: jax.lax.cond(x[0, 0, 0] < 9, lambda: x @ w, lambda: 2 * x @ w),
