@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from experiments.race_tasks import VisionTransformer
-from experiments.racing import POINTS, TIMED_STEPS, Losses, Optimizer, Setting, Task, begin, learn, mean_flops, sizes
+from experiments.racing import POINTS, Losses, Optimizer, Setting, Task, begin, learn, mean_flops, sizes
 from nested_jax.data import batch_iterator
 from nested_jax.data.corpora import tfds_folder
 from nested_jax.evaluation.rows import append_row, config_digest, hardware_name, make_row, read_rows
@@ -42,6 +42,7 @@ MODELS = {
 }
 AREA, ASPECT = (0.05, 1.0), (3 / 4, 4 / 3)  # of a training crop: share of the image, width by height
 CENTRAL = 0.875  # of the shorter side, in evaluation: 224 of 256
+TIMED_STEPS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ class ImageRuns:
         return mean if mean < self.task.ceiling else self.task.ceiling  # which NaN is not
 
     def costs(self) -> dict[str, float]:
-        """As `racing.costs`, of one step on all devices; its seconds are by the wall clock, which is what an accelerator is paid by."""
+        """As of `racing.Runs`, of one step on all devices; seconds are by the wall clock, which is what an accelerator is paid by."""
         setting = Setting(*map(np.float32, (self.optimizer.rate, 0.0, self.optimizer.knobs[0])))
         carry, batch = self.begin(np.uint32(0), setting), self._placed(next(self.data.training(0)))
         flops = mean_flops(jax.make_jaxpr(self._step)(carry, setting, np.int32(0), batch), self.optimizer)

@@ -30,7 +30,6 @@ HORIZON_STEP = 2  # between the steps, 1 / (1 - decay), that a momentum remember
 DEVIATIONS = 3.09  # one-sided p = 0.001 of a normal distribution
 P_LIMIT = 0.01  # of the paired t-test
 POINTS = 10  # of a run's curve of losses; they divide its steps
-TIMED_STEPS, TIMED_REPEATS = 10, 3
 
 
 class Setting(NamedTuple):
@@ -90,6 +89,7 @@ class Runs:
 
     def __init__(self, task: Task, optimizer: Optimizer, lanes: int):
         self.task, self.optimizer, self.lanes = task, optimizer, lanes
+        self._seconds: list[float] = []  # of the processor for a step, in each call without a curve
         one = functools.partial(train_one, task, optimizer)
         self._together = jax.jit(jax.vmap(one, (None, 0, Setting(0, 0, 0), None)))
 
@@ -102,13 +102,21 @@ class Runs:
         for start in range(0, len(seeds), self.lanes):
             chosen = [min(index, len(seeds) - 1) for index in range(start, start + self.lanes)]
             stacked = Setting(*(np.array([settings[index][field] for index in chosen], np.float32) for field in range(3)))
-            parts.append(self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked, curve))
+            began = time.process_time()
+            lanes = self._together(self.task.data, np.array([seeds[index] for index in chosen], np.uint32), stacked, curve)
+            parts.append(jax.block_until_ready(lanes))
+            if not curve:
+                self._seconds.append((time.process_time() - began) / (self.lanes * self.task.steps))
         losses = jax.tree.map(lambda *part: np.concatenate(part)[: len(seeds)].astype(float), *parts)
         return losses if curve else losses._replace(curve=losses.curve[:, :0])
 
     def costs(self) -> dict[str, float]:
-        """What one step of one run costs: see `costs`."""
-        return costs(self.task, self.optimizer)
+        """What one step of one run costs, after a search: CPU seconds of all threads, FLOPs, and what it keeps in memory.
+
+        The seconds are those of the fastest call without a curve, with its one held-out loss.
+        """
+        carry = jax.eval_shape(functools.partial(begin, self.task, self.optimizer), jnp.uint32(0), _first_setting(self.optimizer))
+        return dict(step_seconds=min(self._seconds), flops=step_flops(self.task, self.optimizer)) | sizes(*carry)
 
 
 def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, setting: Setting, curve: jax.Array) -> Losses:
@@ -122,14 +130,16 @@ def train_one(task: Task, optimizer: Optimizer, data: PyTree, seed: jax.Array, s
         value = task.loss(params, batch)
         return jnp.where(value < task.ceiling, value, task.ceiling)  # which NaN is not
 
-    def to_next_point(carry, indices):
-        step = lambda carry, index: (advance(task, optimizer, data, seed, setting, carry, index), None)
-        carry, _ = jax.lax.scan(step, carry, indices)
-        return carry, jax.lax.cond(curve, lambda: loss(carry[0], for_comparison), lambda: jnp.nan)
+    def to_next_point(carry, part):
+        (start, stop), last = part, part[0] == part[1]
+        carry = jax.lax.fori_loop(start, stop, lambda index, carry: advance(task, optimizer, data, seed, setting, carry, index), carry)
+        batch = jax.tree.map(functools.partial(jnp.where, last), for_search, for_comparison)
+        return carry, jax.lax.cond(curve | last, lambda: loss(carry[0], batch), lambda: jnp.nan)
 
-    indices = jnp.arange(task.steps).reshape(POINTS, -1)
-    (params, _), points = jax.lax.scan(to_next_point, begin(task, optimizer, seed, setting), indices)
-    return Losses(loss(params, for_search), points)
+    # The loss for the search is one more point, no step after the last: of a second call there would be more to compile.
+    stops = jnp.minimum(jnp.arange(POINTS + 2) * (task.steps // POINTS), task.steps)
+    _, points = jax.lax.scan(to_next_point, begin(task, optimizer, seed, setting), (stops[:-1], stops[1:]))
+    return Losses(points[-1], points[:-1])
 
 
 def begin(task: Task, optimizer: Optimizer, seed: jax.Array, setting: Setting) -> tuple[PyTree, PyTree]:
@@ -312,24 +322,6 @@ def loss_after_a_step(task: Task, optimizer: Optimizer) -> float:
         return task.loss(params, task.draw(data, jax.random.key(seed), jnp.int32(1)))
 
     return float(second_loss(task.data))
-
-
-def costs(task: Task, optimizer: Optimizer) -> dict[str, float]:
-    """What one step of one run costs: CPU seconds of all threads, the fastest of some calls, FLOPs, and what it keeps in memory."""
-    setting = _first_setting(optimizer)
-    carry = jax.jit(functools.partial(begin, task, optimizer))(jnp.uint32(0), setting)
-
-    @jax.jit
-    def several(data, setting, carry):
-        one = lambda carry, index: (advance(task, optimizer, data, jnp.uint32(0), setting, carry, index), None)
-        return jax.lax.scan(one, carry, jnp.arange(TIMED_STEPS))[0]
-
-    seconds = []
-    for _ in range(1 + TIMED_REPEATS):
-        began = time.process_time()
-        jax.block_until_ready(several(task.data, setting, carry))
-        seconds.append((time.process_time() - began) / TIMED_STEPS)
-    return dict(step_seconds=min(seconds[1:]), flops=step_flops(task, optimizer)) | sizes(*carry)
 
 
 def step_flops(task: Task, optimizer: Optimizer) -> float:

@@ -214,7 +214,7 @@ def _newton_schulz_on_gram(x: jax.Array, rows: jax.Array) -> jax.Array:
     gram, total = jnp.einsum('...mn,...kn->...mk', x, x), None
     identity = jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=x.dtype), gram.shape)
     for index, row in enumerate(rows):
-        polynomial = row[0] * identity + row[1] * gram + row[2] * gram @ gram
+        polynomial = row[0] * identity + row[1] * gram + row[2] * (gram @ gram)
         total = polynomial if index == 0 else polynomial @ total
         if index < len(rows) - 1:
             gram = polynomial @ gram @ polynomial
