@@ -92,7 +92,8 @@ def scale_by_deep_momentum(
         decay: alpha, from 0 to 1.
         write_rate: eta. With 'l2' the linear part is stable up to 1 + decay, and averages only for a small rate, such as 0.1.
         objective: 'dot', 'l2', or a function of (prediction, gradient) to a scalar, summed over both arrays' elements.
-        sigma: applied to what is read, arrays (..., in, out); by default nothing.
+        sigma: applied to what is read, arrays (..., in, out); by default nothing. `orthogonalize` gathers nothing on Explicit meshes; on
+            Auto ones chain `optax.stateless` of an `orthogonalize_tree` that is told the `shardings` instead.
         mu_dtype: of the memory; by default the parameters', and float32 at least.
         linear: keep the linear part, which is what averages over steps.
         seed: of the first layers' initial values.
@@ -115,7 +116,7 @@ def scale_by_deep_momentum(
     """
     hidden = HIDDEN_SIZE if hidden_size is None else as_integer('hidden_size', hidden_size, 0 if linear else 1)
     _check(decay, write_rate, objective)
-    step = functools.partial(_step, loss=OBJECTIVES.get(objective, objective), sigma=sigma)
+    step = functools.partial(_step, loss=OBJECTIVES.get(objective, objective))
 
     def init_fn(params):
         check_real(params)
@@ -124,7 +125,9 @@ def scale_by_deep_momentum(
 
     def update_fn(updates, state, params=None):
         del params
-        updates, memory = map_step(step, updates, state.memory, scalars=(state.seed, decay, write_rate))
+        read, memory = map_step(step, updates, state.memory, scalars=(state.seed, decay, write_rate))
+        applied = lambda leaf: leaf if sigma is None else sigma(as_matrix(leaf)).reshape(leaf.shape)
+        updates = jax.tree.map(lambda leaf, gradient: applied(leaf).astype(gradient.dtype), read, updates)
         return updates, DeepMomentumState(state.seed, memory)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -205,16 +208,14 @@ def _first_layer(shape: tuple[int, ...], dtype: DTypeLike, seed: ArrayLike) -> j
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def _step(
-    gradient: jax.Array, memory: DeepMemory, seed: jax.Array, decay: Any, rate: Any, *, loss: Objective, sigma: Callable | None
-) -> tuple:
+def _step(gradient: jax.Array, memory: DeepMemory, seed: jax.Array, decay: Any, rate: Any, *, loss: Objective) -> tuple:
+    """What is read, in the working dtype, and the memory."""
     keys = as_matrix(widened(gradient))
     old = jax.tree.map(lambda leaf: as_matrix(leaf.astype(keys.dtype)), memory)
     new = _write(old, keys, seed, loss=loss, decay=decay, rate=rate)
-    update = _read(new, *_unit_keys(keys))
-    update = update if sigma is None else sigma(update)
+    read = _read(new, *_unit_keys(keys)).reshape(gradient.shape)
     kept = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape).astype(old.dtype), new, memory)
-    return update.reshape(gradient.shape).astype(gradient.dtype), kept
+    return read, kept
 
 
 def _unit_keys(keys: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -22,6 +22,7 @@ XLA on CPU writes the sum of gradient and output transposed, one number at a tim
 backward products are computed twice.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 
 from nested_jax.optim.checks import check_choice, check_range, check_real
@@ -40,7 +42,7 @@ from nested_jax.optim.matrices import (
     with_learning_rate,
     working_dtype,
 )
-from nested_jax.optim.sharding import run_in_auto_mode
+from nested_jax.optim.sharding import in_layout, layout_of, run_in_auto_mode, whole_matrices
 
 PyTree = Any
 Dense = Callable[[jax.Array, jax.Array], jax.Array]
@@ -54,7 +56,7 @@ class DeltaGradientDescentState(NamedTuple):
 
 
 def scale_by_delta_gradient_descent(
-    learning_rate: optax.ScalarOrSchedule, reduction: str = 'mean', *, exact: bool = True
+    learning_rate: optax.ScalarOrSchedule, reduction: str = 'mean', *, exact: bool = True, shardings: PyTree | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""The direction of delta gradient descent, to be multiplied by the negative of the same learning rate.
 
@@ -72,6 +74,8 @@ def scale_by_delta_gradient_descent(
         learning_rate: eta, a constant or a schedule.
         reduction: how the loss adds up samples: 'mean' or 'sum'.
         exact: compute the direction from the layers' inputs. If False, gradients are taken for directions, as `with_delta` makes them.
+        shardings: of the parameters, a NamedSharding for each, on Auto meshes, as for `orthogonalize`. Kernels go by all-to-alls to devices
+            that have all rows of theirs, and every device gets all samples of its layers: inputs of a single layer are gathered, not more.
 
     Returns:
         A transformation whose `update` takes `inputs` if `exact`, a pytree like the parameters: (..., in) for a kernel (in, out),
@@ -104,9 +108,9 @@ def scale_by_delta_gradient_descent(
             if params is None or inputs is None:
                 missing = 'params' if params is None else 'inputs'
                 raise ValueError(f'{missing} is None, allowed is a pytree like the updates; exact=False takes neither')
-            rate = at_step(learning_rate, state.count)
-            step = lambda gradient, kernel, x: _direction(gradient, kernel, x, rate, reduction)
-            updates = jax.tree.map(step, updates, params, inputs, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
+            step = functools.partial(_direction, rate=at_step(learning_rate, state.count), reduction=reduction)
+            told = () if shardings is None else (jax.tree.broadcast(shardings, updates),)
+            updates = jax.tree.map(step, updates, params, inputs, *told, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode))
         return updates, DeltaGradientDescentState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -119,6 +123,7 @@ def delta_gradient_descent(
     weight_decay_mask: Mask = None,
     *,
     exact: bool = True,
+    shardings: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Delta gradient descent: exact with `update(..., inputs=)`, cheap on layers under `with_delta`. It has no state but a step count.
 
@@ -128,6 +133,7 @@ def delta_gradient_descent(
         weight_decay: decoupled, times the learning rate.
         weight_decay_mask: tree of booleans, or a function of the parameters to one: where weight decay acts.
         exact: the form, see `scale_by_delta_gradient_descent`. With False, layers that are not under `with_delta` get gradient descent.
+        shardings: of the parameters, on Auto meshes; see `scale_by_delta_gradient_descent`.
 
     Returns:
         The optimizer.
@@ -146,7 +152,7 @@ def delta_gradient_descent(
     References:
         Behrouz et al., `Nested Learning <https://arxiv.org/abs/2512.24695>`_, 2025, section 4.5
     """
-    direction = scale_by_delta_gradient_descent(learning_rate, reduction, exact=exact)
+    direction = scale_by_delta_gradient_descent(learning_rate, reduction, exact=exact, shardings=shardings)
     return with_learning_rate(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
@@ -202,7 +208,7 @@ def with_delta(dense: Dense, learning_rate: ArrayLike, reduction: str = 'mean') 
 
     def backward(residuals, gradient):
         backward, x, output, rate = residuals
-        share = _share(x, reduction)
+        share = _share(math.prod(x.shape[:-1]), reduction)
         energy = share * jnp.sum(jnp.square(widened(x)))
         # Of each call one result is used: compiled, they are the two products of the layer's own backward pass.
         weight_bar = backward(gradient + jnp.asarray(share, output.dtype) * output)[1]
@@ -217,21 +223,30 @@ def _real(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x, weight
 
 
-def _share(x: jax.Array, reduction: str) -> float:
-    return 1.0 if reduction == 'sum' else 1 / max(math.prod(x.shape[:-1]), 1)
+def _share(samples: int, reduction: str) -> float:
+    return 1.0 if reduction == 'sum' else 1 / max(samples, 1)
 
 
-def _direction(gradient: jax.Array, kernel: jax.Array, x: jax.Array | None, rate: ArrayLike, reduction: str) -> jax.Array:
+def _direction(
+    gradient: jax.Array,
+    kernel: jax.Array,
+    x: jax.Array | None,
+    sharding: NamedSharding | None = None,
+    *,
+    rate: ArrayLike,
+    reduction: str,
+) -> jax.Array:
     if x is None or isinstance(gradient, optax.MaskedNode):
         return gradient
     *batch, width, _ = kernel.shape if kernel.ndim >= 2 else (None, None)
     if kernel.ndim < 2 or x.shape[-1] != width or list(x.shape[: len(batch)]) != batch or x.ndim <= len(batch):
         raise ValueError(f'inputs has shape {x.shape}, allowed for a kernel (..., in, out) of shape {kernel.shape} is (..., samples, in)')
+    layout, share = layout_of(kernel, sharding), _share(math.prod(x.shape[len(batch) : -1]), reduction)
 
     def solve(gradient, kernel, x, rate):
-        keys = x.reshape(*batch, -1, width).astype(working_dtype(kernel))
-        share = 1 / max(keys.shape[-2], 1) if reduction == 'mean' else 1.0
-        drive = gradient.astype(keys.dtype) + share * (keys.mT @ (keys @ kernel.astype(keys.dtype)))
-        return resolvent(keys, drive, share * jnp.asarray(rate, keys.dtype)).astype(gradient.dtype)
+        keys = whole_matrices(x.reshape(*batch, -1, width), layout).astype(working_dtype(kernel))
+        drive = lambda gradient, kernel: gradient.astype(keys.dtype) + share * (keys.mT @ (keys @ kernel.astype(keys.dtype)))
+        direction = lambda gradient, kernel: resolvent(keys, drive(gradient, kernel), share * jnp.asarray(rate, keys.dtype))
+        return in_layout(direction, (gradient, kernel), layout, -1).astype(gradient.dtype)
 
     return run_in_auto_mode(solve, (gradient, kernel, x, rate), like=gradient)

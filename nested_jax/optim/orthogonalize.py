@@ -6,7 +6,7 @@ Shapes: (..., m, n). Einsum letters: m and k rows, n columns.
 import collections
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -144,21 +144,23 @@ def _check_matrices(x: jax.Array) -> None:
 
 
 def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None, method: str, steps: int) -> list[jax.Array]:
-    """Matrices of one shape and layout, not tall, in one stack; on a CPU large ones that are not split by themselves.
+    """Matrices of one shape and layout, not tall, in one stack; on a CPU large ones that are not split two by two.
 
-    There all steps of one find it in the cache, which a stack overflows, and XLA compiles equal programs once, but a slice of a stack for
-    each leaf.
+    There all steps of two find them in the cache, which a stack overflows, and XLA compiles equal programs once, but a slice of a stack
+    for each leaf. Products of two run side by side; in a loop of its own, one square matrix leaves a core waiting.
     """
     whole = method == 'svd'
-    polar = _polar_factor if whole else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
-    alone = functools.partial(_matrix_by_matrix, polar)
-    along = None if whole else -1
+    polar = _polar_factors if whole else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    single, along = lambda x: polar([x])[0], None if whole else -1
+    alone = functools.partial(_matrix_by_matrix, single)
     if len(matrices) == 1:
         return [in_layout(alone, matrices, layout, along)]
-    together = lambda *matrices: list(in_layout(polar, (jnp.stack(matrices),), layout and layout.stacked(), along))
+    together = lambda *matrices: list(in_layout(single, (jnp.stack(matrices),), layout and layout.stacked(), along))
     if layout is not None or not _is_large(matrices[0]):
         return together(*matrices)
-    return jax.lax.platform_dependent(*matrices, cpu=lambda *matrices: list(map(jax.jit(alone), matrices)), default=together)
+    few = jax.jit(lambda *few: polar(few) if few[0].ndim == 2 else list(map(alone, few)))
+    two_by_two = lambda *matrices: [x for start in range(0, len(matrices), 2) for x in few(*matrices[start : start + 2])]
+    return jax.lax.platform_dependent(*matrices, cpu=two_by_two, default=together)
 
 
 def _matrix_by_matrix(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
@@ -181,19 +183,24 @@ def _coefficients(method: str, steps: int) -> tuple[tuple[float, ...], ...]:
     return tuple(table[min(step, len(table) - 1)] for step in range(steps))
 
 
-def _newton_schulz(x: jax.Array, coefficients: tuple[tuple[float, ...], ...]) -> jax.Array:
-    """Iterations of (..., m, n), m <= n; of wide matrices on the Gram matrix where products of float32 are exact, which is on a CPU."""
-    x, rows = normalized(x), jnp.asarray(coefficients, working_dtype(x))
-    one_by_one = lambda x, rows: jax.lax.scan(lambda x, row: (_newton_schulz_step(x, row), None), x, rows)[0]
-    if rows.shape[1] == 2 or x.shape[-1] < 2 * x.shape[-2] or x.dtype != rows.dtype:
-        return one_by_one(x, rows)
-    return jax.lax.platform_dependent(x, rows, cpu=_newton_schulz_few_by_few, default=one_by_one)
+def _newton_schulz(matrices: Sequence[jax.Array], coefficients: tuple[tuple[float, ...], ...]) -> list[jax.Array]:
+    """Iterations of equal (..., m, n), m <= n; of wide ones on the Gram matrix where products of float32 are exact, which is on a CPU."""
+    matrices, rows = list(map(normalized, matrices)), jnp.asarray(coefficients, working_dtype(matrices[0]))
+    (m, n), dtype = matrices[0].shape[-2:], matrices[0].dtype
+    one_by_one = functools.partial(_scan_steps, _newton_schulz_step)
+    if rows.shape[1] == 2 or n < 2 * m or dtype != rows.dtype:
+        return one_by_one(matrices, rows)
+    return jax.lax.platform_dependent(matrices, rows, cpu=_newton_schulz_few_by_few, default=one_by_one)
 
 
-def _newton_schulz_few_by_few(x: jax.Array, rows: jax.Array) -> jax.Array:
+def _newton_schulz_few_by_few(matrices: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
     whole = len(rows) - len(rows) % _GRAM_STEPS
-    x = jax.lax.scan(lambda x, rows: (_newton_schulz_on_gram(x, rows), None), x, rows[:whole].reshape(-1, _GRAM_STEPS, 3))[0]
-    return x if whole == len(rows) else _newton_schulz_on_gram(x, rows[whole:])
+    matrices = _scan_steps(_newton_schulz_on_gram, matrices, rows[:whole].reshape(-1, _GRAM_STEPS, 3))
+    return matrices if whole == len(rows) else [_newton_schulz_on_gram(x, rows[whole:]) for x in matrices]
+
+
+def _scan_steps(step: Callable[[jax.Array, jax.Array], jax.Array], matrices: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
+    return jax.lax.scan(lambda matrices, row: ([step(x, row) for x in matrices], None), matrices, rows)[0]
 
 
 def _newton_schulz_step(x: jax.Array, row: jax.Array) -> jax.Array:
@@ -231,6 +238,10 @@ def normalized(x: jax.Array) -> jax.Array:
     scaled /= jnp.where(largest > 0, largest, 1.0)
     squares = jnp.sum(jnp.square(scaled), axis=(-2, -1), keepdims=True)
     return (scaled / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))).astype(x.dtype)
+
+
+def _polar_factors(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    return list(map(_polar_factor, matrices))
 
 
 @jax.custom_jvp

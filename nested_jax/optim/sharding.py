@@ -156,6 +156,19 @@ def in_layout(function: Callable, arrays: Sequence[jax.Array], layout: Layout | 
     return back(function(*map(there, arrays)))
 
 
+def whole_matrices(x: jax.Array, layout: Layout | None) -> jax.Array:
+    """Matrices (..., n, in) whole, where `in_layout` along -1 puts the ones (..., in, out) of a layout that they belong to; in Auto mode.
+
+    How they are split before is not asked: XLA moves them, for one mesh axis at a time.
+    """
+    if layout is None:
+        return x
+    _, steps = route(layout, (*x.shape[:-2], x.shape[-1], 1), -1)
+    for step in steps:
+        x = constrain(x, dataclasses.replace(layout, names=(*step.names[:-2], jax.P.UNCONSTRAINED, jax.P.UNCONSTRAINED)))
+    return constrain(x, dataclasses.replace(layout, names=(*steps[-1].names[:-2], (), ())))
+
+
 def moves(layout: Layout | None, shape: tuple[int, ...], along: int | None, *, batch: bool = True) -> tuple[Callable, Callable]:
     """Functions that move an array of `shape` along its `route`, and back; inside of Auto mode. They do nothing if `layout` is None."""
     if layout is None:

@@ -58,6 +58,18 @@ def are_matrices(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+def exact_descent(learning_rate):
+    """Exact delta gradient descent, which needs inputs: always the same, of every matrix."""
+    optimizer = delta_gradient_descent(learning_rate)
+
+    def update(updates, state, params=None, **extra_args):
+        drawn = lambda leaf: jnp.sin(jnp.arange(3 * leaf[..., 0].size, dtype=leaf.dtype)).reshape(*leaf.shape[:-2], 3, leaf.shape[-2])
+        inputs = jax.tree.map(lambda leaf: drawn(leaf) if leaf.ndim > 1 else None, updates)
+        return optimizer.update(updates, state, params, inputs=inputs, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
 def log_cosh(prediction, gradient):
     return jnp.sum(jnp.log(jnp.cosh(prediction - gradient)))
 
@@ -74,6 +86,7 @@ VARIANTS = {
     'feature_momentum': Case(feature_momentum, 1e-4, 40_000),
     'deep_momentum_l2': Case(functools.partial(deep_momentum, objective='l2', write_rate=0.1), 3e-3, 40_000),
     'delta_gradient_descent': Case(functools.partial(delta_gradient_descent, exact=False), 1e-3, 40_000),
+    'delta_gradient_descent_exact': Case(exact_descent, None),  # inputs that never fade pull to zero
     'adam_as_memory': Case(adam_as_memory, 1e-3, 40_000),
     'adagrad_as_memory': Case(adagrad_as_memory, 1.0),
 }

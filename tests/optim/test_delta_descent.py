@@ -245,21 +245,6 @@ def test_optax_machinery():
     np.testing.assert_allclose(vmapped['w'][0].astype(jnp.float32), updates['w'].astype(jnp.float32), rtol=1e-2)
 
 
-@pytest.mark.parametrize('axis_type', [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
-def test_sharded_kernels(axis_type):
-    mesh = jax.make_mesh((2, 2), ('data', 'model'), axis_types=(axis_type,) * 2)
-    w, x = draw(4, 6).astype(jnp.float32), draw(8, 4, seed=1).astype(jnp.float32)
-    optimizer = delta_gradient_descent(0.1)
-    expected, state = optimizer.update(w, optimizer.init(w), w, inputs=x)
-    with jax.set_mesh(mesh):
-        w = jax.device_put(w, jax.NamedSharding(mesh, jax.P('data', 'model')))
-        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('data', None)))
-        updates, _ = jax.jit(optimizer.update)(w, state, w, inputs=x)
-    np.testing.assert_allclose(updates, expected, rtol=1e-4, atol=1e-6)
-    if axis_type == jax.sharding.AxisType.Explicit:
-        assert jax.typeof(updates) == jax.typeof(w)
-
-
 @pytest.mark.parametrize(
     ('make', 'message'),
     [

@@ -16,11 +16,13 @@ from nested_jax.optim import (
     adam_as_memory,
     by_level,
     deep_momentum,
+    delta_gradient_descent,
     delta_momentum,
     feature_momentum,
     m3,
     muon,
     nested,
+    orthogonalize,
     preconditioned_momentum,
     state_shardings,
 )
@@ -113,9 +115,9 @@ def test_updates_are_those_of_one_device(name, dtype, tolerance, kind):
             assert leaf.shape != SHAPES.get(name) or leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
 
 
-def collectives(optimizer, params):
+def collectives(optimizer, params, **extra):
     """Those of a compiled update, with the entries of their largest results."""
-    text = jax.jit(optimizer.update).lower(params, optimizer.init(params), params).compile().as_text()
+    text = jax.jit(optimizer.update).lower(params, optimizer.init(params), params, **extra).compile().as_text()
     found = re.findall(r'= (\(?\w+\[.*?) (all-\w[a-z-]*|collective-permute|reduce-scatter)(?:-start)?\(', text)
     entries = lambda result: max(int(np.prod([int(n) for n in dims.split(',') if n])) for dims in re.findall(r'\[([\d,]*)\]', result))
     return {name: max(entries(result) for result, other in found if other == name) for _, name in found}
@@ -143,6 +145,50 @@ def test_no_stack_is_gathered_by_the_others(name, kind):
     with jax.set_mesh(mesh):
         found = collectives(slow if name == 'nested' else make_optimizer(name), params)
     assert found.get('all-gather', 0) <= (1024 if (name, kind) == ('deep_momentum', 'auto') else 0)
+
+
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-4), (jnp.float64, 1e-9)])
+@pytest.mark.parametrize(
+    ('shape', 'spec', 'samples', 'gathered'),
+    [
+        ((8, 16, 32), (None, 'data', 'model'), 24, 0),
+        pytest.param((8, 16, 32), (None, 'data', 'model'), 6, 0, marks=pytest.mark.slow),
+        pytest.param((2, 6, 20), ('data', None, 'model'), 8, 0, marks=pytest.mark.slow),
+        pytest.param((3, 4, 12), (None, 'data', 'model'), 10, 3 * 10 * 4, marks=pytest.mark.slow),
+        ((16, 24), ('data', 'model'), 6, 6 * 16),
+    ],
+)
+def test_exact_delta_gradient_descent_gathers_no_more_than_samples(shape, spec, samples, gathered, dtype, tolerance, kind):
+    """And those of layers only that no mesh axis can be dealt out over."""
+    with jax.enable_x64(dtype == jnp.float64):
+        mesh, draw = make_mesh(kind), np.random.default_rng(0).normal
+        sharding = jax.NamedSharding(mesh, jax.P(*spec))
+        alone, inputs = jnp.asarray(draw(size=shape), dtype), jnp.asarray(draw(size=(*shape[:-2], samples, shape[-2])), dtype)
+        reference = delta_gradient_descent(0.5)
+        expected, _ = reference.update(alone, reference.init(alone), alone, inputs=inputs)
+        optimizer = delta_gradient_descent(0.5, shardings=None if kind == 'explicit' else sharding)
+        with jax.set_mesh(mesh):
+            params = jax.device_put(alone, sharding)
+            inputs = jax.device_put(inputs, jax.NamedSharding(mesh, jax.P(*[None] * (len(shape) - 2), 'data')))
+            found = collectives(optimizer, params, inputs=inputs)
+            updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params, inputs=inputs)
+        assert set(found) <= {'all-to-all', 'collective-permute', 'all-gather'} and found.get('all-gather', 0) == gathered
+        assert updates.sharding.is_equivalent_to(sharding, len(shape))
+        assert np.abs(updates - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_what_deep_momentum_reads_is_orthogonalised_without_gathering_it():
+    mesh = make_mesh('explicit')
+    alone, params, shardings = make_params(mesh)
+    optimizer = deep_momentum(0.1, 0, sigma=orthogonalize)
+    expected, _ = three_steps(optimizer, alone)
+    with jax.set_mesh(mesh):
+        assert 'all-gather' not in collectives(optimizer, params)
+        updates, _ = three_steps(optimizer, params)
+    for name, update in updates.items():
+        assert update.sharding.is_equivalent_to(shardings[name], update.ndim)
+        assert np.abs(update - expected[name]).max() <= 1e-4 * np.abs(expected[name]).max()
 
 
 # (shape, how it is split), each axis by what divides it: stacks that are dealt out, and what no device has a share of.
