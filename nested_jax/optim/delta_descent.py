@@ -241,10 +241,11 @@ def _direction(
     *batch, width, _ = kernel.shape if kernel.ndim >= 2 else (None, None)
     if kernel.ndim < 2 or x.shape[-1] != width or list(x.shape[: len(batch)]) != batch or x.ndim <= len(batch):
         raise ValueError(f'inputs has shape {x.shape}, allowed for a kernel (..., in, out) of shape {kernel.shape} is (..., samples, in)')
-    layout, share = layout_of(kernel, sharding), _share(math.prod(x.shape[len(batch) : -1]), reduction)
+    layout, samples = layout_of(kernel, sharding), math.prod(x.shape[len(batch) : -1])
+    share = _share(samples, reduction)
 
     def solve(gradient, kernel, x, rate):
-        keys = whole_matrices(x.reshape(*batch, -1, width), layout).astype(working_dtype(kernel))
+        keys = whole_matrices(x.reshape(*batch, samples, width), layout).astype(working_dtype(kernel))
         drive = lambda gradient, kernel: gradient.astype(keys.dtype) + share * (keys.mT @ (keys @ kernel.astype(keys.dtype)))
         direction = lambda gradient, kernel: resolvent(keys, drive(gradient, kernel), share * jnp.asarray(rate, keys.dtype))
         return in_layout(direction, (gradient, kernel), layout, -1).astype(gradient.dtype)

@@ -7,6 +7,7 @@ import doctest
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
@@ -62,10 +63,15 @@ def exact_descent(learning_rate):
     """Exact delta gradient descent, which needs inputs: always the same, of every matrix."""
     optimizer = delta_gradient_descent(learning_rate)
 
+    def inputs_of(leaf):
+        shape = (*leaf.shape[:-2], 3, leaf.shape[-2])
+        return jnp.sin(jnp.arange(math.prod(shape), dtype=leaf.dtype)).reshape(shape)
+
     def update(updates, state, params=None, **extra_args):
-        drawn = lambda leaf: jnp.sin(jnp.arange(3 * leaf[..., 0].size, dtype=leaf.dtype)).reshape(*leaf.shape[:-2], 3, leaf.shape[-2])
-        inputs = jax.tree.map(lambda leaf: drawn(leaf) if leaf.ndim > 1 else None, updates)
-        return optimizer.update(updates, state, params, inputs=inputs, **extra_args)
+        inputs = jax.tree.map(lambda leaf: inputs_of(leaf) if leaf.ndim > 1 else None, updates)
+        # Trees in a tuple, since of a single scalar they are None.
+        (updates,), state = optimizer.update((updates,), state, (params,), inputs=(inputs,), **extra_args)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
