@@ -174,7 +174,7 @@ def stream(steps: int) -> Task:
 
 
 TASKS: dict[str, Callable[[int], Task]] = {'char-lm': char_lm, 'digits': digits, 'recall': associative_recall, 'stream': stream}
-STEPS = {'char-lm': 120, 'digits': 120, 'recall': 140, 'stream': 300}
+STEPS = {'char-lm': 100, 'digits': 100, 'recall': 130, 'stream': 300}
 
 
 def _windows(text: jax.Array, key: jax.Array, count: int) -> dict[str, jax.Array]:
