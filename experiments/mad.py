@@ -15,10 +15,10 @@ reference: 200 passes in batches of 128), two learning rates, one weight decay, 
 by 200 validation sequences; the reference chooses that, and when to stop, by the test.
 
 A run (one seed, both learning rates) takes of one CPU core, in seconds by transformer, gated-deltanet, comba, titans, rwkv7 and hope: of
-memorization 35 to 81, 87 to 154, 49 to 80, 70 to 202, 80 to 298 and 266 to 361; of compression 32 to 116, 55 to 168, 50 to 70, 58 to 92 and
-72 to 119, hope not measured; of in-context recall 206 to 364, 208 to 304, 175 to 225, titans and hope not measured, and 329 to 550. The
-first of three seeds compiles, and other work ran beside most of them, so that the smallest figures are the nearest to an empty machine's.
-Selective copying, on sequences twice as long, took 686 and 1,064 by the first two. The other recall tasks are as long as the first. 48 of
+memorization 35 to 81, 87 to 154, 49 to 80, 70 to 202, 80 to 298 and 266 to 361; of compression 32 to 116, 55 to 168, 50 to 70, 58 to 92,
+72 to 119 and 243 to 327; of in-context recall 206 to 364, 208 to 304, 175 to 225, 252 to 269 and 329 to 550, hope not measured. The first
+of three seeds compiles, and other work ran beside most of them, so that the smallest figures are the nearest to an empty machine's.
+Selective copying, on sequences twice as long, took 686 and 1,064 by the first two. The other recall tasks are as long as the first. 54 of
 the 126 runs have rows. Two processes share the grid and go on where they stopped:
 
     taskset -c 0 python -m experiments.mad --minutes 40 --tasks compression in-context-recall noisy-in-context-recall

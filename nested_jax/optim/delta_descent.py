@@ -15,8 +15,8 @@ C disagree with Eq. (57), which is the one that minimises Eq. (56). For a batch,
 They agree for one sample. Adding up the one-sample rule over a batch does not work: inputs that repeat overshoot. The exact form takes
 the inputs of the step that it updates in: under `optax.MultiSteps` or `by_level` the last step's, and not those of the summed gradients.
 
-On two CPU cores the cheap form took 0.98 and 1.07 times the processor time of a training step of a vision transformer of width 48 with
-1,024 tokens, in two runs, and 1.05 and 1.03 at width 512 with 2,048; the exact form 3.0 and 4.2, and 6.0 and 6.5 times
+On two CPU cores the cheap form took 0.98 to 1.07 times the processor time of a training step of a vision transformer of width 48 with
+1,024 tokens, in three runs, and 1.03 to 1.05 at width 512 with 2,048; the exact form 3.0 to 4.2, and 5.1 to 6.5 times
 (`scripts/bench.py --suite optim`). Samples are along one axis there, as `delta_dense` of nested_jax/layers has them. Behind several axes
 XLA on CPU writes the sum of gradient and output transposed, one number at a time: 40 % more of the smaller step. Without `jax.jit` the
 backward products are computed twice.
