@@ -23,6 +23,7 @@ GRID_STEP, FINE_STEP = 10**0.5, 10**0.125  # between learning rates, first and a
 MAX_EXTENSIONS = 8  # of the learning rates' grid, and of the other grids
 FINE, AROUND = (-2, -1, 1, 2), (-4, -1, 1, 4)  # fine steps from the best learning rate, at first and in each round; four are a step
 EXTRA = 4  # settings tried for the baseline beyond those of the others
+OVERTIME = 4  # settings at most beyond the budget, where it ends with the best rate at the edge of what was tried
 PLATEAU = 0.01  # of the loss; a gain below counts for nothing, so an edge is none there: delta gradient descent has no largest useful rate
 WEIGHT_DECAYS, DECAY_STEP = (0.0, 0.01, 0.1), 10
 OTHERS = ('weight_decay', 'knob')  # what is searched beside the rate
@@ -183,7 +184,7 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     the best. Then rounds, until one gains nothing that counts: two weight decays and two values of the optimizer's own
     hyper-parameter, each alone, and four learning rates, near and a step away, around the best of these. The grids of the former two are
     extended by two as well, except below zero: no weight decay and a moment that forgets at once are ends of what there is. Settings that
-    are left then are rates ever nearer to the best.
+    are left then are rates ever nearer to the best. Where the budget ends before the other side of the best rate, OVERTIME goes there.
 
     Args:
         evaluate: settings -> losses.
@@ -195,7 +196,7 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     budget += EXTRA * extra
     best = lambda: min(losses, key=losses.get)
 
-    def measure(settings: list[Setting]) -> None:
+    def measure(settings: list[Setting], budget: int = budget) -> None:
         new = [setting for setting in dict.fromkeys(settings) if setting not in losses][: budget - len(losses)]
         losses.update(zip(new, map(float, evaluate(new) if new else []), strict=True))
 
@@ -222,7 +223,9 @@ def search(evaluate: Callable[[list[Setting]], Sequence[float]], optimizer: Opti
     while len(losses) < budget and step > 1 + 1e-4:
         step **= 0.5
         measure(_rates(best(), step, (-1, 1)))
-    return Trials(best(), losses, (*(['rate'] if _edge(losses, _rate_line(losses, best())) else []), *at_edge))
+    while (edge := _edge(losses, line := _rate_line(losses, best()))) and len(losses) < budget + OVERTIME:
+        measure(_rates(line[0] if edge < 0 else line[-1], FINE_STEP, (edge, 4 * edge)), budget + OVERTIME)
+    return Trials(best(), losses, (*(['rate'] if edge else []), *at_edge))
 
 
 def _rate_line(losses: dict[Setting, float], setting: Setting) -> list[Setting]:

@@ -137,10 +137,12 @@ def test_search_goes_on_while_the_best_moves():
     assert trials.best == Setting(pytest.approx(0.1, rel=1e-5), 0.0, 0.6) and trials.at_edge == ()
 
 
-def test_search_says_that_its_last_step_ended_at_the_edge():
-    """A budget that ends before the other side of the best is tried; diverged runs, a thousand times the loss, do not hide it."""
+def test_search_has_overtime_where_its_budget_ended_at_the_edge():
+    """The other side of the best is tried, if it is near; diverged runs, a thousand times the loss, do not hide it."""
     evaluate = lambda settings: [1e3 if setting.rate > 1 else 1 / setting.rate for setting in settings]
-    assert 'rate' in racing.search(evaluate, DUMMY, 7).at_edge
+    trials = racing.search(evaluate, DUMMY, 7)
+    assert 'rate' not in trials.at_edge and 7 < len(trials.losses) <= 7 + racing.OVERTIME and trials.best < max(trials.losses)
+    assert 'rate' in racing.search(evaluate, DUMMY, 3).at_edge
     trials = racing.search(evaluate, DUMMY, BUDGET)
     assert trials.at_edge == () and max(setting.rate for setting in trials.losses) > 1 >= trials.best.rate > 0.9
 
@@ -157,7 +159,7 @@ def test_search_extends_the_grid_until_the_best_is_inside(best):
 
 def test_search_says_that_the_best_is_still_at_the_edge():
     trials = racing.search(lambda settings: [math.log(setting.rate) for setting in settings], DUMMY, BUDGET)
-    assert trials.at_edge == ('rate',) and len(trials.losses) == BUDGET
+    assert trials.at_edge == ('rate',) and len(trials.losses) == BUDGET + racing.OVERTIME
 
 
 @pytest.mark.parametrize(
