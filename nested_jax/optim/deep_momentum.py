@@ -93,7 +93,7 @@ def scale_by_deep_momentum(
         write_rate: eta. With 'l2' the linear part is stable up to 1 + decay, and averages only for a small rate, such as 0.1.
         objective: 'dot', 'l2', or a function of (prediction, gradient) to a scalar, summed over both arrays' elements.
         sigma: applied to what is read, arrays (..., in, out); by default nothing. `orthogonalize` gathers nothing on Explicit meshes; on
-            Auto ones chain `optax.stateless` of an `orthogonalize_tree` that is told the `shardings` instead.
+            Auto ones chain `orthogonalize_tree` (nested_jax.optim.orthogonalize) with the parameters' `shardings` in its place.
         mu_dtype: of the memory; by default the parameters', and float32 at least.
         linear: keep the linear part, which is what averages over steps.
         seed: of the first layers' initial values.

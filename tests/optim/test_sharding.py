@@ -24,8 +24,10 @@ from nested_jax.optim import (
     nested,
     orthogonalize,
     preconditioned_momentum,
+    scale_by_deep_momentum,
     state_shardings,
 )
+from nested_jax.optim.orthogonalize import orthogonalize_tree
 from nested_jax.optim.sharding import Layout, route
 
 AXIS_TYPES = {'explicit': jax.sharding.AxisType.Explicit, 'auto': jax.sharding.AxisType.Auto}
@@ -178,11 +180,16 @@ def test_exact_delta_gradient_descent_gathers_no_more_than_samples(shape, spec, 
         assert np.abs(updates - expected).max() <= tolerance * np.abs(expected).max()
 
 
-def test_what_deep_momentum_reads_is_orthogonalised_without_gathering_it():
-    mesh = make_mesh('explicit')
-    alone, params, shardings = make_params(mesh)
+@pytest.mark.parametrize('kind', AXIS_TYPES)
+def test_what_deep_momentum_reads_is_orthogonalised_without_gathering_it(kind):
+    """By its sigma on Explicit meshes, by what is chained to it on Auto ones."""
+    mesh = make_mesh(kind)
+    alone, params, shardings = ({name: tree[name] for name in ('qkv', 'up', 'down')} for tree in make_params(mesh))
     optimizer = deep_momentum(0.1, 0, sigma=orthogonalize)
     expected, _ = three_steps(optimizer, alone)
+    if kind == 'auto':
+        orthogonal = optax.stateless(lambda updates, params: orthogonalize_tree(updates, shardings=shardings))
+        optimizer = optax.chain(scale_by_deep_momentum(0), orthogonal, optax.scale(-0.1))
     with jax.set_mesh(mesh):
         assert 'all-gather' not in collectives(optimizer, params)
         updates, _ = three_steps(optimizer, params)
